@@ -1,0 +1,65 @@
+"""Legato: training runs that can be killed at any instant and go on exactly.
+
+Names are imported when they are first used, so that `import legato` costs
+nothing and the Keras backend can still be chosen.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from legato.version import __version__
+
+if TYPE_CHECKING:
+    from legato.backends import value_and_grad
+    from legato.config import TrainerConfig
+    from legato.data import ArraySource, DataIterator, DataSource
+    from legato.experiment import Experiment, run_experiment
+    from legato.task import Task
+    from legato.trainer import Trainer
+
+__all__ = [
+    "ArraySource",
+    "DataIterator",
+    "DataSource",
+    "Experiment",
+    "Task",
+    "Trainer",
+    "TrainerConfig",
+    "__version__",
+    "errors",
+    "run_experiment",
+    "value_and_grad",
+]
+
+_HOMES = {
+    "ArraySource": "legato.data",
+    "DataIterator": "legato.data",
+    "DataSource": "legato.data",
+    "Experiment": "legato.experiment",
+    "Task": "legato.task",
+    "Trainer": "legato.trainer",
+    "TrainerConfig": "legato.config",
+    "run_experiment": "legato.experiment",
+    "value_and_grad": "legato.backends",
+}
+# These need no Keras, and so leave the choice of its backend open.
+_LIGHT = {"Experiment", "TrainerConfig", "run_experiment"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("legato.errors")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'legato' has no attribute {name!r}")
+    if name not in _LIGHT:
+        from legato.backend_choice import default_backend
+
+        default_backend()
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,112 @@
+"""The engine's verbs on JAX.
+
+`scope` holds the values of variables while a step is traced, `gradient`
+differentiates, `loop` compiles.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from legato.backends.protocol import (
+    Backend,
+    CompiledLoop,
+    Fetch,
+    LoopMode,
+    Step,
+)
+from legato.backends.jax import gradient
+from legato.backends.jax.loop import JaxLoop
+from legato.types import JSON
+
+
+class JaxBackend(Backend):
+    """See `Backend`."""
+
+    name = "jax"
+
+    def compile_loop(
+        self,
+        step: Step,
+        *,
+        fetch: Fetch,
+        resident: Any,
+        operands: Any,
+        mode: LoopMode | None,
+        losses_in_step: bool,
+        variables: Sequence[keras.Variable] = (),
+    ) -> CompiledLoop:
+        return JaxLoop(
+            step,
+            fetch=fetch,
+            resident=resident,
+            operands=operands,
+            mode=mode,
+            losses_in_step=losses_in_step,
+            variables=variables,
+        )
+
+    def value_and_grad(
+        self,
+        forward: Callable[[], Any],
+        variables: Sequence[keras.Variable],
+        optimizer: keras.optimizers.Optimizer | None = None,
+    ) -> tuple[Any, list[Any]]:
+        return gradient.value_and_grad(forward, variables, optimizer)
+
+    def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
+        values = [v._value for v in variables]
+        for value in values:
+            # All transfers start before the first is waited for.
+            value.copy_to_host_async()
+        return [np.asarray(value) for value in values]
+
+    def write(
+        self, variables: Sequence[keras.Variable], values: Sequence[np.ndarray]
+    ) -> None:
+        for variable, value in zip(variables, values, strict=True):
+            # A copy: JAX may otherwise keep and, donated, overwrite the
+            # caller's memory.
+            variable._value = jnp.array(value, copy=True)
+
+    def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
+        if isinstance(logs, list):
+            return np.stack(jax.device_get(logs))
+        return np.asarray(logs)[:num_steps]
+
+    def place(self, arrays: Any) -> Any:
+        return jax.device_put(arrays)
+
+    def lost_variables(
+        self, variables: Sequence[keras.Variable]
+    ) -> list[keras.Variable]:
+        return [v for v in variables if v._value.is_deleted()]
+
+    def canonical_dtype(self, dtype: np.dtype) -> np.dtype:
+        return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+    def get_random_state(self) -> dict[str, np.ndarray]:
+        return {}  # JAX has no generator of its own
+
+    def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
+        del state
+
+    def fingerprint(self) -> dict[str, JSON]:
+        devices = jax.local_devices()
+        return {
+            "jax": jax.__version__,
+            "jaxlib": jax.lib.__version__,
+            "device": devices[0].device_kind,
+            "devices": len(devices),
+            "platform": jax.default_backend(),
+            "machine": platform.machine(),
+            "x64": bool(jax.config.jax_enable_x64),
+            "matmul_precision": str(jax.config.jax_default_matmul_precision),
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        }

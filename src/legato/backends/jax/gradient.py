@@ -1,0 +1,184 @@
+"""Differentiation of a stateful-looking forward pass on JAX."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.extend import core as jax_core
+
+from legato.backends.jax.scope import StepScope, Traced
+from legato.compat import keras_tracing
+from legato.errors import StepError
+
+
+def value_and_grad(
+    forward: Callable[[], Any],
+    variables: Sequence[keras.Variable],
+    optimizer: keras.optimizers.Optimizer | None = None,
+) -> tuple[Any, list[Any]]:
+    """See `legato.value_and_grad`."""
+    variables = list(variables)
+    if not variables:
+        raise StepError(
+            "value_and_grad was given no variables. Give it the trainable "
+            "ones, such as model.trainable_variables; the model must be built "
+            "and not frozen."
+        )
+    around = keras_tracing.current_scope()
+    outer = around if isinstance(around, StepScope) else None
+    scope = StepScope(parent=outer, losses=True)
+
+    def run(*values: Any) -> tuple[Any, Any, Any]:
+        for variable, value in zip(variables, values, strict=True):
+            scope.state_mapping[id(variable)] = value
+        result = forward()
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        loss, aux = result if is_pair else (result, None)
+        loss = check_loss(loss, "`forward` returned")
+        scaled = loss if optimizer is None else optimizer.scale_loss(loss)
+        return scaled, loss, (aux if is_pair else _NO_AUX)
+
+    lookup = outer or StepScope()
+    values = [lookup.get_current_value(v) for v in variables]
+    traced = Traced(run, scope, *values)
+    reached = reached_inputs(
+        traced.closed.jaxpr, traced.closed.jaxpr.outvars[0]
+    )
+    if not any(reached):
+        names = ", ".join(v.path for v in variables[:5])
+        raise StepError(
+            f"The loss depends on none of the {len(variables)} variables "
+            f"({names}, ...): every gradient would be None. Compute the loss "
+            "inside `forward` from what the model returned there."
+        )
+
+    def scaled_loss(chosen: list[Any]) -> tuple[Any, list[Any]]:
+        rest = iter(chosen)
+        full = [
+            next(rest) if r else v for v, r in zip(values, reached, strict=True)
+        ]
+        out = traced.replay(*full)
+        return out[0], out
+
+    (_, out), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(
+        [v for v, r in zip(values, reached, strict=True) if r]
+    )
+    _, loss, aux = traced.unflatten(out[: traced.num_arrays])
+    new_values = out[traced.num_arrays :]
+    for (variable, _), value in zip(scope.updates(), new_values, strict=True):
+        if outer is None:
+            variable.assign(value)
+        else:
+            outer.add_update((variable, value))
+    rest = iter(gradients)
+    gradients = [next(rest) if r else None for r in reached]
+    return (loss if aux is _NO_AUX else (loss, aux)), gradients
+
+
+class _NoAux:
+    """Marks a `forward` that returned only a loss."""
+
+
+_NO_AUX = _NoAux()
+
+
+def check_loss(loss: Any, what: str) -> Any:
+    """The loss as a float scalar.
+
+    Raises:
+        StepError: it is not one; the message begins with `what`.
+    """
+    if loss is None or isinstance(loss, str | dict):
+        raise StepError(
+            f"{what} {loss!r} as the loss: it must be a scalar tensor."
+        )
+    loss = keras.ops.convert_to_tensor(loss)
+    if loss.shape != ():
+        raise StepError(
+            f"{what} a loss of shape {tuple(loss.shape)}: it must be a "
+            "scalar. Reduce it, for example with keras.ops.mean."
+        )
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise StepError(
+            f"{what} a loss of dtype {loss.dtype}: it must be a float."
+        )
+    return loss
+
+
+def reached_inputs(jaxpr: Any, output: Any) -> list[bool]:
+    """Which inputs of a program an output depends on differentiably.
+
+    JAX gives zeros where the other backends give None, so the program is
+    walked backwards: `stop_gradient` and integers end a path. Where a
+    construct is not understood, its inputs count as reached.
+    """
+    return _walk(jaxpr, [v is output for v in jaxpr.outvars])
+
+
+def _walk(jaxpr: Any, wanted: list[bool]) -> list[bool]:
+    needed = {
+        v
+        for v, w in zip(jaxpr.outvars, wanted, strict=True)
+        if w and _carries_gradient(v)
+    }
+    for eqn in reversed(jaxpr.eqns):
+        outs = [v in needed for v in eqn.outvars]
+        if any(outs):
+            ins = _walk_equation(eqn, outs)
+            needed.update(
+                v
+                for v, i in zip(eqn.invars, ins, strict=True)
+                if i and _carries_gradient(v)
+            )
+    return [v in needed for v in jaxpr.invars]
+
+
+def _carries_gradient(atom: Any) -> bool:
+    return not isinstance(atom, jax_core.Literal) and jnp.issubdtype(
+        atom.aval.dtype, jnp.inexact
+    )
+
+
+def _walk_equation(eqn: Any, outs: list[bool]) -> list[bool]:
+    everything = [True] * len(eqn.invars)
+    params = eqn.params
+    match eqn.primitive.name:
+        case "stop_gradient":
+            return [False]
+        case "jit" | "pjit" | "remat2" | "checkpoint" | "closed_call":
+            inner = _open(params["jaxpr"])
+        case "custom_jvp_call":
+            inner = _open(params["call_jaxpr"])
+        case "cond":
+            branches = [_walk(_open(b), outs) for b in params["branches"]]
+            return [False] + [any(used) for used in zip(*branches, strict=True)]
+        case "scan":
+            return _walk_scan(_open(params["jaxpr"]), params, outs)
+        case _:
+            return everything
+    if len(inner.invars) != len(eqn.invars):
+        return everything
+    return _walk(inner, outs)
+
+
+def _walk_scan(jaxpr: Any, params: Any, outs: list[bool]) -> list[bool]:
+    """A carry that is reached in one iteration is wanted in the one before."""
+    consts, carries = params["num_consts"], params["num_carry"]
+    wanted = list(outs)
+    while True:
+        ins = _walk(jaxpr, wanted)
+        grown = [
+            w or used
+            for w, used in zip(
+                wanted[:carries], ins[consts : consts + carries], strict=True
+            )
+        ] + wanted[carries:]
+        if grown == wanted:
+            return ins
+        wanted = grown
+
+
+def _open(jaxpr: Any) -> Any:
+    return jaxpr.jaxpr if isinstance(jaxpr, jax_core.ClosedJaxpr) else jaxpr

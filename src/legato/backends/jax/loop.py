@@ -1,0 +1,247 @@
+"""A step traced once, and run many times in one call on the device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+from jax.extend import core as jax_core
+
+from legato.backends.protocol import CompiledLoop, Fetch, LoopMode, Step
+from legato.backends.jax.scope import StepScope, initial_value, merging_cond
+from legato.compat import keras_tracing
+from legato.errors import StepError
+
+# Tracing finds variables that it did not know of, and is then repeated with
+# them. Lazily made things appear in the first trace; what still makes new
+# variables in the fourth makes them in every step.
+_MAX_TRACES = 4
+
+
+class JaxLoop(CompiledLoop):
+    """See `CompiledLoop`."""
+
+    def __init__(
+        self,
+        step: Step,
+        *,
+        fetch: Fetch,
+        resident: Any,
+        operands: Any,
+        mode: LoopMode | None,
+        losses_in_step: bool,
+        variables: Sequence[keras.Variable],
+    ) -> None:
+        self._resident = resident
+        self.traces = 0
+        known = list(variables)
+        for _ in range(_MAX_TRACES):
+            trace = _Trace(
+                step, fetch, resident, operands, known, losses_in_step
+            )
+            self.traces += 1
+            if not trace.unknown:
+                break
+            known += trace.unknown
+        else:
+            names = ", ".join(v.path for v in trace.unknown[:3])
+            raise StepError(
+                f"The step makes new variables each time it runs ({names}). "
+                "Make variables, layers, metrics and SeedGenerators once, in "
+                "the Task's __init__ or build_model, and use them in the step."
+            )
+        self.read_only = trace.read_only
+        self.updated = trace.updated
+        self.log_names = trace.log_names
+        self.mode = mode or _choose_mode(trace.closed)
+        self._capacity = jax.tree.leaves(operands)[0].shape[0]
+        self._run = (
+            self._fused(trace.run)
+            if self.mode == "fused"
+            else self._stepwise(trace.run)
+        )
+
+    def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
+        taken: set[int] = set()
+        updated = [_own_array(v, taken) for v in self.updated]
+        read_only = [_own_array(v, taken) for v in self.read_only]
+        new, logs = self._run(
+            updated, read_only, self._resident, operands, step, num_steps
+        )
+        for variable, value in zip(self.updated, new, strict=True):
+            # By reference: `assign` would convert and check each one.
+            variable._value = value
+        return logs
+
+    def _fused(self, run: Any) -> Any:
+        shape = (self._capacity, len(self.log_names))
+
+        def loop(
+            updated: Any, read_only: Any, resident: Any, operands: Any,
+            step: Any, num_steps: Any,
+        ) -> Any:  # fmt: skip
+            def body(index: Any, carry: Any) -> Any:
+                values, rows = carry
+                values, row = run(
+                    values, read_only, resident, operands, index, step + index
+                )
+                return values, rows.at[index].set(row)
+
+            rows = jnp.zeros(shape, jnp.float32)
+            return jax.lax.fori_loop(0, num_steps, body, (updated, rows))
+
+        compiled = jax.jit(loop, donate_argnums=0)
+
+        def call(
+            updated: Any, read_only: Any, resident: Any, operands: Any,
+            step: int, num_steps: int,
+        ) -> Any:  # fmt: skip
+            return compiled(
+                updated, read_only, resident, operands,
+                np.int32(step), np.int32(num_steps),
+            )  # fmt: skip
+
+        return call
+
+    def _stepwise(self, run: Any) -> Any:
+        compiled = jax.jit(run, donate_argnums=0)
+
+        def call(
+            updated: Any, read_only: Any, resident: Any, operands: Any,
+            step: int, num_steps: int,
+        ) -> Any:  # fmt: skip
+            rows = []
+            operands = jax.device_put(operands)
+            for index in range(num_steps):
+                updated, row = compiled(
+                    updated, read_only, resident, operands,
+                    np.int32(index), np.int32(step + index),
+                )  # fmt: skip
+                rows.append(row)
+            return updated, rows
+
+        return call
+
+
+class _Trace:
+    """One trace of a step, and what it taught about the step's variables."""
+
+    def __init__(
+        self,
+        step: Step,
+        fetch: Fetch,
+        resident: Any,
+        operands: Any,
+        known: Sequence[keras.Variable],
+        losses_in_step: bool,
+    ) -> None:
+        scope = None
+        names: list[str] = []
+
+        def run(
+            values: Any, resident: Any, operands: Any, index: Any, at: Any
+        ) -> Any:
+            nonlocal scope, names
+            scope = StepScope(
+                zip(known, values, strict=True), losses=losses_in_step
+            )
+            with scope:
+                batch = fetch(resident, operands, index)
+                logs = step(batch, at)
+            names = list(logs)
+            row = [jnp.asarray(v).astype(jnp.float32) for v in logs.values()]
+            rows = jnp.stack(row) if row else jnp.zeros((0,), jnp.float32)
+            return [value for _, value in scope.updates()], rows
+
+        count = np.int32(0)
+        values = [initial_value(v) for v in known]
+        # The outer scope is left after the trace: only then are variables that
+        # were made while tracing initialised, with values and not tracers.
+        with (
+            keras.StatelessScope(),
+            keras_tracing.traced_step(merging_cond),
+        ):
+            try:
+                self.closed = jax.make_jaxpr(run)(
+                    values, resident, operands, count, count
+                )
+            except jax.errors.UnexpectedTracerError as error:
+                raise StepError(
+                    "A variable was assigned inside a construct that cannot "
+                    "carry it out (keras.ops.while_loop, scan, fori_loop, "
+                    "map or jax.checkpoint). Return the new value from the "
+                    "construct and assign it outside. keras.ops.cond may "
+                    "assign."
+                ) from error
+        assert scope is not None
+        self.log_names = names
+        self.unknown = list(scope.unknown.values())
+        self.updated = [v for v, _ in scope.updates()]
+        self.read_only = [
+            v for key, v in scope.read.items() if key not in scope.updated
+        ]
+        self._known = known
+
+    def run(
+        self,
+        updated: Any,
+        read_only: Any,
+        resident: Any,
+        operands: Any,
+        index: Any,
+        at: Any,
+    ) -> Any:
+        """The step as a pure function; user code is not called again."""
+        given = {
+            id(v): value
+            for v, value in zip(
+                (*self.updated, *self.read_only),
+                (*updated, *read_only),
+                strict=True,
+            )
+        }
+        # A known variable that this step does not use is not passed in.
+        values = [
+            given[id(v)] if id(v) in given else initial_value(v)
+            for v in self._known
+        ]
+        flat = jax.tree.leaves((values, resident, operands, index, at))
+        *new, row = jax_core.jaxpr_as_fun(self.closed)(*flat)
+        return new, row
+
+
+def _choose_mode(closed: Any) -> LoopMode:
+    """Stepwise where the program holds a convolution and the device is a CPU.
+
+    XLA:CPU runs convolutions inside a device loop on a slow path (jax#12868):
+    1.4 to 5 times slower, measured. The rule looks only at the traced program
+    and the device, so that a resumed run comes to the same choice.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return "stepwise" if on_cpu and _has_convolution(closed.jaxpr) else "fused"
+
+
+def _has_convolution(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive.name == "conv_general_dilated"
+        or any(
+            _has_convolution(inner)
+            for inner in jax_core.jaxprs_in_params(eqn.params)
+        )
+        for eqn in jaxpr.eqns
+    )
+
+
+def _own_array(variable: keras.Variable, taken: set[int]) -> Any:
+    """The variable's array, copied if another one holds the same.
+
+    `a.assign(b)` makes two variables share one array, which cannot be donated
+    (its memory reused) twice.
+    """
+    value = variable._value
+    if id(value) in taken:
+        value = jnp.array(value, copy=True)
+    taken.add(id(value))
+    return value

@@ -1,0 +1,197 @@
+"""Where the values of variables live while a step is traced on JAX."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.extend import core as jax_core
+
+from legato.compat import keras_tracing
+from legato.errors import StepError
+
+
+class StepScope(keras.StatelessScope):
+    """A scope that sees every variable a step reads or writes.
+
+    The outermost one of a step holds the loop's state, and notes each
+    variable that is asked for and not among it: a variable unknown to the
+    loop would be baked into the program as a constant. Inner ones (a
+    `forward`, the branch of a conditional) look up what they do not hold.
+
+    Args:
+        values: variables and their values.
+        parent: the scope around this one.
+        losses: whether `add_loss` collects here and `model.losses` may be
+            read.
+    """
+
+    def __init__(
+        self,
+        values: Iterable[tuple[keras.Variable, Any]] = (),
+        *,
+        parent: "StepScope | None" = None,
+        losses: bool = False,
+    ) -> None:
+        super().__init__(collect_losses=losses, initialize_variables=False)
+        self.parent = parent
+        # Keyed by identity, as in Keras: comparing variables compares values.
+        self.state_mapping = {id(v): value for v, value in values}
+        self.read: dict[int, keras.Variable] = {}
+        self.updated: dict[int, keras.Variable] = {}
+        self.unknown: dict[int, keras.Variable] = {}
+        if not losses:
+            self.losses = _UndefinedLosses()
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        value = self.state_mapping.get(id(variable))
+        if self.parent is None:
+            self.read[id(variable)] = variable
+        if value is not None:
+            return value
+        if self.parent is not None:
+            return self.parent.get_current_value(variable)
+        self.unknown[id(variable)] = variable
+        return initial_value(variable)
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        variable, value = update
+        if self.parent is None and id(variable) not in self.state_mapping:
+            self.unknown[id(variable)] = variable
+        self.updated[id(variable)] = variable
+        # A weak type (from a Python number) would change the carry's type.
+        self.state_mapping[id(variable)] = jax.lax.convert_element_type(
+            value, _dtype(variable)
+        )
+
+    def updates(self) -> list[tuple[keras.Variable, Any]]:
+        """Variables assigned in this scope, and their last values."""
+        return [(v, self.state_mapping[key]) for key, v in self.updated.items()]
+
+
+class _UndefinedLosses(list):
+    """In the place of a scope's losses where reading them means nothing."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise StepError(
+            "`model.losses` was read outside of `forward`. The losses of "
+            "`add_loss` and of regularizers belong to one forward pass: read "
+            "them in the function that you give to legato.value_and_grad."
+        )
+
+
+def initial_value(variable: keras.Variable) -> Any:
+    """The concrete value, or for one not yet initialised a stand-in."""
+    # `variable.value` would ask the scope again, and cast.
+    if variable._value is not None:
+        return variable._value
+    return variable._initializer(variable.shape, dtype=_dtype(variable))
+
+
+def _dtype(variable: keras.Variable) -> str:
+    # `variable.dtype` is what autocasting makes of it, in a layer's call.
+    return variable._dtype
+
+
+class Traced:
+    """A function run once in a scope, as a JAX program that can be replayed.
+
+    Attributes:
+        scope: where it ran.
+        closed: the program, with outputs `[array leaves of out]` followed by
+            `[new values of scope.updates()]`.
+    """
+
+    def __init__(
+        self, function: Callable[[], Any], scope: StepScope, *inputs: Any
+    ) -> None:
+        self.scope = scope
+        self._static: list[Any] = []
+
+        def run(*arguments: Any) -> list[Any]:
+            with scope:
+                out = function(*arguments)
+            leaves, self._tree = jax.tree.flatten(out)
+            self._is_array = [_is_array(leaf) for leaf in leaves]
+            self._static = [
+                None if is_array else leaf
+                for leaf, is_array in zip(leaves, self._is_array, strict=True)
+            ]
+            arrays = [leaf for leaf in leaves if _is_array(leaf)]
+            return arrays + [value for _, value in scope.updates()]
+
+        self.closed = jax.make_jaxpr(run)(*inputs)
+        self.num_arrays = sum(self._is_array)
+
+    def replay(self, *inputs: Any) -> list[Any]:
+        """The flat outputs; see `closed`."""
+        return jax_core.jaxpr_as_fun(self.closed)(*inputs)
+
+    def unflatten(self, arrays: list[Any]) -> Any:
+        """What the function returned, with these in place of its arrays."""
+        rest = iter(arrays)
+        leaves = [
+            next(rest) if is_array else static
+            for static, is_array in zip(
+                self._static, self._is_array, strict=True
+            )
+        ]
+        return jax.tree.unflatten(self._tree, leaves)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array)
+
+
+def merging_cond(
+    pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]
+) -> Any:
+    """`ops.cond` in which a branch may assign variables.
+
+    Each branch is traced in a scope of its own; the conditional returns, with
+    its result, the new value of every variable that either one assigns.
+    """
+    outer = keras_tracing.current_scope()
+    if not isinstance(outer, StepScope):
+        return keras_tracing.native_cond(pred, true_fn, false_fn)
+    branches = [
+        # Numbers become arrays, since only those leave a conditional.
+        Traced(
+            lambda fn=fn: jax.tree.map(jnp.asarray, fn()),
+            StepScope(parent=outer),
+        )
+        for fn in (true_fn, false_fn)
+    ]
+    assigned = branches[0].scope.updated | branches[1].scope.updated
+    if branches[0]._tree != branches[1]._tree or (
+        branches[0]._is_array != branches[1]._is_array
+    ):
+        raise StepError(
+            "The two branches of keras.ops.cond return different structures: "
+            f"{branches[0]._tree} and {branches[1]._tree}. Return the same "
+            "from both."
+        )
+
+    def make(branch: Traced) -> Callable[[], Any]:
+        def run() -> tuple[list[Any], list[Any]]:
+            flat = branch.replay()
+            new = dict(
+                zip(
+                    branch.scope.updated,
+                    flat[branch.num_arrays :],
+                    strict=True,
+                )
+            )
+            values = [
+                new[key] if key in new else outer.get_current_value(variable)
+                for key, variable in assigned.items()
+            ]
+            return flat[: branch.num_arrays], values
+
+        return run
+
+    arrays, values = jax.lax.cond(pred, make(branches[0]), make(branches[1]))
+    for variable, value in zip(assigned.values(), values, strict=True):
+        outer.add_update((variable, value))
+    return branches[0].unflatten(arrays)

@@ -1,0 +1,145 @@
+"""What a Keras backend must do for the engine.
+
+The engine above speaks only this protocol; a backend is one package here.
+Everything that a step reads or writes is a `keras.Variable`; what differs is
+how a step is turned into a device loop and differentiated.
+"""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from legato.types import JSON
+
+LoopMode = Literal["fused", "stepwise"]
+"""How steps reach the device: many in one call, or one jitted call each."""
+
+Step = Callable[[Any, Any], Mapping[str, Any]]
+"""`step(batch, step_index) -> logs`, called while it is traced. `batch` holds
+backend tensors, `step_index` is an int32 scalar tensor: the number of steps
+completed before this one. `logs` maps names to scalar tensors."""
+
+Fetch = Callable[[Any, Any, Any], Any]
+"""`fetch(resident, operands, index) -> batch`, traced with the step."""
+
+
+class CompiledLoop(abc.ABC):
+    """A step compiled into a loop over the batches of a chunk.
+
+    Attributes:
+        read_only: variables that the step reads and never writes.
+        updated: variables that the step writes.
+        log_names: names of the step's logs, in their order.
+        mode: how it runs on the device.
+        traces: how often user code has been traced, for tests.
+    """
+
+    read_only: list[keras.Variable]
+    updated: list[keras.Variable]
+    log_names: list[str]
+    mode: LoopMode
+    traces: int
+
+    @abc.abstractmethod
+    def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
+        """Run `num_steps` steps, the first with `step_index == step`.
+
+        The Keras variables hold the new values when this returns (their
+        computation may still be under way). If the device fails, they hold
+        the values from before the call, or are reported by `lost_variables`.
+
+        Returns:
+            The logs of every step, on the device: see `Backend.to_host`.
+        """
+
+
+class Backend(abc.ABC):
+    """The verbs that the engine needs of a Keras backend."""
+
+    name: str
+
+    @abc.abstractmethod
+    def compile_loop(
+        self,
+        step: Step,
+        *,
+        fetch: Fetch,
+        resident: Any,
+        operands: Any,
+        mode: LoopMode | None,
+        losses_in_step: bool,
+        variables: Sequence[keras.Variable] = (),
+    ) -> CompiledLoop:
+        """Trace a step into a loop; it is compiled when first called.
+
+        Everything that is made lazily (variables of models, optimizers and
+        metrics) exists when this returns, and no value has changed.
+
+        Args:
+            step: the step; called a few times, while tracing.
+            fetch: how a batch is made from the next two.
+            resident: arrays to keep on the device, or None.
+            operands: an example of a chunk's operands (shapes and dtypes).
+            mode: None chooses, by a rule that depends only on the traced step
+                and the kind of device; the choice is `CompiledLoop.mode`.
+            losses_in_step: whether `model.losses` may be read in the step
+                itself (validation) or only inside `forward` (training).
+            variables: those already known to be used, which saves a trace.
+
+        Raises:
+            StepError: the step broke its contract.
+        """
+
+    @abc.abstractmethod
+    def value_and_grad(
+        self,
+        forward: Callable[[], Any],
+        variables: Sequence[keras.Variable],
+        optimizer: keras.optimizers.Optimizer | None = None,
+    ) -> tuple[Any, list[Any]]:
+        """See `legato.value_and_grad`."""
+
+    @abc.abstractmethod
+    def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
+        """The values as host arrays, which may be views: copy before the next
+        loop call. Waits for the computations under way."""
+
+    @abc.abstractmethod
+    def write(
+        self, variables: Sequence[keras.Variable], values: Sequence[np.ndarray]
+    ) -> None:
+        """Assign host arrays, bit for bit."""
+
+    @abc.abstractmethod
+    def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
+        """The logs of a loop call: float32 of shape `[num_steps, names]`.
+        Waits for the loop."""
+
+    @abc.abstractmethod
+    def place(self, arrays: Any) -> Any:
+        """Nested host arrays as backend tensors on the device."""
+
+    @abc.abstractmethod
+    def lost_variables(
+        self, variables: Sequence[keras.Variable]
+    ) -> list[keras.Variable]:
+        """Variables without a value since a device call failed midway."""
+
+    @abc.abstractmethod
+    def canonical_dtype(self, dtype: np.dtype) -> np.dtype:
+        """The dtype that the backend computes with when given `dtype`."""
+
+    @abc.abstractmethod
+    def get_random_state(self) -> dict[str, np.ndarray]:
+        """The backend's own generators, where the future depends on them."""
+
+    @abc.abstractmethod
+    def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put back what `get_random_state` returned."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> dict[str, JSON]:
+        """What can change bits: versions, devices, threads, flags."""

@@ -1,0 +1,440 @@
+"""What is special about each of Keras's own callbacks.
+
+Capturing their attributes is not enough: they build some lazily, reset others
+in `on_train_begin`, and hold files. Each adapter says what its callback's
+state is; what the constructor was given is not part of it, so that a longer
+patience, say, holds from the next start on.
+
+Private attributes of Keras's classes are touched here and nowhere else.
+"""
+
+# ruff: noqa: D102 - what the methods of an adapter do is said in `Adapter`
+import importlib.util
+import os
+import time
+from typing import Any, ClassVar
+
+import keras
+
+from legato.errors import ConfigError, RestoreError
+
+_callbacks = keras.callbacks
+
+
+class Adapter:
+    """What the runner asks about a callback; this one is for a user's.
+
+    Attributes:
+        state: the attributes that are the state, and the type of each
+            (`object`: any). One that does not exist is not saved.
+        derived: attributes that `get` and `set` take care of.
+        whole: all other attributes are captured too, also where the class is
+            Keras's own and not a subclass of the user's.
+        observes: its hooks change neither the model nor the optimizer.
+    """
+
+    state: ClassVar[dict[str, type]] = {}
+    derived: ClassVar[frozenset[str]] = frozenset()
+    whole = False
+    observes = False
+
+    @property
+    def owned(self) -> frozenset[str]:
+        """The attributes that capture has to leave alone."""
+        return self.derived | self.state.keys()
+
+    def check(self, callback: Any) -> str | None:
+        """Says why a callback cannot be used, if so."""
+        return None
+
+    def has_batch_hooks(self, callback: Any) -> bool:
+        """Whether the batch hooks that it defines do anything."""
+        return True
+
+    def before_train_begin(self, callback: Any, *, resuming: bool) -> Any:
+        """Comes before `on_train_begin`; the result goes to `after`."""
+        return None
+
+    def after_train_begin(self, callback: Any, before: Any) -> None:
+        """Comes after `on_train_begin`."""
+
+    def get(self, callback: Any) -> dict[str, Any]:
+        """The state."""
+        here = vars(callback)
+        return {name: here[name] for name in self.state if name in here}
+
+    def set(self, callback: Any, state: dict[str, Any]) -> None:
+        """Puts the state back; comes after `on_train_begin`.
+
+        Raises:
+            RestoreError: if the state does not fit; nothing was changed.
+        """
+        for name, value in state.items():
+            if name in self.state and not isinstance(value, self.state[name]):
+                raise RestoreError(
+                    f"`{name}` is {value!r:.80} and not "
+                    f"{self.state[name].__name__}."
+                )
+        for name in self.state.keys() & state.keys():
+            setattr(callback, name, state[name])
+
+    def absent(self, callback: Any) -> None:
+        """Comes when a run is resumed that did not have this callback."""
+
+    def resumed(self, callback: Any) -> None:
+        """Comes last when a run is resumed, perhaps in mid-epoch."""
+
+
+class MonitorAdapter(Adapter):
+    """A callback that compares a metric with its best.
+
+    `monitor_op` is built at the first epoch's end, and the sign of
+    `min_delta` is flipped when it is: one without the other, and the
+    comparison is wrong from then on.
+    """
+
+    state: ClassVar[dict[str, type]] = {"best": object}
+    derived = frozenset({"monitor", "mode", "monitor_op", "min_delta"})
+
+    def get(self, callback: Any) -> dict[str, Any]:
+        state = super().get(callback)
+        if callback.monitor_op is not None:
+            less = callback.monitor_op is keras.ops.less
+            state["direction"] = "min" if less else "max"
+        return state
+
+    def set(self, callback: Any, state: dict[str, Any]) -> None:
+        direction = state.get("direction")
+        if direction not in (None, "min", "max"):
+            raise RestoreError(f"`direction` is {direction!r:.80}.")
+        if direction and callback.mode not in ("auto", direction):
+            raise RestoreError(
+                f"it looked for the {direction} of {callback.monitor!r}, and "
+                f"now has mode={callback.mode!r}."
+            )
+        super().set(callback, state)
+        size = abs(callback.min_delta)
+        callback.monitor_op = None
+        callback.min_delta = size
+        if direction == "min":
+            callback.monitor_op = keras.ops.less
+            callback.min_delta = size * -1  # as Keras does: 0 stays 0
+        elif direction == "max":
+            callback.monitor_op = keras.ops.greater
+
+
+class EarlyStoppingAdapter(MonitorAdapter):
+    """`EarlyStopping`: `on_train_begin` resets all of it."""
+
+    state: ClassVar[dict[str, type]] = {
+        "best": object,
+        "best_epoch": int,
+        "best_weights": object,
+        "stopped_epoch": int,
+        "wait": int,
+    }
+
+    def set(self, callback: Any, state: dict[str, Any]) -> None:
+        weights = state.get("best_weights")
+        if weights is not None:
+            now = [tuple(weight.shape) for weight in callback.model.weights]
+            if not isinstance(weights, list) or now != [
+                getattr(weight, "shape", None) for weight in weights
+            ]:
+                raise RestoreError("its best weights are of another model.")
+        super().set(callback, state)
+
+
+class ReduceLROnPlateauAdapter(MonitorAdapter):
+    """`ReduceLROnPlateau`; the learning rate itself is the optimizer's."""
+
+    state: ClassVar[dict[str, type]] = {
+        "best": object,
+        "cooldown_counter": int,
+        "wait": int,
+    }
+
+
+class ModelCheckpointAdapter(MonitorAdapter):
+    """`ModelCheckpoint`: its counters. The files that it wrote stay."""
+
+    state: ClassVar[dict[str, type]] = {
+        "best": object,
+        "_batches_seen_since_last_saving": int,
+        # Set by `on_epoch_begin`, which is not called again in mid-epoch.
+        "_current_epoch": int,
+        "_last_batch_seen": object,
+    }
+    observes = True
+
+    def has_batch_hooks(self, callback: Any) -> bool:
+        return callback.save_freq != "epoch"
+
+
+class CSVLoggerAdapter(Adapter):
+    """`CSVLogger`: its file is cut back to the rows that count.
+
+    Keras empties the file in `on_train_begin`. Instead it is opened for
+    appending, and cut afterwards: at no instant does it hold fewer rows than
+    the checkpoint counts, so this may be killed and repeated.
+    """
+
+    derived = frozenset(
+        {"append_header", "csv_file", "keys", "writer", "append", "filename"}
+    )
+    observes = True
+
+    def __init__(self) -> None:
+        self._synced: dict[tuple[int, int], int] = {}
+
+    def before_train_begin(self, callback: Any, *, resuming: bool) -> bool:
+        append = callback.append
+        callback.append = append or resuming
+        return append
+
+    def after_train_begin(self, callback: Any, before: bool) -> None:
+        callback.append = before
+
+    def get(self, callback: Any) -> dict[str, Any]:
+        file = callback.csv_file
+        path = callback.filename
+        if file is not None and not file.closed:
+            file.flush()
+            stat = os.fstat(file.fileno())
+            size, inode = stat.st_size, (stat.st_dev, stat.st_ino)
+            # The rows must be on disk before a checkpoint counts them.
+            if self._synced.get(inode) != size:
+                os.fsync(file.fileno())
+                self._synced[inode] = size
+        else:
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+        return {
+            "size": size,
+            "keys": callback.keys,
+            # Whoever has a writer has decided about the header.
+            "append_header": callback.append_header and not callback.writer,
+        }
+
+    def set(self, callback: Any, state: dict[str, Any]) -> None:
+        size, keys = state.get("size"), state.get("keys")
+        header = state.get("append_header")
+        if not (
+            type(size) is int
+            and size >= 0
+            and type(header) is bool
+            and (keys is None or isinstance(keys, list))
+        ):
+            raise RestoreError("its state is none of a CSVLogger.")
+        path = callback.filename
+        there = os.path.getsize(path) if os.path.exists(path) else 0
+        if there < size:
+            raise RestoreError(
+                f"{path!r} has {there} bytes and the checkpoint counts {size}: "
+                "rows were removed from it, or it is another file. It is "
+                "appended to."
+            )
+        if there > size:
+            os.truncate(path, size)
+        callback.keys = keys
+        callback.append_header = header
+        callback.writer = None
+
+    def absent(self, callback: Any) -> None:
+        if not callback.append and os.path.exists(callback.filename):
+            os.truncate(callback.filename, 0)  # as Keras would have
+            callback.append_header = True
+
+
+class TensorBoardAdapter(Adapter):
+    """`TensorBoard`: its step counters, which `on_train_begin` resets."""
+
+    state: ClassVar[dict[str, type]] = {
+        "_global_test_batch": int,
+        "_global_train_batch": int,
+        "_previous_epoch_iterations": object,
+        "_should_write_train_graph": bool,
+    }
+    # Writers, contexts, clocks: of this process.
+    derived = frozenset(
+        {
+            "_batch_start_time",
+            "_batch_trace_context",
+            "_epoch_start_time",
+            "_is_tracing",
+            "_prev_summary_state",
+            "_profiler_started",
+            "_summary_module",
+            "_train_accumulated_time",
+            "_writers",
+        }
+    )
+    observes = True
+
+    def check(self, callback: Any) -> str | None:
+        if (
+            type(callback) is _callbacks.TensorBoard
+            and callback._summary_module is None
+            and importlib.util.find_spec("tensorflow") is None
+        ):
+            return (
+                "Keras's TensorBoard writes through tensorflow, which is not "
+                "installed. legato writes TensorBoard summaries itself: leave "
+                "it out."
+            )
+        return None
+
+    def has_batch_hooks(self, callback: Any) -> bool:
+        return (
+            callback.update_freq != "epoch"
+            or callback._should_trace
+            or callback.write_steps_per_second
+        )
+
+    def resumed(self, callback: Any) -> None:
+        # Set by `on_epoch_begin`, and used at the epoch's end.
+        callback._epoch_start_time = time.time()
+
+
+class HistoryAdapter(Adapter):
+    """`History`: `on_train_begin` empties only half of it."""
+
+    state: ClassVar[dict[str, type]] = {"epoch": list, "history": dict}
+    observes = True
+
+    def set(self, callback: Any, state: dict[str, Any]) -> None:
+        history = state.get("history", {})
+        if not isinstance(history, dict) or not all(
+            isinstance(values, list) for values in history.values()
+        ):
+            raise RestoreError("its state is none of a History.")
+        super().set(callback, state | {"history": callback.history})
+        # In place: it is what `fit` returns, and a user may hold it already.
+        callback.history.clear()
+        callback.history.update(history)
+
+
+class ProgbarLoggerAdapter(Adapter):
+    """`ProgbarLogger`: nothing to save."""
+
+    derived = frozenset(
+        {"seen", "progbar", "target", "verbose", "epochs", "_called_in_fit"}
+    )
+    observes = True
+
+    def has_batch_hooks(self, callback: Any) -> bool:
+        return False
+
+    def resumed(self, callback: Any) -> None:
+        # Made by `on_epoch_begin`; without it the epoch's end would fail.
+        callback._maybe_init_progbar()
+
+
+class TerminateOnNaNAdapter(Adapter):
+    """`TerminateOnNaN`: the engine watches the loss itself."""
+
+    observes = True
+
+    def has_batch_hooks(self, callback: Any) -> bool:
+        return False
+
+
+class SwapEMAWeightsAdapter(Adapter):
+    """`SwapEMAWeights`: whether it is the averages that the model holds."""
+
+    state: ClassVar[dict[str, type]] = {"_ema_weights_in_model": bool}
+
+
+class FunctionsAdapter(Adapter):
+    """`LambdaCallback`, `LearningRateScheduler`: what their functions hold."""
+
+    derived = frozenset({"verbose"})
+    whole = True
+
+
+class RemoteMonitorAdapter(Adapter):
+    """`RemoteMonitor`: nothing to save."""
+
+    observes = True
+
+
+class UserAdapter(Adapter):
+    """A class of the user's that is derived from `Callback` directly."""
+
+    whole = True
+
+
+class RefusedAdapter(Adapter):
+    """A callback that saves or restores the run by itself."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def check(self, callback: Any) -> str | None:
+        return self._why
+
+
+_REFUSED = (
+    "legato saves and restores the whole run itself, in `run_dir`, and two "
+    "that do would overwrite each other's weights. Leave it out; use "
+    "`checkpoint_interval` to say how often."
+)
+
+# The first that fits counts.
+_ADAPTERS: tuple[tuple[type, Adapter], ...] = (
+    (_callbacks.EarlyStopping, EarlyStoppingAdapter()),
+    (_callbacks.ReduceLROnPlateau, ReduceLROnPlateauAdapter()),
+    (_callbacks.ModelCheckpoint, ModelCheckpointAdapter()),
+    (_callbacks.CSVLogger, CSVLoggerAdapter()),
+    (_callbacks.TensorBoard, TensorBoardAdapter()),
+    (_callbacks.History, HistoryAdapter()),
+    (_callbacks.ProgbarLogger, ProgbarLoggerAdapter()),
+    (_callbacks.TerminateOnNaN, TerminateOnNaNAdapter()),
+    (_callbacks.SwapEMAWeights, SwapEMAWeightsAdapter()),
+    (_callbacks.RemoteMonitor, RemoteMonitorAdapter()),
+    (_callbacks.LambdaCallback, FunctionsAdapter()),
+    (_callbacks.LearningRateScheduler, FunctionsAdapter()),
+    (_callbacks.BackupAndRestore, RefusedAdapter(_REFUSED)),
+    (_callbacks.OrbaxCheckpoint, RefusedAdapter(_REFUSED)),
+)
+_USER = UserAdapter()
+
+
+def adapter_of(callback: keras.callbacks.Callback) -> Adapter:
+    """The adapter for a callback: that of the class of Keras's it extends."""
+    for cls, adapter in _ADAPTERS:
+        if isinstance(callback, cls):
+            return adapter
+    return _USER
+
+
+def is_kerass_own(callback: keras.callbacks.Callback) -> bool:
+    """Whether the class is one of Keras's, and not a subclass of one."""
+    return any(type(callback) is cls for cls, _ in _ADAPTERS)
+
+
+def set_directions(
+    callback: keras.callbacks.Callback, directions: dict[str, str]
+) -> None:
+    """Tells a callback in which direction its metric is better.
+
+    Keras finds that in the compiled metrics of the model; the model of a task
+    is not compiled.
+
+    Args:
+        callback: any callback; one with `mode="auto"` is changed.
+        directions: metric -> "min" or "max".
+
+    Raises:
+        ConfigError: if a direction is neither.
+    """
+    for name, direction in directions.items():
+        if direction not in ("min", "max"):
+            raise ConfigError(
+                f"metric_directions[{name!r}] is {direction!r}; it must be "
+                "'min' or 'max'."
+            )
+    if isinstance(adapter_of(callback), MonitorAdapter):
+        monitor: Any = callback
+        direction = directions.get(monitor.monitor.removeprefix("val_"))
+        if monitor.mode == "auto" and direction is not None:
+            monitor.mode = direction

@@ -1,0 +1,71 @@
+"""What Keras does behind our back while a step is traced, put in our hands."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras.src import backend as keras_backend
+from keras.src.backend.common import global_state
+from keras.src.random import seed_generator
+
+from legato.errors import StepError
+
+Cond = Callable[[Any, Callable[[], Any], Callable[[], Any]], Any]
+
+
+def current_scope() -> keras.StatelessScope | None:
+    """The innermost stateless scope of this thread."""
+    return global_state.get_global_attribute("stateless_scope")
+
+
+def native_cond(
+    pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]
+) -> Any:
+    """The backend's own conditional, without merging of assignments."""
+    return _NATIVE_COND(pred, true_fn, false_fn)
+
+
+_NATIVE_COND: Cond = keras_backend.core.cond
+
+
+@contextlib.contextmanager
+def traced_step(cond: Cond | None) -> Iterator[None]:
+    """While a step is traced: our `cond`, and no unseeded randomness.
+
+    Args:
+        cond: takes the place of the backend's conditional, which leaks what
+            is assigned inside a branch (`LossScaleOptimizer.apply` does);
+            None keeps it.
+    """
+    old_generator = seed_generator.global_seed_generator
+    seed_generator.global_seed_generator = _refuse_unseeded
+    if cond is not None:
+        keras_backend.core.cond = cond
+    try:
+        yield
+    finally:
+        keras_backend.core.cond = _NATIVE_COND
+        seed_generator.global_seed_generator = old_generator
+
+
+def global_seed_state() -> keras.Variable | None:
+    """The state behind unseeded `keras.random` calls, if any was made."""
+    generator = global_state.get_global_attribute(
+        seed_generator.GLOBAL_SEED_GENERATOR
+    )
+    return None if generator is None else generator.state
+
+
+def make_global_seed_state() -> keras.Variable:
+    """The same, made if there is none."""
+    return seed_generator.global_seed_generator().state
+
+
+def _refuse_unseeded() -> Any:
+    raise StepError(
+        "A keras.random function was called in a step with seed=None. Its "
+        "values would not be part of the run's state. Make a "
+        "keras.random.SeedGenerator(seed) an attribute of the Task or of a "
+        "layer, and pass it as `seed`."
+    )

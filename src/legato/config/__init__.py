@@ -1,0 +1,39 @@
+"""Configs: what they hold, how they are read, how they are refused.
+
+A config is a frozen pydantic model. It is made in Python
+(`TrainerConfig(train_steps=2000)`) or read from YAML (`load_yaml`, then
+`apply_overrides`, then `validate`); either way all problems are reported at
+once, each with its place, its value, the rule and the nearest valid name.
+"""
+
+from legato.config.document import (
+    Document,
+    apply_overrides,
+    load_yaml,
+    parse_yaml,
+)
+from legato.config.duration import parse_duration
+from legato.config.model import (
+    Config,
+    config_hash,
+    dump_yaml,
+    nearest,
+    validate,
+    validate_mapping,
+)
+from legato.config.trainer import TrainerConfig
+
+__all__ = [
+    "Config",
+    "Document",
+    "TrainerConfig",
+    "apply_overrides",
+    "config_hash",
+    "dump_yaml",
+    "load_yaml",
+    "nearest",
+    "parse_duration",
+    "parse_yaml",
+    "validate",
+    "validate_mapping",
+]

@@ -1,0 +1,193 @@
+"""How a run is driven: length, cadences, policies."""
+
+import operator
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from legato.config.duration import RULE, parse_duration, seconds_of
+from legato.config.model import Config
+from legato.errors import ConfigError
+
+
+def _whole(minimum: int, or_else: str = "") -> pydantic.BeforeValidator:
+    """A whole number of at least `minimum`; `or_else` names the remedy."""
+
+    def check(value: Any) -> Any:
+        if value is None:
+            return None
+        number = _as_whole(value)
+        if number is None or number < minimum:
+            raise ValueError(
+                f"must be a whole number of at least {minimum}{or_else}"
+            )
+        return number
+
+    return pydantic.BeforeValidator(check)
+
+
+def _as_whole(value: Any) -> int | None:
+    """Takes NumPy's integers and YAML's `1e5` too; not True, not "10"."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _check_validation_interval(value: Any) -> Any:
+    number = _as_whole(value)
+    if value is None or value == "epoch":
+        return value
+    if number is None or number < 1:
+        raise ValueError(
+            'must be a number of steps of at least 1, "epoch", or null (None) '
+            "for never"
+        )
+    return number
+
+
+def _check_checkpoint_interval(value: Any) -> Any:
+    number = _as_whole(value)
+    if number is not None and number >= 1:
+        return number
+    if isinstance(value, str):
+        return value if value == "epoch" else _check_duration(value)
+    raise ValueError(
+        'must be a number of steps of at least 1, "epoch", or a duration such '
+        'as "10min"; a run without checkpoints could not be resumed'
+    )
+
+
+def _check_duration(value: Any) -> Any:
+    if not isinstance(value, str) or seconds_of(value) is None:
+        raise ValueError(RULE)
+    return value
+
+
+def _check_max_time(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value if value is None else _check_duration(value)
+    seconds = isinstance(value, int | float) and not isinstance(value, bool)
+    if not seconds or not 0 < value < float("inf"):
+        raise ValueError(f"{RULE}, or a number of seconds above zero")
+    return float(value)
+
+
+class TrainerConfig(Config):
+    """How a run is driven; the same in Python and in YAML.
+
+    Attributes:
+        train_steps: the length of the run in steps (completed updates).
+        epochs: the length of the run in passes over the training data; give
+            this or `train_steps`.
+        seed: the seed of everything random in the run.
+        validation_interval: steps between validations, or "epoch" for one
+            after each epoch, or None for none.
+        validation_steps: batches in one validation; None takes the whole
+            split.
+        checkpoint_interval: steps between checkpoints, or "epoch", or a
+            duration such as "10min".
+        keep_last: how many of the newest checkpoints are kept; None keeps
+            all.
+        keep_every: checkpoints whose step is a multiple of this many steps
+            are kept for good; None keeps none in this way.
+        checkpoint_timeout: seconds after which training fails when no
+            checkpoint could be written.
+        summary_interval: steps between summaries; 0 for none.
+        train_metrics_interval: steps between updates of the training metrics;
+            0 leaves them out of the compiled step.
+        steps_per_loop: at most this many steps run in one device call; None
+            lets the engine choose. It does not change any bits.
+        best_metric: the epoch log that tells the best checkpoint, as it
+            appears in the logs, such as "val_accuracy"; None keeps no best.
+        best_mode: whether less ("min") or more ("max") of `best_metric` is
+            better; "auto" goes by its name and its metric.
+        exact: what to do about something that keeps resuming from being
+            exact: refuse ("strict"), warn once ("warn"), or nothing ("off").
+        resume: "auto" resumes if there is something to resume, "must" refuses
+            to start anew, "never" refuses a used directory, and "override"
+            resumes with this program's optimizer and loss where they differ.
+        nonfinite_loss: "error" stops at a loss that is NaN or infinite and
+            "warn" goes on; None is "error", but "warn" where a
+            LossScaleOptimizer will skip the step.
+        max_time: the longest that this process may train, as a duration or in
+            seconds; after it training ends with everything saved and status
+            75.
+        progress: how progress is shown: a live bar ("rich"), a line now and
+            then ("plain"), nothing ("none"), or by the terminal ("auto").
+    """
+
+    train_steps: Annotated[int | None, _whole(1)] = None
+    epochs: Annotated[int | None, _whole(1)] = None
+    seed: Annotated[int, _whole(0)] = 0
+    validation_interval: Annotated[
+        int | Literal["epoch"] | None,
+        pydantic.PlainValidator(_check_validation_interval),
+    ] = "epoch"
+    validation_steps: Annotated[
+        int | None, _whole(1, ", or null (None) for the whole split")
+    ] = None
+    checkpoint_interval: Annotated[
+        int | str, pydantic.PlainValidator(_check_checkpoint_interval)
+    ] = "epoch"
+    keep_last: Annotated[
+        int | None, _whole(1, ", or null (None) to keep all")
+    ] = 3
+    keep_every: Annotated[
+        int | None, _whole(1, ", or null (None) to keep none this way")
+    ] = None
+    checkpoint_timeout: Annotated[float, pydantic.Field(gt=0)] = 600.0
+    summary_interval: Annotated[int, _whole(0, " (0 for none)")] = 100
+    train_metrics_interval: Annotated[int, _whole(0, " (0 for off)")] = 1
+    steps_per_loop: Annotated[
+        int | None, _whole(1, ", or null (None) to let the engine choose")
+    ] = None
+    best_metric: str | None = None
+    best_mode: Literal["min", "max", "auto"] = "auto"
+    exact: Literal["strict", "warn", "off"] = "warn"
+    resume: Literal["auto", "must", "never", "override"] = "auto"
+    nonfinite_loss: Literal["error", "warn"] | None = None
+    max_time: Annotated[
+        str | float | None, pydantic.PlainValidator(_check_max_time)
+    ] = None
+    progress: Literal["auto", "rich", "plain", "none"] = "auto"
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> "TrainerConfig":
+        if self.train_steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train_steps={self.train_steps} and epochs={self.epochs} are "
+                "both given: give one, and set the other to null (None)"
+            )
+        return self
+
+    @property
+    def checkpoint_seconds(self) -> float | None:
+        """Seconds between checkpoints, where the interval is a duration."""
+        interval = self.checkpoint_interval
+        if isinstance(interval, int) or interval == "epoch":
+            return None
+        return parse_duration(interval)
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        if isinstance(self.max_time, str):
+            return parse_duration(self.max_time)
+        return self.max_time
+
+    def require_length(self) -> None:
+        """Checks that the run has an end; evaluation alone needs none.
+
+        Raises:
+            ConfigError: if neither `train_steps` nor `epochs` is given.
+        """
+        if self.train_steps is None and self.epochs is None:
+            raise ConfigError(
+                "TrainerConfig: the length of the run is missing: give "
+                "train_steps or epochs."
+            )

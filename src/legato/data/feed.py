@@ -1,0 +1,65 @@
+"""The next chunk is made ready in the background while the device works."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from legato.data.source import Chunk, DataIterator
+from legato.types import JSON
+
+
+class Feed:
+    """Hands out chunks, one prepared ahead, and knows the true position.
+
+    The position is that after the last chunk *taken*, never the prefetched
+    one: a checkpoint must hold what completed steps consumed.
+    """
+
+    def __init__(self, iterator: DataIterator) -> None:
+        self._iterator = iterator
+        self._state = iterator.get_state()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="legato-feed")
+        self._ahead: tuple[int, Future[Chunk]] | None = None
+
+    def prefetch(self, max_batches: int) -> None:
+        """Begin to make the chunk that `take(max_batches)` will want."""
+        if self._ahead is None:
+            future = self._executor.submit(
+                self._iterator.next_chunk, max_batches
+            )
+            self._ahead = max_batches, future
+
+    def take(self, max_batches: int) -> Chunk:
+        """The next chunk, of at most `max_batches` batches.
+
+        Raises:
+            Whatever the data raised while the chunk was made.
+        """
+        chunk = None
+        if self._ahead is not None:
+            _, future = self._ahead
+            self._ahead = None
+            chunk = future.result()
+            if chunk.num_batches > max_batches:
+                # The plan changed (a callback stopped training, say): go back.
+                self._iterator.set_state(self._state)
+                chunk = None
+        if chunk is None:
+            chunk = self._iterator.next_chunk(max_batches)
+        self._state = chunk.state
+        return chunk
+
+    def get_state(self) -> JSON:
+        """The position after the last chunk taken."""
+        return self._state
+
+    def set_state(self, state: JSON) -> None:
+        """Go to a position, dropping what was prefetched."""
+        if self._ahead is not None:
+            self._ahead[1].cancel() or self._ahead[1].exception()
+            self._ahead = None
+        self._iterator.set_state(state)
+        self._state = state
+
+    def close(self) -> None:
+        """Stop the thread and close the iterator."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._iterator.close()

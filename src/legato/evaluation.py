@@ -1,0 +1,183 @@
+"""Measuring a model on a split of the data, in device loops like training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import keras
+
+from legato import backends
+from legato.backends import CompiledLoop, LoopMode
+from legato.data import Chunk, DataSource
+from legato.errors import StepError
+from legato.metrics import StepMetric, results
+from legato.task import Task
+from legato.types import Logs
+
+MAX_CAPACITY = 256
+_CHUNK_BYTES = 64 * 2**20
+
+
+def loop_capacity(source: DataSource, limit: int | None = None) -> int:
+    """Batches in one device call: at most 256, and 64 MB of them."""
+    fitting = max(1, _CHUNK_BYTES // max(source.batch_bytes, 1))
+    return max(1, min(MAX_CAPACITY, fitting, limit or MAX_CAPACITY))
+
+
+def check_logs(logs: Any, task: Task, step: str, *, loss: bool) -> dict:
+    """The logs of a step.
+
+    Raises:
+        StepError: they are no dict of scalars, or the loss is not in them.
+    """
+    where = f"{type(task).__name__}.{step}"
+    if not isinstance(logs, dict):
+        raise StepError(
+            f"{where} returned {type(logs).__name__}: it must return a dict of "
+            f"scalars, such as {{self.loss: loss}}."
+        )
+    if loss and task.loss not in logs:
+        raise StepError(
+            f"{where} returned no loss: its logs are {sorted(logs)}, and "
+            f"{task.loss!r} must be among them. Return {{self.loss: loss}}."
+        )
+    for name, value in logs.items():
+        shape = tuple(getattr(value, "shape", ()))
+        if shape != ():
+            raise StepError(
+                f"{where} returned {name!r} of shape {shape}: the logs of a "
+                "step must be scalars. Reduce it, for example with "
+                "keras.ops.mean."
+            )
+    return logs
+
+
+class TestHooks(Protocol):
+    """The callbacks, as validation calls them."""
+
+    test_batch_hooks_active: bool
+
+    def on_test_begin(self) -> None:
+        """Validation begins."""
+
+    def on_test_end(self, logs: Logs) -> None:
+        """Validation ended."""
+
+    def on_test_batch_begin(self, batch: int) -> None:
+        """A batch begins."""
+
+    def on_test_batch_end(self, batch: int, logs: Logs) -> None:
+        """A batch ended."""
+
+
+class Evaluator:
+    """Runs `Task.validation_step` over a split.
+
+    Args:
+        task: the task.
+        model: its model.
+        source: the split.
+        metrics: what is measured beside the step's own logs.
+        seed: of the order, where the source has one.
+        mode: how to run on the device; None chooses as training does.
+        max_batches: how many batches; None takes the whole split.
+
+    Attributes:
+        metrics: as given.
+        mode: as given, or as chosen at the first call.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: Any,
+        source: DataSource,
+        metrics: Sequence[keras.metrics.Metric],
+        *,
+        seed: int,
+        mode: LoopMode | None = None,
+        max_batches: int | None = None,
+    ) -> None:
+        self._task = task
+        self._model = model
+        self._source = source
+        self.metrics = metrics
+        self._seed = seed
+        self.mode = mode
+        whole = source.batches_per_epoch
+        self._num_batches = min(max_batches or whole, whole)
+        self._capacity = loop_capacity(source)
+        self._resident: Any = None
+        self._loops: dict[int, CompiledLoop] = {}
+
+    def __call__(
+        self, hooks: TestHooks, stop_requested: Callable[[], bool]
+    ) -> Logs | None:
+        """Validate from the first batch to the last.
+
+        Returns:
+            The mean of each log over the examples, and the metrics' results;
+            None if a stop was requested meanwhile: then nothing is to be kept.
+        """
+        hooks.on_test_begin()
+        for metric in self.metrics:
+            metric.reset_state()
+        sums: Logs = {}
+        examples = done = 0
+        iterator = self._source.iterate(
+            seed=self._seed, capacity=self._capacity
+        )
+        while done < self._num_batches:
+            if stop_requested():
+                return None
+            most = 1 if hooks.test_batch_hooks_active else self._capacity
+            chunk = iterator.next_chunk(min(most, self._num_batches - done))
+            if hooks.test_batch_hooks_active:
+                hooks.on_test_batch_begin(done)
+            names, rows = self._run(done, chunk)
+            for k, name in enumerate(names):
+                total = sums.get(name, 0.0)
+                for value in rows[:, k].tolist():
+                    total += value * chunk.batch_size
+                sums[name] = total
+            examples += chunk.num_batches * chunk.batch_size
+            done += chunk.num_batches
+            if hooks.test_batch_hooks_active:
+                hooks.on_test_batch_end(
+                    done - 1,
+                    dict(zip(names, rows[-1].tolist(), strict=True)),
+                )
+        iterator.close()
+        logs = {name: total / examples for name, total in sums.items()}
+        logs.update(results(self.metrics))
+        hooks.on_test_end(logs)
+        return logs
+
+    def _run(self, step: int, chunk: Chunk) -> tuple[list[str], Any]:
+        backend = backends.current()
+        loop = self._loops.get(chunk.batch_size)
+        if loop is None:
+            if self._resident is None:
+                self._resident = backend.place(self._source.resident)
+            loop = backend.compile_loop(
+                self._step,
+                fetch=self._source.fetch,
+                resident=self._resident,
+                operands=chunk.operands,
+                mode=self.mode,
+                losses_in_step=True,
+                variables=[
+                    v
+                    for known in self._loops.values()
+                    for v in (*known.updated, *known.read_only)
+                ],
+            )
+            self.mode = loop.mode
+            self._loops[chunk.batch_size] = loop
+        logs = loop(step, chunk.num_batches, chunk.operands)
+        return loop.log_names, backend.to_host(logs, chunk.num_batches)
+
+    def _step(self, batch: Any, step: Any) -> dict[str, Any]:
+        del step
+        metrics = [StepMetric(metric, 1) for metric in self.metrics]
+        logs = self._task.validation_step(batch, self._model, metrics)
+        return check_logs(logs, self._task, "validation_step", loss=False)

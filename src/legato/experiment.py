@@ -1,0 +1,439 @@
+"""Experiments: a task, how it is trained, and where, in one config.
+
+An experiment is named on the command line in one of three ways: a YAML file,
+a built-in name such as `digits`, or `package.module:experiment`. Reading a
+YAML file imports neither Keras nor the task; that happens when the task is
+built, after the backend was chosen.
+"""
+
+import importlib
+import importlib.resources
+import inspect
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
+
+from legato.config import (
+    Config,
+    Document,
+    TrainerConfig,
+    apply_overrides,
+    load_yaml,
+    nearest,
+    parse_yaml,
+    validate,
+    validate_mapping,
+)
+from legato.errors import ConfigError, LegatoError
+
+if TYPE_CHECKING:
+    import keras
+
+    from legato.task import Task
+
+_OBJECT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Checks that a mapping can be written to `config.yaml`; copies it."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"must hold plain data only (numbers, strings, lists): {error}"
+        ) from None
+
+
+Arguments = Annotated[dict[str, Any], pydantic.AfterValidator(_plain)]
+"""Keyword arguments as they stand in a config."""
+
+
+def _check_object(value: str) -> str:
+    if not _OBJECT.fullmatch(value):
+        raise ValueError('must be of the form "package.module:Name"')
+    return value
+
+
+def _check_task(value: str) -> str:
+    if ":" in value:
+        return _check_object(value)
+    if value not in built_in_names():
+        raise ValueError(
+            'must be "package.module:Class" or a built-in name'
+            + _suggest(value, built_in_names())
+        )
+    return value
+
+
+def _check_callback(value: str) -> str:
+    if ":" in value:
+        return _check_object(value)
+    if not value.isidentifier():
+        raise ValueError(
+            'must be "package.module:Class", or the name of a class of '
+            'keras.callbacks such as "EarlyStopping"'
+        )
+    return value
+
+
+class CallbackSpec(Config):
+    """A callback to make.
+
+    Attributes:
+        type: the class: "package.module:Class", or the bare name of a class
+            of `keras.callbacks`.
+        config: keyword arguments for it.
+    """
+
+    type: Annotated[str, pydantic.AfterValidator(_check_callback)]
+    config: Arguments = pydantic.Field(default_factory=dict)
+
+
+class Experiment(Config):
+    """All that a training run is made of, as plain data.
+
+    Attributes:
+        task: the task: "package.module:Class" (or a function that returns a
+            task), or a built-in name such as "digits".
+        task_config: keyword arguments for it.
+        trainer: how it is trained.
+        callbacks: Keras callbacks, in the order in which they are called.
+        run_dir: the directory of the run; None is `runs/` and the name of the
+            experiment.
+        backend: the Keras backend, where neither the command line nor the
+            environment asks for one.
+    """
+
+    task: Annotated[str, pydantic.AfterValidator(_check_task)]
+    task_config: Arguments = pydantic.Field(default_factory=dict)
+    trainer: TrainerConfig = TrainerConfig()
+    callbacks: list[CallbackSpec] = pydantic.Field(default_factory=list)
+    run_dir: str | None = None
+    backend: Literal["jax", "tensorflow", "torch"] | None = None
+
+    # Where each value was written, for mistakes that show only when the task
+    # and the callbacks are built.
+    _document: Document = pydantic.PrivateAttr(
+        default_factory=lambda: Document({})
+    )
+
+    def __eq__(self, other: object) -> bool:
+        """Where the values were written is no part of what they are."""
+        if not isinstance(other, Experiment):
+            return NotImplemented
+        return self.model_dump() == other.model_dump()
+
+
+def built_in_names() -> list[str]:
+    """Returns the names of the experiments that come with legato."""
+    # By their files: importing `legato.tasks` would import Keras.
+    return sorted(
+        name.removesuffix(".yaml")
+        for entry in _built_in_directory().iterdir()
+        if (name := entry.name).endswith(".yaml")
+    )
+
+
+def resolve(config_argument: str, overrides: Iterable[str] = ()) -> Experiment:
+    """Finds an experiment by what the command line calls it.
+
+    Args:
+        config_argument: a YAML file, a built-in name, or
+            `package.module:experiment`, which is an `Experiment` or a function
+            without arguments that returns one. Modules are looked for in the
+            working directory too, as `python -m` does.
+        overrides: texts such as `"trainer.train_steps=1000"`, put in before
+            anything is checked.
+
+    Returns:
+        The experiment, with `run_dir` filled in.
+
+    Raises:
+        ConfigError: if there is no such experiment, or it is not valid.
+    """
+    text = str(config_argument)
+    if _is_path(text):
+        name = pathlib.Path(text).stem
+        document = load_yaml(text)
+    elif ":" in text:
+        module, _, attribute = text.rpartition(":")
+        name = attribute.rpartition(".")[2]
+        if name == "experiment":
+            name = module.rpartition(".")[2]
+        document = Document(_load_object(text))
+    elif text in built_in_names():
+        name = text
+        document = _built_in(text)
+    else:
+        raise ConfigError(
+            f"{text}: there is no such experiment. CONFIG is a YAML file, "
+            "package.module:experiment or a built-in name"
+            + _suggest(text, built_in_names())
+        )
+    document = apply_overrides(document, overrides)
+    experiment = validate(Experiment, document, source=text)
+    if experiment.run_dir is None:
+        experiment = experiment.replace(run_dir=f"runs/{name}")
+    experiment._document = document
+    return experiment
+
+
+def build_task(experiment: Experiment) -> "Task":
+    """Makes the experiment's task; imports Keras and the task's module.
+
+    Raises:
+        ConfigError: if it cannot be found, or `task_config` does not fit it.
+    """
+    from legato.task import Task
+
+    name = experiment.task
+    if ":" not in name:
+        name = _built_in(name).data["task"]
+    task = _build(
+        name, experiment, ("task",), experiment.task_config, ("task_config",)
+    )
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"{_where(experiment, ('task',))}: {name} made a "
+            f"{type(task).__name__}, which is not a legato.Task."
+        )
+    return task
+
+
+def build_callbacks(experiment: Experiment) -> "list[keras.callbacks.Callback]":
+    """Makes the experiment's callbacks; imports Keras and their modules.
+
+    Raises:
+        ConfigError: if a class cannot be found, or its `config` does not fit.
+    """
+    import keras
+
+    callbacks = []
+    for index, spec in enumerate(experiment.callbacks):
+        at = ("callbacks", index, "type")
+        name = spec.type if ":" in spec.type else f"keras.callbacks:{spec.type}"
+        callback = _build(
+            name, experiment, at, spec.config, ("callbacks", index, "config")
+        )
+        if not isinstance(callback, keras.callbacks.Callback):
+            raise ConfigError(
+                f"{_where(experiment, at)}: {name} made a "
+                f"{type(callback).__name__}, which is not a "
+                "keras.callbacks.Callback."
+            )
+        callbacks.append(callback)
+    return callbacks
+
+
+def run_experiment(
+    experiment: Experiment,
+    mode: str = "train_and_eval",
+    run_dir: str | os.PathLike[str] | None = None,
+) -> Any:
+    """Runs an experiment, or goes on with it.
+
+    Args:
+        experiment: what to run.
+        mode: "train_and_eval", "train" (no validation), or "eval" (the
+            newest checkpoint on the validation data).
+        run_dir: the directory of the run; None takes the experiment's, or
+            `runs/` and the task's name.
+
+    Returns:
+        What `Trainer.train` or `Trainer.evaluate` returns.
+
+    Raises:
+        ConfigError: if the mode is not known or the experiment is not valid.
+    """
+    modes = ("train_and_eval", "train", "eval")
+    if mode not in modes:
+        meant = " (not yet)" if mode in _LATER_MODES else ""
+        raise ConfigError(
+            f"mode must be one of {', '.join(modes)}; got {mode!r}{meant}."
+        )
+    from legato.trainer import Trainer
+
+    config = experiment.trainer
+    if mode == "train":
+        config = config.replace(validation_interval=None)
+    if mode != "eval":
+        config.require_length()
+    if run_dir is None:
+        task_name = experiment.task.rpartition(":")[2].lower()
+        run_dir = experiment.run_dir or f"runs/{task_name}"
+    trainer = Trainer(
+        build_task(experiment),
+        run_dir=run_dir,
+        config=config,
+        callbacks=build_callbacks(experiment),
+    )
+    return trainer.evaluate() if mode == "eval" else trainer.train()
+
+
+_LATER_MODES = ("continuous_eval", "train_and_post_eval")
+
+
+def _built_in_directory() -> Any:
+    return importlib.resources.files("legato").joinpath("tasks")
+
+
+def _built_in(name: str) -> Document:
+    resource = _built_in_directory().joinpath(f"{name}.yaml")
+    return parse_yaml(resource.read_text("utf-8"), f"{name}.yaml")
+
+
+def _is_path(text: str) -> bool:
+    return (
+        text.endswith((".yaml", ".yml"))
+        or os.sep in text
+        or pathlib.Path(text).is_file()
+    )
+
+
+def _load_object(text: str) -> dict[str, Any]:
+    if not _OBJECT.fullmatch(text):
+        raise ConfigError(
+            f"{text}: must be of the form package.module:experiment."
+        )
+    found = _import_object(text, text)
+    if callable(found) and not isinstance(found, Experiment):
+        found = found()
+    if not isinstance(found, Experiment):
+        raise ConfigError(
+            f"{text}: must be a legato.Experiment, or a function without "
+            f"arguments that returns one; it is a {type(found).__name__}."
+        )
+    # Only what was given: defaults would look like it.
+    return found.model_dump(mode="json", exclude_unset=True)
+
+
+def _where(experiment: Experiment, at: tuple[str | int, ...]) -> str:
+    dotted = ".".join(map(str, at))
+    place = experiment._document.place(at)
+    return f"{place}: {dotted}" if place else dotted
+
+
+def _build(
+    name: str,
+    experiment: Experiment,
+    at: tuple[str | int, ...],
+    config: dict[str, Any],
+    config_at: tuple[str | int, ...],
+) -> Any:
+    where = _where(experiment, at)
+    factory = _import_object(name, where)
+    if not callable(factory):
+        raise ConfigError(f"{where}: {name} is not a class or a function.")
+    arguments = _check_arguments(factory, config, experiment, config_at)
+    try:
+        return factory(**arguments)
+    except LegatoError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: {name} could not be made: {error}"
+        ) from error
+
+
+def _check_arguments(
+    factory: Callable[..., Any],
+    config: dict[str, Any],
+    experiment: Experiment,
+    at: tuple[str | int, ...],
+) -> dict[str, Any]:
+    """Checks keyword arguments against a signature and its annotations."""
+    maker = factory.__init__ if inspect.isclass(factory) else factory
+    namespace = getattr(inspect.unwrap(maker), "__globals__", {})
+    fields: dict[str, Any] = {}
+    required = []
+    open_ended = False
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            open_ended = True
+        elif parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        ):
+            fields[name] = _annotation(parameter, namespace)
+            if parameter.default is parameter.empty:
+                required.append(name)
+    return validate_mapping(
+        fields,
+        config,
+        required=required,
+        open_ended=open_ended,
+        doc=experiment._document,
+        at=at,
+        source="",
+    )
+
+
+def _annotation(parameter: inspect.Parameter, namespace: dict) -> Any:
+    """Returns what the argument is checked against; Any where nothing can.
+
+    Strings are resolved one by one: a name that only a type checker knows
+    must not cost the other arguments their checks.
+    """
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        return Any
+    if isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, namespace)
+        except Exception:
+            return Any
+    try:
+        if parameter.default is None:
+            annotation = annotation | None
+        pydantic.create_model(
+            "Probe",
+            __config__=pydantic.ConfigDict(arbitrary_types_allowed=True),
+            field=(annotation, None),
+        )
+    except (pydantic.errors.PydanticUserError, TypeError):
+        return Any
+    return annotation
+
+
+def _import_object(name: str, where: str) -> Any:
+    """Imports `package.module:Name`, from the working directory too.
+
+    An error inside the module is the user's own and is let through.
+    """
+    module_name, _, attributes = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name != missing and not module_name.startswith(f"{missing}."):
+            raise
+        raise ConfigError(
+            f"{where}: there is no module {missing!r}. Modules are looked for "
+            "where Python looks and in the working directory."
+        ) from None
+    for attribute in attributes.split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            public = [each for each in dir(found) if not each.startswith("_")]
+            meant = nearest(attribute, public)
+            raise ConfigError(
+                f"{where}: {module_name} has no {attribute!r}"
+                + (f" - did you mean {meant!r}?" if meant else ".")
+            ) from None
+    return found
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    meant = nearest(name, known)
+    if meant is not None:
+        return f" - did you mean {meant!r}?"
+    return f"; built in are {', '.join(known)}."

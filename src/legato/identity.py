@@ -1,0 +1,217 @@
+"""Who a run is: what its future depends on, and what must not change.
+
+The identity is written with every checkpoint and compared when a run is
+resumed. A difference is one of three things: it makes this another run
+(`RestoreError`), it keeps resuming from being exact (`exact=` decides), or it
+does not matter and is not in here.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+
+from legato import backends
+from legato.config import TrainerConfig
+from legato.errors import RestoreError
+from legato.task import Optimizers, Task
+from legato.types import JSON
+from legato.version import __version__
+
+# Changed freely: they change neither bits nor what is logged.
+_FREE = {
+    "train_steps", "epochs", "keep_last", "keep_every", "checkpoint_timeout",
+    "checkpoint_interval", "steps_per_loop", "exact", "resume", "max_time",
+    "progress", "best_metric", "best_mode", "nonfinite_loss",
+}  # fmt: skip
+
+
+def make_identity(
+    task: Task,
+    optimizers: Optimizers,
+    config: TrainerConfig,
+    data: Mapping[str, JSON],
+    *,
+    mode: str,
+    capacity: int,
+) -> dict[str, JSON]:
+    """Gather everything that a run's bits depend on.
+
+    Args:
+        task: the task.
+        optimizers: what `build_optimizer` returned, not yet trained with.
+        config: of the trainer.
+        data: the identity of the training data.
+        mode: how steps reach the device; kept on resume.
+        capacity: batches in one device call; kept on resume.
+    """
+    made = {
+        "environment": _environment(),
+        "config": {
+            name: value
+            for name, value in config.model_dump(mode="json").items()
+            if name not in _FREE
+        },
+        "task": {
+            "class": f"{type(task).__module__}.{type(task).__qualname__}",
+            "attributes": {
+                name: described
+                for name, value in sorted(vars(task).items())
+                if (described := _describe(value)) is not None
+            },
+            "code_sha256": code_hash(type(task)),
+        },
+        "optimizer": _optimizer_config(optimizers),
+        "data": dict(data),
+        "program": {"mode": mode, "capacity": capacity},
+    }
+    # As a checkpoint will give it back: tuples become lists, for example.
+    return json.loads(json.dumps(made, default=str))
+
+
+def compare(
+    saved: Any, present: dict[str, JSON], *, override: bool
+) -> list[str]:
+    """Compare a checkpoint's identity with the program's.
+
+    Args:
+        saved: the identity in the checkpoint.
+        present: that of the program.
+        override: take the program's optimizer and task where they differ.
+
+    Returns:
+        What keeps resuming from being exact, a sentence each.
+
+    Raises:
+        RestoreError: this is another run; the message names each value.
+    """
+    if not isinstance(saved, dict):
+        raise RestoreError("The checkpoint holds no identity of its run.")
+    serious, mild = [], []
+    for path, before, after in _differences(saved, present, ()):
+        sentence = f"{'.'.join(path)}: {before!r} -> {after!r}"
+        top = path[0]
+        if top == "data" or path[:2] == ("config", "seed"):
+            serious.append(sentence)
+        elif top in ("optimizer", "task") and "code_sha256" not in path:
+            (mild if override else serious).append(sentence)
+        elif "code_sha256" in path:
+            mild.append("the code of the Task changed")
+        elif top != "program":
+            mild.append(sentence)
+    if serious:
+        listed = "\n  ".join(serious)
+        raise RestoreError(
+            "This program is not the run that the checkpoint is of "
+            f"(checkpoint -> program):\n  {listed}\nPut the old values back, "
+            "use another run_dir, or, if only the optimizer, the learning "
+            'rate or the task differ, resume="override" to go on with the new '
+            "ones."
+        )
+    return mild
+
+
+def _differences(
+    a: Any, b: Any, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            yield from _differences(a.get(key), b.get(key), (*path, key))
+    elif a != b:
+        yield path, a, b
+
+
+def _environment() -> dict[str, JSON]:
+    return {
+        "python": platform.python_version(),
+        "legato": __version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+        "backend": backends.current().name,
+        **backends.current().fingerprint(),
+        "cpu": _cpu(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""),
+        "floatx": keras.config.floatx(),
+        "dtype_policy": keras.config.dtype_policy().name,
+    }
+
+
+def _cpu() -> str:
+    """Model and instruction sets: kernels are chosen by them."""
+    lines = []
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            for line in file:
+                if line.startswith(("model name", "flags", "Features")):
+                    lines.append(line)
+                elif not line.strip():
+                    break  # the other cores are alike
+    except OSError:
+        return platform.processor()
+    model = next(
+        (x.split(":", 1)[1].strip() for x in lines if x[:5] == "model"), ""
+    )
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+    return f"{model} ({digest})"
+
+
+def _optimizer_config(optimizers: Optimizers) -> JSON:
+    if isinstance(optimizers, dict):
+        return {k: _optimizer_config(v) for k, v in optimizers.items()}
+    config = _without_names(optimizers.get_config())
+    return {"class": type(optimizers).__name__, **config}
+
+
+def _without_names(config: Any) -> Any:
+    """Automatic names differ between processes and mean nothing."""
+    if isinstance(config, dict):
+        return {k: _without_names(v) for k, v in config.items() if k != "name"}
+    return config
+
+
+def _describe(value: Any) -> Any:
+    """A value to compare by; None for what cannot be compared."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple) and len(value) <= 100:
+        parts = [_describe(v) for v in value]
+        return None if any(p is None for p in parts) else parts
+    if isinstance(value, keras.losses.Loss):
+        config = _without_names(value.get_config())
+        return {"class": type(value).__name__, **config}
+    return None
+
+
+def code_hash(cls: type) -> str:
+    """A hash of what a class's methods do; comments do not count."""
+    digest = hashlib.sha256()
+    for base in cls.__mro__:
+        if base is Task or base is object:
+            break
+        for name, value in sorted(vars(base).items()):
+            function = getattr(value, "__func__", value)
+            if isinstance(function, types.FunctionType):
+                digest.update(name.encode())
+                _hash_code(digest, function.__code__)
+    return f"{sys.version_info[0]}.{sys.version_info[1]}:{digest.hexdigest()}"
+
+
+def _hash_code(digest: Any, code: types.CodeType) -> None:
+    digest.update(code.co_code)
+    digest.update(repr(code.co_names).encode())
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            _hash_code(digest, constant)
+        elif constant != code.co_consts[0] or not isinstance(constant, str):
+            # (The first constant may be the docstring.)
+            digest.update(repr(constant).encode())

@@ -1,0 +1,111 @@
+"""Signals that ask a run to stop, honoured where nothing is half done."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Self
+
+from legato.errors import Stopped
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Interrupts:
+    """While active: a signal sets a flag that the loop reads.
+
+    A second Ctrl-C raises KeyboardInterrupt at once. While `compiling`, when
+    the main thread cannot act for minutes and has nothing new to save, a
+    watcher thread ends the process with status 75.
+
+    Signals can be received in the main thread only: elsewhere this does
+    nothing but watch the time.
+
+    Args:
+        max_seconds: ask to stop after so long; None for no limit.
+        before_exit: called by the watcher before it ends the process.
+        clock: seconds, monotonic.
+
+    Attributes:
+        compiling: set it around calls that may compile for long.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_seconds: float | None = None,
+        before_exit: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.compiling = False
+        self._signal: signal.Signals | None = None
+        self._clock = clock
+        self._deadline = None if max_seconds is None else clock() + max_seconds
+        self._before_exit = before_exit
+        self._old_handlers: dict[int, Any] = {}
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+        self._old_fd = -1
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop: a signal's name, "max_time", or None."""
+        if self._signal is not None:
+            return self._signal.name
+        if self._deadline is not None and self._clock() >= self._deadline:
+            return "max_time"
+        return None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        # Handlers run in the main thread between bytecodes, so not during a
+        # compilation; this socket is written by C code at once.
+        self._sockets = socket.socketpair()
+        for end in self._sockets:
+            end.setblocking(False)
+        self._old_fd = signal.set_wakeup_fd(
+            self._sockets[1].fileno(), warn_on_full_buffer=False
+        )
+        self._sockets[0].setblocking(True)
+        threading.Thread(
+            target=self._watch, name="legato-signals", daemon=True
+        ).start()
+        for number in _SIGNALS:
+            self._old_handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._sockets is None:
+            return
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_fd)
+        self._sockets[1].close()  # the watcher reads the end and returns
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        again = self._signal is not None
+        self._signal = signal.Signals(number)
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        assert self._sockets is not None
+        with self._sockets[0] as reader:
+            while received := reader.recv(1):
+                asked = received[0] in _SIGNALS
+                # Ending the process would take a notebook or a REPL with it.
+                mild = received[0] == signal.SIGINT and hasattr(sys, "ps1")
+                if asked and self.compiling and not mild:
+                    self._before_exit()
+                    sys.stderr.write(
+                        f"legato: {signal.Signals(received[0]).name} while "
+                        "compiling: stopped; nothing new was to be saved. Run "
+                        "it again to go on.\n"
+                    )
+                    sys.stderr.flush()
+                    os._exit(Stopped.CODE)

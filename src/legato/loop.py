@@ -1,0 +1,217 @@
+"""The training loop.
+
+`run` is the whole of it. What it drives is handed in, each as the few verbs
+that the loop needs; who they are is the trainer's business.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from legato.data import Chunk, Feed
+from legato.schedule import Schedule
+from legato.state import Clock
+from legato.types import Logs
+
+# A device call lasts at most about so long, so that signals are honoured.
+_CALL_SECS = 0.5
+
+
+class Steps(Protocol):
+    """The compiled training step."""
+
+    capacity: int
+
+    def run(self, step: int, chunk: Chunk) -> Any:
+        """Begin the chunk's steps on the device."""
+
+    def rows(self, logs: Any, chunk: Chunk) -> np.ndarray:
+        """Wait for them; their logs, float32 `[steps, names]`."""
+
+
+class Hooks(Protocol):
+    """The callbacks."""
+
+    batch_hooks_active: bool
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """An epoch begins."""
+
+    def on_epoch_end(self, epoch: int, logs: Logs) -> None:
+        """An epoch ended."""
+
+    def on_train_batch_begin(self, batch: int) -> None:
+        """A batch begins."""
+
+    def on_train_batch_end(self, batch: int, logs: Logs) -> None:
+        """A batch ended."""
+
+
+class Recorder(Protocol):
+    """Keeps the books: means, summaries, progress."""
+
+    def begin_epoch(self) -> None:
+        """Reset what counts within an epoch."""
+
+    def steps(self, chunk: Chunk, rows: np.ndarray) -> Logs:
+        """Take the logs of completed steps; returns those of the last."""
+
+    def summary(self) -> None:
+        """Write the summary that is due."""
+
+    def validation(self, logs: Logs) -> None:
+        """Take the results of a validation."""
+
+    def epoch_logs(self) -> Logs:
+        """The logs of the epoch that ends."""
+
+    def epoch(self, logs: Logs) -> None:
+        """Write them, after the callbacks have seen them."""
+
+
+def run(
+    *,
+    clock: Clock,
+    schedule: Schedule,
+    steps: Steps,
+    feed: Feed,
+    hooks: Hooks,
+    recorder: Recorder,
+    validate: Callable[[], Logs | None],
+    save: Callable[[], None],
+    save_is_due: Callable[[], bool],
+    stop_requested: Callable[[], bool],
+    callbacks_stop: Callable[[], bool],
+) -> None:
+    """Train until `clock.finished`, or until `stop_requested()`.
+
+    Either way a checkpoint of the last step has been handed to `save`::
+
+        do what the restored step still has to do
+        until the end:
+            on_epoch_begin, if an epoch begins
+            n steps in one device call, up to the next stop
+            deliver their logs
+            summary; validation; on_epoch_end; save: what is due
+
+    Args:
+        clock: where the run is; moved on.
+        schedule: what is due when.
+        steps: the compiled step.
+        feed: the batches, at the clock's position.
+        hooks: the callbacks.
+        recorder: means, summaries, progress.
+        validate: returns the results, or None if a stop was requested.
+        save: hands everything to the checkpoint writer.
+        save_is_due: whether to save because of the time.
+        stop_requested: whether a signal or the time asks to stop.
+        callbacks_stop: whether a callback set `model.stop_training`.
+    """
+    pace = Pace(steps.capacity)
+    # What was restored is on disk, unless duties are still to be done.
+    saved_step = None if clock.duties or clock.step == 0 else clock.step
+    while True:
+        # ORDER MATTERS from here to the end of the loop: a checkpoint must
+        # hold either all or nothing of what belongs to a step.
+        _do_duties(clock, hooks, recorder, validate)
+        clock.stop_training = clock.stop_training or callbacks_stop()
+        ended = clock.step >= schedule.train_steps or clock.stop_training
+        clock.finished = ended and not clock.duties
+        stops = clock.finished or stop_requested()
+        if stops or save_is_due() or schedule.checkpoint_is_due(clock.step):
+            if saved_step != clock.step or clock.duties:
+                save()
+            saved_step = None if clock.duties else clock.step
+        if stops:
+            return
+        if not clock.epoch_begun:
+            recorder.begin_epoch()
+            hooks.on_epoch_begin(clock.epoch)
+            clock.epoch_begun = True
+
+        chunk = feed.take(
+            1
+            if callbacks_stop()  # in a hook that came before: as in Keras,
+            else _plan(clock.step, schedule, hooks, pace)  # after one batch
+        )
+        if hooks.batch_hooks_active:
+            hooks.on_train_batch_begin(clock.step_in_epoch)
+        began = time.perf_counter()
+        logs = steps.run(clock.step, chunk)
+        feed.prefetch(
+            _plan(clock.step + chunk.num_batches, schedule, hooks, pace)
+        )
+        rows = steps.rows(logs, chunk)
+        pace.learn(chunk.num_batches, time.perf_counter() - began)
+
+        clock.step += chunk.num_batches
+        clock.step_in_epoch += chunk.num_batches
+        last = recorder.steps(chunk, rows)
+        if hooks.batch_hooks_active:
+            hooks.on_train_batch_end(clock.step_in_epoch - 1, last)
+        if schedule.summary_is_due(clock.step):
+            recorder.summary()
+        # As in Keras, a stop in mid-epoch still ends the epoch.
+        clock.stop_training = callbacks_stop()
+        epoch_ends = schedule.epoch_ends(clock.step) or clock.stop_training
+        validates = schedule.validation_is_due(clock.step) or (
+            epoch_ends and schedule.validation_interval == "epoch"
+        )
+        clock.duties = ("validation",) * validates + (
+            ("epoch_end",) * epoch_ends
+        )
+
+
+def _do_duties(
+    clock: Clock,
+    hooks: Hooks,
+    recorder: Recorder,
+    validate: Callable[[], Logs | None],
+) -> None:
+    """Do what is due at this step, each thing whole or not at all."""
+    while clock.duties:
+        if clock.duties[0] == "validation":
+            results = validate()
+            if results is None:
+                return
+            recorder.validation(results)
+        else:
+            logs = recorder.epoch_logs()
+            hooks.on_epoch_end(clock.epoch, logs)
+            recorder.epoch(logs)
+            clock.epoch += 1
+            clock.step_in_epoch = 0
+            clock.epoch_begun = False
+        clock.duties = clock.duties[1:]
+
+
+def _plan(step: int, schedule: Schedule, hooks: Hooks, pace: "Pace") -> int:
+    """How many steps the next device call takes."""
+    if hooks.batch_hooks_active:
+        return 1
+    return max(1, min(schedule.next_stop(step) - step, pace.max_steps))
+
+
+class Pace:
+    """How many steps fit in one device call, learnt from those before.
+
+    Args:
+        capacity: the most that fit in any call.
+
+    Attributes:
+        max_steps: the most for the next call.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self.max_steps = 1
+
+    def learn(self, num_steps: int, seconds: float) -> None:
+        """Take the time of a call (of which the first also compiled)."""
+        fitting = int(_CALL_SECS * num_steps / max(seconds, 1e-9))
+        # Grown step by step: one quick call may be chance.
+        self.max_steps = max(
+            1, min(fitting, 8 * max(num_steps, 1), self._capacity)
+        )

@@ -1,0 +1,249 @@
+"""Keeps a run's books: means, metrics, summaries, the best, progress."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from legato.config import TrainerConfig
+from legato.data import Chunk
+from legato.errors import ConfigError, LegatoWarning, NonFiniteLossError
+from legato.metrics import results
+from legato.progress import ProgressReporter
+from legato.state import Clock
+from legato.summaries import RunLog
+from legato.task import Task
+from legato.types import JSON, Logs
+
+
+class Recorder:
+    """Takes the logs of steps and validations, and writes what is due.
+
+    Sums are kept on the host in float64, added step by step, so that they do
+    not depend on where device loops are cut.
+
+    Args:
+        task: names the loss.
+        clock: holds the sums, so that they are saved with it.
+        config: policies.
+        metrics: the training metrics.
+        log_names: names of the step's logs, known once it is traced.
+        learning_rates: the current ones by name.
+        log: where summaries go.
+        reporter: where progress goes.
+        tolerates_nonfinite: whether a loss that is not finite only warns.
+        warn: gives a warning.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        clock: Clock,
+        config: TrainerConfig,
+        metrics: Sequence[keras.metrics.Metric],
+        log_names: Callable[[], Sequence[str]],
+        learning_rates: Callable[[], Logs],
+        log: RunLog,
+        reporter: ProgressReporter,
+        tolerates_nonfinite: bool,
+        warn: Callable[[str, type[LegatoWarning]], None],
+    ) -> None:
+        self.best = Best(config, metrics)
+        self._task = task
+        self._clock = clock
+        self._metrics = metrics
+        self._log_names = log_names
+        self._learning_rates = learning_rates
+        self._log = log
+        self._reporter = reporter
+        self._tolerates_nonfinite = tolerates_nonfinite
+        self._warn = warn
+        self._timed_from = time.perf_counter(), clock.step
+
+    def begin_epoch(self) -> None:
+        """Reset the sums and the metrics of the epoch."""
+        self._clock.epoch_logs = {}
+        self._clock.epoch_examples = 0
+        self._clock.validation_logs = {}
+        for metric in self._metrics:
+            metric.reset_state()
+
+    def steps(self, chunk: Chunk, rows: np.ndarray) -> Logs:
+        """Add the logs of completed steps to the sums.
+
+        Args:
+            chunk: whose steps they are.
+            rows: float32 of shape `[steps, names]`.
+
+        Returns:
+            The logs of the last step.
+
+        Raises:
+            NonFiniteLossError: a loss is NaN or infinite.
+        """
+        clock = self._clock
+        names = self._log_names()
+        for k, name in enumerate(names):
+            column = rows[:, k].tolist()
+            if name == self._task.loss:
+                self._check_finite(column)
+            epoch = clock.epoch_logs.get(name, 0.0)
+            interval = clock.interval_logs.get(name, 0.0)
+            for value in column:
+                epoch += value * chunk.batch_size
+                interval += value
+            clock.epoch_logs[name] = epoch
+            clock.interval_logs[name] = interval
+        clock.epoch_examples += chunk.num_batches * chunk.batch_size
+        clock.interval_steps += chunk.num_batches
+        last = dict(zip(names, rows[-1].tolist(), strict=True))
+        self._reporter.update(clock.step, last)
+        return last
+
+    def _check_finite(self, losses: list[float]) -> None:
+        for i, loss in enumerate(losses):
+            if math.isfinite(loss):
+                continue
+            step = self._clock.step - len(losses) + i + 1
+            message = f"The loss became {loss} at step {step}"
+            if not self._tolerates_nonfinite:
+                raise NonFiniteLossError(
+                    f"{message}. No checkpoint was written since; resuming "
+                    "repeats the steps before it exactly. Lower the learning "
+                    "rate, clip gradients (clipnorm=), look at the inputs of "
+                    'that batch, or set nonfinite_loss="warn" to go on.',
+                    step,
+                )
+            self._warn(f"{message}; training goes on.", LegatoWarning)
+            return
+
+    def summary(self) -> None:
+        """Write means since the last summary, metrics and learning rates."""
+        clock = self._clock
+        values: dict[str, Any] = {
+            name: total / clock.interval_steps
+            for name, total in clock.interval_logs.items()
+        }
+        values.update(results(self._metrics))
+        values.update(self._learning_rates())
+        self._log.write("train", clock.step, values)
+        clock.interval_logs, clock.interval_steps = {}, 0
+        now = time.perf_counter()
+        since, step = self._timed_from
+        if clock.step > step:
+            rate = (clock.step - step) / (now - since)
+            self._log.write_timing(clock.step, {"steps_per_sec": rate})
+        self._timed_from = now, clock.step
+
+    def validation(self, logs: Logs) -> None:
+        """Write the results of a validation and keep them for the epoch."""
+        clock = self._clock
+        self._log.write("validation", clock.step, logs)
+        self._reporter.validation(clock.step, logs)
+        clock.validation_logs = {f"val_{k}": v for k, v in logs.items()}
+        self.best.consider(clock.step, clock.validation_logs)
+
+    def epoch_logs(self) -> Logs:
+        """The epoch's means, its metrics, its last validation."""
+        clock = self._clock
+        logs = {
+            name: total / clock.epoch_examples
+            for name, total in clock.epoch_logs.items()
+        }
+        logs.update(results(self._metrics))
+        logs.update(clock.validation_logs)
+        return logs
+
+    def epoch(self, logs: Logs) -> None:
+        """Write the logs of an epoch, with what callbacks added."""
+        clock = self._clock
+        values = {
+            # Callbacks may have put anything in.
+            name: value
+            if isinstance(value, int | float | str | list)
+            else float(value)
+            for name, value in logs.items()
+        }
+        self._log.write("epoch", clock.step, {"epoch": clock.epoch, **values})
+        self._reporter.epoch(clock.epoch + 1, clock.step, logs)
+        self.best.consider(
+            clock.step,
+            {k: v for k, v in logs.items() if k not in clock.validation_logs},
+        )
+
+
+class Best:
+    """The best value so far of the log that tells the best checkpoint.
+
+    Args:
+        config: names the log and the direction.
+        metrics: the task's metrics, for their directions.
+
+    Attributes:
+        step: of the best value; None before there is one.
+        value: the best value.
+        is_new: whether it was found since the last save.
+
+    Raises:
+        ConfigError: the direction is not known.
+    """
+
+    def __init__(
+        self, config: TrainerConfig, metrics: Sequence[keras.metrics.Metric]
+    ) -> None:
+        self._name = config.best_metric
+        self._less_is_better = False
+        if self._name is not None:
+            mode = config.best_mode
+            if mode == "auto":
+                mode = directions(metrics).get(self._name.removeprefix("val_"))
+            if mode is None:
+                raise ConfigError(
+                    f"best_metric={self._name!r}: whether less or more of it "
+                    'is better is not known. Set best_mode to "min" or "max".'
+                )
+            self._less_is_better = mode == "min"
+        self.step: int | None = None
+        self.value = math.nan
+        self.is_new = False
+
+    def consider(self, step: int, logs: Logs) -> None:
+        """Take a value, if the log is among these."""
+        value = logs.get(self._name) if self._name else None
+        if not isinstance(value, float) or math.isnan(value):
+            return
+        better = (
+            value < self.value if self._less_is_better else value > self.value
+        )
+        if self.step is None or better:
+            self.step, self.value, self.is_new = step, value, True
+
+    def get_state(self) -> JSON:
+        """For a checkpoint."""
+        return {"step": self.step, "value": self.value, "metric": self._name}
+
+    def set_state(self, state: JSON) -> bool:
+        """Take a saved state; False if it is of another metric."""
+        match state:
+            case {"step": int(step), "value": float(value), "metric": name} if (
+                name == self._name
+            ):
+                self.step, self.value = step, value
+                return True
+            case _:
+                return False
+
+
+def directions(metrics: Sequence[keras.metrics.Metric]) -> dict[str, str]:
+    """Which of "min" and "max" is better, for logs of which it is known."""
+    known = {"loss": "min"}
+    for metric in metrics:
+        # Keras sets it on its own metrics; users may on theirs.
+        direction = getattr(metric, "_direction", None)
+        if direction is not None:
+            known[metric.name] = "max" if direction == "up" else "min"
+    return known

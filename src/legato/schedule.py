@@ -1,0 +1,65 @@
+"""When something is due: pure functions of the step, the one clock."""
+
+import dataclasses
+from typing import Literal
+
+Interval = int | Literal["epoch"] | None
+"""Every so many steps, at the end of each epoch, or never."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The cadences of a run.
+
+    Attributes:
+        train_steps: the step at which training ends.
+        steps_per_epoch: steps from one `on_epoch_end` to the next.
+        validation_interval: see `Interval`.
+        checkpoint_interval: see `Interval`; None where it is a duration.
+        summary_interval: steps between summaries; 0 for none.
+    """
+
+    train_steps: int
+    steps_per_epoch: int
+    validation_interval: Interval
+    checkpoint_interval: Interval
+    summary_interval: int
+
+    def next_stop(self, step: int) -> int:
+        """The nearest step after `step` at which anything is due."""
+        return min(
+            self.train_steps,
+            *(
+                step + every - step % every
+                for every in (
+                    self.steps_per_epoch,
+                    self._every(self.validation_interval),
+                    self._every(self.checkpoint_interval),
+                    self.summary_interval,
+                )
+                if every
+            ),
+        )
+
+    def epoch_ends(self, step: int) -> bool:
+        """Whether an epoch ends with this step."""
+        return _is_due(step, self.steps_per_epoch)
+
+    def validation_is_due(self, step: int) -> bool:
+        """Whether to validate after this step."""
+        return _is_due(step, self._every(self.validation_interval))
+
+    def checkpoint_is_due(self, step: int) -> bool:
+        """Whether to save after this step (time apart)."""
+        return _is_due(step, self._every(self.checkpoint_interval))
+
+    def summary_is_due(self, step: int) -> bool:
+        """Whether to write a summary after this step."""
+        return _is_due(step, self.summary_interval)
+
+    def _every(self, interval: Interval) -> int:
+        return self.steps_per_epoch if interval == "epoch" else interval or 0
+
+
+def _is_due(step: int, every: int) -> bool:
+    return bool(every) and step > 0 and step % every == 0

@@ -1,0 +1,243 @@
+"""What a run is: the parts of its state, and names for its arrays.
+
+The step is the one clock: `Clock.step` is the number of completed training
+steps. Everything else about a run's future is in the parts listed in
+`PARTS`; the trainer gathers them for a checkpoint and puts them back.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+
+from legato.errors import DamagedError
+from legato.types import JSON
+
+PARTS = {
+    "arrays": "every keras.Variable that the steps read or write",
+    "clock": "step, epoch, duties not yet done, sums of the epoch's logs",
+    "data": "position after the last batch that a completed step consumed",
+    "callbacks": "state of each callback",
+    "random": "generators of Python, NumPy, Keras and the backend",
+    "best": "best value and its step",
+    "sinks": "byte offset or last step of each log",
+    "identity": "fingerprint, config, data and code of the run",
+}
+"""The closed list of what decides a run's future, and so is saved."""
+
+DUTIES = ("validation", "epoch_end")
+"""What may be due at a step and survive a stop: done in this order."""
+
+
+@dataclasses.dataclass
+class Clock:
+    """Where a run is.
+
+    Attributes:
+        step: completed training steps.
+        epoch: the epoch (from 0) that the next step belongs to.
+        step_in_epoch: completed steps of that epoch.
+        duties: what is due at this step and not yet done.
+        epoch_begun: whether `on_epoch_begin` was called for `epoch`.
+        epoch_logs: for each log of the step, the sum over the epoch's
+            examples so far; the weight that it must be divided by is
+            `epoch_examples`.
+        epoch_examples: examples of the epoch so far.
+        interval_logs: sums over steps since the last summary.
+        interval_steps: steps since the last summary.
+        validation_logs: results of this epoch's last validation.
+        stop_training: a callback asked to stop.
+        finished: training came to its end, and at which step it did.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    duties: tuple[str, ...] = ()
+    epoch_begun: bool = False
+    epoch_logs: dict[str, float] = dataclasses.field(default_factory=dict)
+    epoch_examples: int = 0
+    interval_logs: dict[str, float] = dataclasses.field(default_factory=dict)
+    interval_steps: int = 0
+    validation_logs: dict[str, float] = dataclasses.field(default_factory=dict)
+    stop_training: bool = False
+    finished: bool = False
+
+    def to_json(self) -> dict[str, JSON]:
+        """Its fields, for a checkpoint."""
+        return {**dataclasses.asdict(self), "duties": list(self.duties)}
+
+    def load(self, saved: JSON) -> None:
+        """Take the saved values.
+
+        Raises:
+            DamagedError: a field is missing or of another type.
+        """
+        fields = dataclasses.fields(self)
+        if not isinstance(saved, dict) or set(saved) != {
+            f.name for f in fields
+        }:
+            raise DamagedError("The saved clock does not have its fields.")
+        for field in fields:
+            value = saved[field.name]
+            if field.name == "duties":
+                value = tuple(value) if isinstance(value, list) else None
+            if type(value) is not type(getattr(self, field.name)):
+                raise DamagedError(
+                    f"The saved clock's {field.name} is {value!r}, of the "
+                    "wrong type."
+                )
+        for field in fields:
+            value = saved[field.name]
+            setattr(
+                self,
+                field.name,
+                tuple(value) if field.name == "duties" else value,
+            )
+
+
+def variable_paths(
+    roots: Mapping[str, Any], extra: Iterable[keras.Variable] = ()
+) -> dict[str, keras.Variable]:
+    """Name every variable reachable from the roots by where it is.
+
+    The names depend on structure (attribute, index, class and the variable's
+    own name), never on Keras's automatic counters, which differ between
+    processes: `dense_7` of one is `dense` of another.
+
+    Args:
+        roots: objects by name, in order: models, optimizers, metrics, tasks,
+            or containers of these.
+        extra: variables that steps use and that may not be reachable; they
+            are named `variable/<order>`.
+
+    Returns:
+        Each variable once, by path, in an order that is the same in every
+        process.
+    """
+    walker = _Walker()
+    for name, root in roots.items():
+        walker.visit(root, name)
+    for variable in extra:
+        walker.add(variable, f"variable/{_own_name(variable) or 'unnamed'}")
+    return walker.found
+
+
+_AUTOMATIC = re.compile(r"^(variable|keras_?variable)(_\d+)?$", re.IGNORECASE)
+
+
+def _own_name(variable: keras.Variable) -> str:
+    return "" if _AUTOMATIC.match(variable.name) else variable.name
+
+
+class _Walker:
+    """Walks objects in a fixed order and names their variables."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, keras.Variable] = {}
+        self._paths: dict[int, str] = {}
+        # Visited objects are kept alive, so that no id is used twice.
+        self._seen: dict[int, Any] = {}
+
+    def add(self, variable: keras.Variable, path: str) -> None:
+        if id(variable) in self._paths:
+            return
+        # Two variables of one layer may carry the same name.
+        unique, count = path, 1
+        while unique in self.found:
+            count += 1
+            unique = f"{path}.{count}"
+        self.found[unique] = variable
+        self._paths[id(variable)] = unique
+
+    def visit(self, obj: Any, path: str) -> None:
+        if isinstance(obj, keras.Variable):
+            self.add(obj, path)
+            return
+        if id(obj) in self._seen:
+            return
+        for name, child in _children(obj):
+            self._seen[id(obj)] = obj
+            if isinstance(child, keras.Variable):
+                own = _own_name(child)
+                self.add(child, f"{path}/{own or name}")
+            else:
+                self.visit(child, f"{path}/{name}")
+        if isinstance(obj, keras.optimizers.Optimizer):
+            self._seen[id(obj)] = obj
+            self._visit_optimizer(obj, path)
+
+    def _visit_optimizer(
+        self, optimizer: keras.optimizers.Optimizer, path: str
+    ) -> None:
+        """Slots are named after the variable they belong to.
+
+        Keras calls them `<path of the variable with _ for />_<slot>`, and
+        that path holds automatic counters.
+        """
+        owners = sorted(
+            getattr(optimizer, "_trainable_variables", []) or [],
+            key=lambda v: len(v.path),
+            reverse=True,
+        )
+        prefixes = [(v.path.replace("/", "_") + "_", v) for v in owners]
+        for variable in optimizer._variables:
+            for prefix, owner in prefixes:
+                slot = variable.name.removeprefix(prefix)
+                if slot != variable.name:
+                    place = self._paths.get(id(owner), "unnamed")
+                    self.add(variable, f"{path}/{slot}/{place}")
+                    break
+            else:
+                self.visit(variable, f"{path}/{_own_name(variable) or 'own'}")
+
+
+def _children(obj: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, by structural name, in a fixed order."""
+    if isinstance(obj, keras.layers.Layer):
+        yield from _numbered(obj, "_trainable_variables")
+        yield from _numbered(obj, "_non_trainable_variables")
+        for i, generator in enumerate(obj._seed_generators):
+            yield f"seed_generator{i or ''}", generator.state
+        for i, layer in enumerate(obj._layers):
+            yield f"{i}_{_snake(type(layer).__name__)}", layer
+        for i, metric in enumerate(obj._metrics):
+            yield f"metric{i}_{_snake(type(metric).__name__)}", metric
+    elif isinstance(obj, keras.metrics.Metric):
+        yield from _numbered(obj, "_variables")
+        for i, metric in enumerate(obj._metrics):
+            yield f"{i}_{_snake(type(metric).__name__)}", metric
+    elif isinstance(obj, keras.random.SeedGenerator):
+        yield "state", obj.state
+    elif isinstance(obj, keras.optimizers.Optimizer):
+        for name in ("inner_optimizer", "optimizers"):
+            inner = vars(obj).get(name)
+            if inner is not None:
+                yield name, inner
+    elif isinstance(obj, Mapping):
+        for key, value in obj.items():
+            yield str(key), value
+    elif isinstance(obj, list | tuple):
+        for i, value in enumerate(obj):
+            yield str(i), value
+
+
+def _numbered(obj: Any, attribute: str) -> Iterator[tuple[str, Any]]:
+    for i, variable in enumerate(getattr(obj, attribute)):
+        yield f"{attribute.strip('_')}{i}", variable
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def missing_and_new(
+    saved: Sequence[str], present: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Names only in the checkpoint, and names only in the program."""
+    return (
+        [name for name in saved if name not in set(present)],
+        [name for name in present if name not in set(saved)],
+    )

@@ -1,0 +1,51 @@
+"""Bytes on disk that survive kills and show damage; nothing of training."""
+
+from legato.storage.commit import (
+    Manifest,
+    check_names,
+    clean_leftovers,
+    commit_directory,
+    copy_directory,
+    locate,
+    read_directory,
+    read_manifest,
+    remove_directory,
+)
+from legato.storage.files import (
+    OS,
+    FileSystem,
+    JsonLines,
+    sync_directory,
+    write_file,
+)
+from legato.storage.lock import RunLock
+from legato.storage.tensors import (
+    TensorArena,
+    TensorLayout,
+    parse_tree,
+    read_tensors,
+    spec,
+)
+
+__all__ = [
+    "OS",
+    "FileSystem",
+    "JsonLines",
+    "Manifest",
+    "RunLock",
+    "TensorArena",
+    "TensorLayout",
+    "check_names",
+    "clean_leftovers",
+    "commit_directory",
+    "copy_directory",
+    "locate",
+    "parse_tree",
+    "read_directory",
+    "read_manifest",
+    "read_tensors",
+    "remove_directory",
+    "spec",
+    "sync_directory",
+    "write_file",
+]

@@ -1,0 +1,228 @@
+"""Small files: replaced whole, or appended to line by line."""
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from legato.errors import DamagedError
+
+TEMPORARY = ".tmp-legato-"
+"""How the names of unfinished files and directories begin."""
+
+
+class FileSystem:
+    """The calls to the operating system by which this package writes.
+
+    Tests put a subclass in its place that fails, or dies, at any of them.
+    """
+
+    def open(self, path: Path, flags: int) -> int:
+        """As `os.open`; no last component may be a symbolic link."""
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """As `os.write`: may write less than all."""
+        return os.write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        """As `os.fsync`."""
+        os.fsync(fd)
+
+    def truncate(self, fd: int, size: int) -> None:
+        """As `os.ftruncate`."""
+        os.ftruncate(fd, size)
+
+    def mkdir(self, path: Path) -> None:
+        """As `os.mkdir`."""
+        os.mkdir(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """As `os.rename`."""
+        os.rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """As `os.link`: a second name for a file."""
+        os.link(source, target, follow_symlinks=False)
+
+    def remove(self, path: Path) -> None:
+        """Removes a file, a link, or a directory with all that is in it."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+OS = FileSystem()
+"""The operating system itself."""
+
+
+def sync_directory(path: Path, fs: FileSystem = OS) -> None:
+    """Makes the names in a directory durable.
+
+    An fsync of a file does not save its name: after a power cut a file that
+    was renamed or made may be missing unless its directory was synced.
+    """
+    fd = fs.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fs.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: Any, fs: FileSystem) -> None:
+    """Writes all of a buffer."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[fs.write(fd, view) :]
+
+
+def temporary_path(path: Path) -> Path:
+    """An unused name beside a path, for what will be renamed to it."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+
+
+def write_file(path: Path, data: bytes, *, fs: FileSystem = OS) -> None:
+    """Writes or replaces a small file: a reader sees the old or the new.
+
+    Raises:
+        OSError: if it could not be written; the old file is still there.
+    """
+    temporary = temporary_path(path)
+    try:
+        fd = fs.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            write_all(fd, data, fs)
+            # Before the rename: else a power cut could leave the new name
+            # with no contents.
+            fs.fsync(fd)
+        finally:
+            os.close(fd)
+        fs.rename(temporary, path)
+        sync_directory(path.parent, fs)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class JsonLines:
+    """A file of JSON records, one a line, that can be rewound.
+
+    The lines are for people and for other tools, so they are ordinary JSON:
+    floats as Python prints them, which is exact, and `NaN`, `Infinity` and
+    `-Infinity`, which are not standard but which most readers take.
+
+    Records are kept in memory until `flush`, and are never torn by an error
+    (a failed `flush` can be repeated). After a kill the last line may be torn:
+    opening the file cuts it off.
+
+    Args:
+        path: the file; made if there is none. Not a symbolic link.
+        fs: how to write.
+
+    Raises:
+        OSError: if it cannot be opened.
+    """
+
+    def __init__(self, path: Path, *, fs: FileSystem = OS):
+        self._path = path
+        self._fs = fs
+        self._pending = bytearray()
+        self._fd = fs.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        try:
+            self._size = _whole_lines(self._fd)
+            if self._size != os.fstat(self._fd).st_size:
+                fs.truncate(self._fd, self._size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record, in memory.
+
+        Raises:
+            TypeError: if JSON has no form for something in it.
+        """
+        self._pending += json.dumps(record).encode() + b"\n"
+
+    @property
+    def offset(self) -> int:
+        """Where the next record will begin, in bytes from the beginning."""
+        return self._size + len(self._pending)
+
+    def flush(self) -> None:
+        """Hands all records to the system: they survive the process.
+
+        Raises:
+            OSError: if it failed. The records are kept for the next time.
+        """
+        if not self._pending:
+            return
+        # A flush that failed or was interrupted may have written some of them:
+        # they would be there twice.
+        found = os.fstat(self._fd).st_size
+        if found > self._size:
+            self._fs.truncate(self._fd, self._size)
+        self._size = min(found, self._size)
+        write_all(self._fd, self._pending, self._fs)
+        self._size += len(self._pending)
+        self._pending = bytearray()
+
+    def fsync(self) -> None:
+        """Flushes, and makes all records durable: they survive a power cut.
+
+        Raises:
+            OSError: if it failed.
+        """
+        self.flush()
+        self._fs.fsync(self._fd)
+
+    def truncate_to(self, offset: int) -> None:
+        """Removes all records from an offset on.
+
+        Raises:
+            DamagedError: if the file is shorter than that, or no line begins
+                there.
+            OSError: if it failed.
+        """
+        self.flush()
+        if not 0 <= offset <= self._size:
+            raise DamagedError(
+                f"{self._path}: cannot be rewound to byte {offset}: it has "
+                f"only {self._size}; lines were removed"
+            )
+        if offset and os.pread(self._fd, 1, offset - 1) != b"\n":
+            raise DamagedError(
+                f"{self._path}: cannot be rewound to byte {offset}: no line "
+                "begins there; lines were changed"
+            )
+        self._fs.truncate(self._fd, offset)
+        self._size = offset
+
+    def close(self) -> None:
+        """Flushes and closes; a second call does nothing.
+
+        Raises:
+            OSError: if the flush failed.
+        """
+        if self._fd < 0:
+            return
+        try:
+            self.flush()
+        finally:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _whole_lines(fd: int) -> int:
+    """The size without a torn last line."""
+    end = os.fstat(fd).st_size
+    while end:
+        begin = max(0, end - 65536)
+        newline = os.pread(fd, end - begin, begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0

@@ -1,0 +1,244 @@
+"""What is learned: model, data, losses, metrics and steps in one object."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from legato.backends import value_and_grad
+from legato.data import DataSource
+from legato.errors import ConfigError, StepError
+from legato.metrics import StepMetric
+
+Optimizers = keras.optimizers.Optimizer | dict[str, keras.optimizers.Optimizer]
+
+
+class Task:
+    """All parts of one machine-learning task; override what differs.
+
+    `build_model`, `build_optimizer`, `build_inputs` and `build_losses` (or
+    `train_step`) must be defined. The steps are compiled: they run as Python
+    only while they are traced, and may use `keras.ops` and Keras objects as
+    if they ran one by one. What changes during training and is read in a step
+    must be a `keras.Variable`.
+
+    Attributes:
+        loss: the name of the loss among the logs.
+    """
+
+    loss = "loss"
+
+    def __getattribute__(self, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if _reads is not None and not name.startswith("__"):
+            _reads.note(self, name, value)
+        return value
+
+    def initialize(self, model: Any) -> None:
+        """Prepare a new model, for example with pretrained weights.
+
+        Called once at the start of a run, not when one is resumed.
+        """
+        del model
+
+    def build_model(self) -> Any:
+        """Make the model.
+
+        Returns:
+            A built `keras.Model`, or a dict of them by name.
+        """
+        raise _missing(self, "build_model", "a keras.Model")
+
+    def build_optimizer(self) -> Optimizers:
+        """Make the optimizer, or a dict of them by name."""
+        raise _missing(self, "build_optimizer", "a Keras optimizer")
+
+    def build_inputs(self, split: str) -> DataSource | None:
+        """Make the data of a split.
+
+        Args:
+            split: "train" or "validation".
+
+        Returns:
+            A data source, such as `legato.ArraySource`; None for a validation
+            split that there is not.
+        """
+        del split
+        raise _missing(self, "build_inputs", "a legato.ArraySource")
+
+    def build_losses(
+        self, labels: Any, model_outputs: Any, aux_losses: Any = None
+    ) -> Any:
+        """Compute the loss.
+
+        Args:
+            labels: the labels of a batch.
+            model_outputs: what the model returned for it.
+            aux_losses: `model.losses`: a list of scalars from `add_loss` and
+                regularizers, to be added.
+
+        Returns:
+            A scalar tensor.
+        """
+        del labels, model_outputs, aux_losses
+        raise _missing(self, "build_losses", "a scalar loss")
+
+    def build_metrics(self, training: bool) -> Sequence[keras.metrics.Metric]:
+        """Make the metrics of training or of validation."""
+        del training
+        return []
+
+    def process_metrics(
+        self,
+        metrics: Sequence[StepMetric] | None,
+        labels: Any,
+        model_outputs: Any,
+    ) -> None:
+        """Update each metric with a batch; None means metrics are off."""
+        for metric in metrics or ():
+            metric.update_state(labels, model_outputs)
+
+    def train_step(
+        self,
+        inputs: Any,
+        model: Any,
+        optimizer: Any,
+        metrics: Sequence[StepMetric] | None = None,
+    ) -> dict[str, Any]:
+        """One update of the model.
+
+        Args:
+            inputs: a batch, as `build_inputs("train")` structures it.
+            model: what `build_model` returned.
+            optimizer: what `build_optimizer` returned.
+            metrics: the training metrics; None where they are off.
+
+        Returns:
+            Scalars by name; `self.loss` must be among them.
+        """
+        features, labels = inputs
+
+        def forward() -> tuple[Any, Any]:
+            outputs = model(features, training=True)
+            return self.build_losses(labels, outputs, model.losses), outputs
+
+        (loss, outputs), gradients = value_and_grad(
+            forward, model.trainable_variables, optimizer
+        )
+        optimizer.apply(gradients, model.trainable_variables)
+        self.process_metrics(metrics, labels, outputs)
+        return {self.loss: loss}
+
+    def validation_step(
+        self,
+        inputs: Any,
+        model: Any,
+        metrics: Sequence[StepMetric] | None = None,
+    ) -> dict[str, Any]:
+        """Measure the model on a batch.
+
+        Args:
+            inputs: a batch, as `build_inputs("validation")` structures it.
+            model: what `build_model` returned.
+            metrics: the validation metrics.
+
+        Returns:
+            Scalars by name; their means over the examples are reported.
+        """
+        features, labels = inputs
+        outputs = self.inference_step(features, model)
+        loss = self.build_losses(labels, outputs, model.losses)
+        self.process_metrics(metrics, labels, outputs)
+        return {self.loss: loss}
+
+    def inference_step(self, inputs: Any, model: Any) -> Any:
+        """The model's outputs for a batch of features, not training."""
+        return model(inputs, training=False)
+
+
+def _missing(task: Task, method: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{type(task).__name__} does not define {method}: define it to return "
+        f"{what}."
+    )
+
+
+class AttributeReads:
+    """Plain attributes of a Task that a step read while it was traced.
+
+    Their values are constants of the compiled program: one that changes
+    later would be ignored in silence.
+    """
+
+    _PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set,
+              frozenset, np.ndarray, np.generic, type(None))  # fmt: skip
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[Task, Any]] = {}
+
+    def note(self, task: Task, name: str, value: Any) -> None:
+        """Remember a value, if it is plain data."""
+        if isinstance(value, self._PLAIN) and name not in self._seen:
+            with contextlib.suppress(Exception):  # holds what is not plain
+                self._seen[name] = task, copy.deepcopy(value)
+
+    def check(self) -> None:
+        """Compare with the values of now.
+
+        Raises:
+            StepError: one of them changed.
+        """
+        for name, (task, before) in self._seen.items():
+            now = object.__getattribute__(task, name)
+            if now is not before and not _equal(before, now):
+                raise StepError(
+                    f"{type(task).__name__}.{name} was {before!r} when the "
+                    f"step was compiled and is {now!r} now: the compiled step "
+                    "would go on with the old value. Make it a keras.Variable "
+                    "and assign to that."
+                )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return type(a) is type(b) and bool(np.all(a == b))
+    except Exception:
+        return False
+
+
+_reads: AttributeReads | None = None
+
+
+@contextlib.contextmanager
+def noting_reads(reads: AttributeReads) -> Iterator[None]:
+    """While a step is traced: note which attributes of Tasks it reads."""
+    global _reads
+    before, _reads = _reads, reads
+    try:
+        yield
+    finally:
+        _reads = before
+
+
+class ModelGroup(keras.Model):
+    """Several models as one, for callbacks that want a single model."""
+
+    def __init__(self, models: dict[str, keras.Model]) -> None:
+        super().__init__(name="models")
+        for name, model in models.items():
+            setattr(self, name, model)
+        self.built = True
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: call the models in it."""
+        raise NotImplementedError("Call the models in the group.")
+
+
+class OptimizerGroup:
+    """Several optimizers, as callbacks look for them: `.optimizers`."""
+
+    def __init__(self, optimizers: Sequence[keras.optimizers.Optimizer]):
+        self.optimizers = list(optimizers)

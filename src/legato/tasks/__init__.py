@@ -1,0 +1,1 @@
+"""Tasks that come with legato, each with an experiment (a YAML file)."""

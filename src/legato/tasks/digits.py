@@ -1,0 +1,93 @@
+"""Handwritten digits: a small classifier on real data that ship in a package.
+
+1,797 images of 8 x 8 pixels from the UCI repository, as scikit-learn packages
+them (E. Alpaydin and C. Kaynak, 1998).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from legato.data import ArraySource, DataSource
+from legato.errors import ConfigError
+from legato.task import Task
+
+_VALIDATION_SHARE = 5  # every fifth image
+
+
+class Digits(Task):
+    """A two-layer network with dropout and batch normalisation.
+
+    Args:
+        hidden_units: width of the hidden layer.
+        dropout: share of hidden units that are dropped.
+        learning_rate: of Adam.
+        batch_size: images in a training batch.
+    """
+
+    def __init__(
+        self,
+        hidden_units: int = 128,
+        dropout: float = 0.2,
+        learning_rate: float = 1e-3,
+        batch_size: int = 64,
+    ) -> None:
+        self.hidden_units = hidden_units
+        self.dropout = dropout
+        self.learning_rate = learning_rate
+        self.batch_size = batch_size
+        self.cross_entropy = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True
+        )
+
+    def build_model(self) -> keras.Model:
+        """64 pixels to 10 logits."""
+        return keras.Sequential(
+            [
+                keras.layers.Input((64,)),
+                keras.layers.Dense(self.hidden_units, activation="relu"),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dropout(self.dropout),
+                keras.layers.Dense(10),
+            ]
+        )
+
+    def build_optimizer(self) -> keras.optimizers.Optimizer:
+        """Adam."""
+        return keras.optimizers.Adam(self.learning_rate)
+
+    def build_inputs(self, split: str) -> DataSource:
+        """Features `[batch, 64]` in [0, 1], labels `[batch]`."""
+        images, labels = _load_digits()
+        held_out = np.arange(len(images)) % _VALIDATION_SHARE == 0
+        chosen = held_out if split == "validation" else ~held_out
+        return ArraySource(
+            (images[chosen], labels[chosen]),
+            batch_size=self.batch_size,
+            shuffle=split == "train",
+        )
+
+    def build_losses(
+        self, labels: Any, model_outputs: Any, aux_losses: Any = None
+    ) -> Any:
+        """Cross-entropy, plus any losses of the model's layers."""
+        return self.cross_entropy(labels, model_outputs) + sum(aux_losses or [])
+
+    def build_metrics(self, training: bool) -> Sequence[keras.metrics.Metric]:
+        """Accuracy."""
+        del training
+        return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+
+
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "The digits come with scikit-learn, which is not installed: "
+            'pip install "legato[digits]"'
+        ) from error
+    images, labels = load_digits(return_X_y=True)
+    return (images / 16.0).astype("float32"), labels.astype("int32")

@@ -1,0 +1,158 @@
+"""The training step of a Task, compiled, for the loop to drive."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from legato import backends
+from legato.backends import CompiledLoop, LoopMode
+from legato.data import Chunk, DataSource
+from legato.evaluation import check_logs
+from legato.metrics import StepMetric, run_recorded
+from legato.task import AttributeReads, Task, noting_reads
+
+
+class TrainSteps:
+    """Compiles `Task.train_step` and runs chunks of batches through it.
+
+    Args:
+        task: the task.
+        model: its model or models.
+        optimizer: its optimizer or optimizers.
+        source: the training data.
+        metrics: the training metrics.
+        metrics_interval: steps between their updates; 0 leaves them out.
+        mode: how steps reach the device; None chooses.
+        capacity: batches in one device call, at most.
+        compiling: called with True before, and False after, a device call
+            that may compile for long.
+
+    Attributes:
+        capacity: as given.
+        mode: the one chosen, once `trace` was called.
+        log_names: names of the step's logs, likewise.
+        traces: how often the step has been traced.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: Any,
+        optimizer: Any,
+        source: DataSource,
+        metrics: Sequence[keras.metrics.Metric],
+        *,
+        metrics_interval: int,
+        mode: LoopMode | None,
+        capacity: int,
+        compiling: Callable[[bool], None] = lambda _: None,
+    ) -> None:
+        self.capacity = capacity
+        self.mode = mode
+        self.log_names: list[str] = []
+        self.traces = 0
+        self._task = task
+        self._model = model
+        self._optimizer = optimizer
+        self._source = source
+        self._metrics = metrics
+        self._interval = metrics_interval
+        self._compiling = compiling
+        self._backend = backends.current()
+        self._resident: Any = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._loops: dict[int, CompiledLoop] = {}
+        self._called: set[int] = set()
+        self._variables: dict[int, keras.Variable] = {}
+        self._trainable: list[bool] = []
+        self._reads = AttributeReads()
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """Every variable that the step reads or writes."""
+        return list(self._variables.values())
+
+    def trace(self) -> None:
+        """Trace the step for each shape of batch; values do not change.
+
+        Raises:
+            StepError: the step broke its contract.
+        """
+        self._resident = self._backend.place(self._source.resident)
+        iterator = self._source.iterate(seed=0, capacity=self.capacity)
+        operands = iterator.next_chunk(1).operands
+        self._trace(self._source.full_batch_size, operands)
+        partial = self._source.partial_batch_size
+        if partial:
+            self._trace(
+                partial,
+                keras.tree.map_structure(
+                    lambda a: np.zeros(
+                        (len(a), partial, *a.shape[2:]), a.dtype
+                    ),
+                    operands,
+                ),
+            )
+
+    def _trace(self, batch_size: int, operands: Any) -> None:
+        with noting_reads(self._reads):
+            loop = self._backend.compile_loop(
+                self._step,
+                fetch=self._source.fetch,
+                resident=self._resident,
+                operands=operands,
+                mode=self.mode,
+                losses_in_step=False,
+                variables=self.variables,
+            )
+        self.mode = loop.mode
+        self.log_names = loop.log_names
+        self.traces += loop.traces
+        self._loops[batch_size] = loop
+        for variable in (*loop.updated, *loop.read_only):
+            self._variables[id(variable)] = variable
+        self._trainable = [v.trainable for v in self.variables]
+
+    def _step(self, batch: Any, step: Any) -> dict[str, Any]:
+        metrics = None
+        if self._interval:
+            metrics = [StepMetric(m, self._interval) for m in self._metrics]
+        logs = self._task.train_step(
+            batch, self._model, self._optimizer, metrics
+        )
+        if metrics:
+            due = keras.ops.equal((step + 1) % self._interval, 0)
+            run_recorded(metrics, due)
+        return check_logs(logs, self._task, "train_step", loss=True)
+
+    def run(self, step: int, chunk: Chunk) -> Any:
+        """Begin a chunk's steps on the device.
+
+        Raises:
+            StepError: a plain attribute of the Task, which the compiled step
+                holds as a constant, changed.
+        """
+        self._reads.check()
+        if self._trainable != [v.trainable for v in self.variables]:
+            # A callback froze or unfroze layers: the step is another one now.
+            self._begin_anew()
+            self.trace()
+        loop = self._loops[chunk.batch_size]
+        first = chunk.batch_size not in self._called
+        if not first:
+            return loop(step, chunk.num_batches, chunk.operands)
+        self._compiling(True)
+        try:
+            logs = loop(step, chunk.num_batches, chunk.operands)
+        finally:
+            self._compiling(False)
+        self._called.add(chunk.batch_size)
+        return logs
+
+    def rows(self, logs: Any, chunk: Chunk) -> np.ndarray:
+        """Wait for a chunk's steps; their logs, float32 `[steps, names]`."""
+        return self._backend.to_host(logs, chunk.num_batches)
