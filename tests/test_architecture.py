@@ -19,16 +19,16 @@ SOURCE = Path(__file__).parents[1] / "src" / "legato"
 # From the lowest. A module (or package) imports only from layers below its
 # own, or from its own layer without a cycle.
 LAYERS = [
-    {"errors", "types"},
-    {"config", "schedule", "rng", "storage", "backend_choice"},
+    {"errors", "types", "version"},
+    {"config", "schedule", "rng", "storage", "backend_choice", "interrupts"},
     {"state", "capture", "compat"},
     {"backends"},
-    {"checkpoint", "data", "metrics", "losses"},
+    {"checkpoint", "data", "metrics", "run_directory"},
     {"loop"},
-    {"task", "evaluation"},
-    {"summaries", "callbacks", "progress"},
-    {"trainer", "experiment", "fit"},
-    {"verify", "profile", "tasks", "export"},
+    {"task", "evaluation", "training", "parts", "identity", "restoring"},
+    {"summaries", "callbacks", "progress", "recorder"},
+    {"session", "trainer", "experiment"},
+    {"tasks"},
     {"cli", "__main__"},
     {"__init__"},
 ]

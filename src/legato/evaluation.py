@@ -152,10 +152,23 @@ class Evaluator:
         hooks.on_test_end(logs)
         return logs
 
+    def build(self) -> None:
+        """Trace the step, so that lazily made variables exist."""
+        iterator = self._source.iterate(
+            seed=self._seed, capacity=self._capacity
+        )
+        self._loop(iterator.next_chunk(1))
+
     def _run(self, step: int, chunk: Chunk) -> tuple[list[str], Any]:
-        backend = backends.current()
+        loop = self._loop(chunk)
+        logs = loop(step, chunk.num_batches, chunk.operands)
+        rows = backends.current().to_host(logs, chunk.num_batches)
+        return loop.log_names, rows
+
+    def _loop(self, chunk: Chunk) -> CompiledLoop:
         loop = self._loops.get(chunk.batch_size)
         if loop is None:
+            backend = backends.current()
             if self._resident is None:
                 self._resident = backend.place(self._source.resident)
             loop = backend.compile_loop(
@@ -173,8 +186,7 @@ class Evaluator:
             )
             self.mode = loop.mode
             self._loops[chunk.batch_size] = loop
-        logs = loop(step, chunk.num_batches, chunk.operands)
-        return loop.log_names, backend.to_host(logs, chunk.num_batches)
+        return loop
 
     def _step(self, batch: Any, step: Any) -> dict[str, Any]:
         del step

@@ -19,7 +19,6 @@ from typing import Any
 import keras
 import numpy as np
 
-
 from legato import backends
 from legato.config import TrainerConfig
 from legato.errors import RestoreError
@@ -40,9 +39,6 @@ def make_identity(
     optimizers: Optimizers,
     config: TrainerConfig,
     data: Mapping[str, JSON],
-    *,
-    mode: str,
-    capacity: int,
 ) -> dict[str, JSON]:
     """Gather everything that a run's bits depend on.
 
@@ -51,8 +47,9 @@ def make_identity(
         optimizers: what `build_optimizer` returned, not yet trained with.
         config: of the trainer.
         data: the identity of the training data.
-        mode: how steps reach the device; kept on resume.
-        capacity: batches in one device call; kept on resume.
+
+    Returns:
+        All but "program", which is known only when the step is traced.
     """
     made = {
         "environment": _environment(),
@@ -72,7 +69,6 @@ def make_identity(
         },
         "optimizer": _optimizer_config(optimizers),
         "data": dict(data),
-        "program": {"mode": mode, "capacity": capacity},
     }
     # As a checkpoint will give it back: tuples become lists, for example.
     return json.loads(json.dumps(made, default=str))

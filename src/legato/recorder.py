@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -30,12 +31,15 @@ class Recorder:
         clock: holds the sums, so that they are saved with it.
         config: policies.
         metrics: the training metrics.
+        directions: whether less or more of a log is better.
         log_names: names of the step's logs, known once it is traced.
         learning_rates: the current ones by name.
         log: where summaries go.
         reporter: where progress goes.
         tolerates_nonfinite: whether a loss that is not finite only warns.
-        warn: gives a warning.
+
+    Attributes:
+        best: the best value so far.
     """
 
     def __init__(
@@ -45,14 +49,14 @@ class Recorder:
         clock: Clock,
         config: TrainerConfig,
         metrics: Sequence[keras.metrics.Metric],
+        directions: Mapping[str, str],
         log_names: Callable[[], Sequence[str]],
         learning_rates: Callable[[], Logs],
         log: RunLog,
         reporter: ProgressReporter,
         tolerates_nonfinite: bool,
-        warn: Callable[[str, type[LegatoWarning]], None],
     ) -> None:
-        self.best = Best(config, metrics)
+        self.best = Best(config, directions)
         self._task = task
         self._clock = clock
         self._metrics = metrics
@@ -61,7 +65,7 @@ class Recorder:
         self._log = log
         self._reporter = reporter
         self._tolerates_nonfinite = tolerates_nonfinite
-        self._warn = warn
+        self._warned = False
         self._timed_from = time.perf_counter(), clock.step
 
     def begin_epoch(self) -> None:
@@ -118,7 +122,13 @@ class Recorder:
                     'that batch, or set nonfinite_loss="warn" to go on.',
                     step,
                 )
-            self._warn(f"{message}; training goes on.", LegatoWarning)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{message}; training goes on.",
+                    LegatoWarning,
+                    stacklevel=2,
+                )
             return
 
     def summary(self) -> None:
@@ -181,9 +191,10 @@ class Best:
 
     Args:
         config: names the log and the direction.
-        metrics: the task's metrics, for their directions.
+        directions: whether less ("min") or more ("max") of a log is better.
 
     Attributes:
+        is_kept: whether there is such a log.
         step: of the best value; None before there is one.
         value: the best value.
         is_new: whether it was found since the last save.
@@ -193,20 +204,21 @@ class Best:
     """
 
     def __init__(
-        self, config: TrainerConfig, metrics: Sequence[keras.metrics.Metric]
+        self, config: TrainerConfig, directions: Mapping[str, str]
     ) -> None:
         self._name = config.best_metric
         self._less_is_better = False
         if self._name is not None:
             mode = config.best_mode
             if mode == "auto":
-                mode = directions(metrics).get(self._name.removeprefix("val_"))
+                mode = directions.get(self._name)
             if mode is None:
                 raise ConfigError(
                     f"best_metric={self._name!r}: whether less or more of it "
                     'is better is not known. Set best_mode to "min" or "max".'
                 )
             self._less_is_better = mode == "min"
+        self.is_kept = self._name is not None
         self.step: int | None = None
         self.value = math.nan
         self.is_new = False
@@ -236,14 +248,3 @@ class Best:
                 return True
             case _:
                 return False
-
-
-def directions(metrics: Sequence[keras.metrics.Metric]) -> dict[str, str]:
-    """Which of "min" and "max" is better, for logs of which it is known."""
-    known = {"loss": "min"}
-    for metric in metrics:
-        # Keras sets it on its own metrics; users may on theirs.
-        direction = getattr(metric, "_direction", None)
-        if direction is not None:
-            known[metric.name] = "max" if direction == "up" else "min"
-    return known

@@ -67,7 +67,10 @@ class Clock:
 
     def to_json(self) -> dict[str, JSON]:
         """Its fields, for a checkpoint."""
-        return {**dataclasses.asdict(self), "duties": list(self.duties)}
+        return {
+            field.name: _encode(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        }
 
     def load(self, saved: JSON) -> None:
         """Take the saved values.
@@ -75,27 +78,47 @@ class Clock:
         Raises:
             DamagedError: a field is missing or of another type.
         """
-        fields = dataclasses.fields(self)
-        if not isinstance(saved, dict) or set(saved) != {
-            f.name for f in fields
-        }:
+        fields = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+        }
+        if not isinstance(saved, dict) or set(saved) != set(fields):
             raise DamagedError("The saved clock does not have its fields.")
-        for field in fields:
-            value = saved[field.name]
-            if field.name == "duties":
-                value = tuple(value) if isinstance(value, list) else None
-            if type(value) is not type(getattr(self, field.name)):
+        values = {}
+        for name, present in fields.items():
+            try:
+                values[name] = _decode(saved[name], type(present))
+            except (TypeError, ValueError) as error:
                 raise DamagedError(
-                    f"The saved clock's {field.name} is {value!r}, of the "
-                    "wrong type."
-                )
-        for field in fields:
-            value = saved[field.name]
-            setattr(
-                self,
-                field.name,
-                tuple(value) if field.name == "duties" else value,
-            )
+                    f"The saved clock's {name} is {saved[name]!r:.80}, which "
+                    "it cannot be."
+                ) from error
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+def _encode(value: Any) -> JSON:
+    match value:
+        case dict():
+            # As pairs: logs are shown in their order, which JSON objects, as
+            # we write them, do not keep.
+            return [list(pair) for pair in value.items()]
+        case tuple():
+            return list(value)
+        case _:
+            return value
+
+
+def _decode(value: Any, kind: type) -> Any:
+    if kind is dict:
+        return {str(name): float(total) for name, total in value}
+    if kind is tuple:
+        duties = tuple(value)
+        if not set(duties) <= set(DUTIES):
+            raise ValueError(duties)
+        return duties
+    if type(value) is not kind:
+        raise TypeError(value)
+    return value
 
 
 def variable_paths(

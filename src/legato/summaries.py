@@ -6,16 +6,66 @@ in `timing.jsonl`.
 """
 
 import datetime
+import struct
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from legato import storage
-from legato.errors import RestoreError
+from legato.errors import DamagedError, RestoreError
 from legato.types import JSON
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
 SUMMARIES = "summaries"
+
+# One file for the whole run, whatever number of processes write it: files
+# named by the second, as usual, can meet, and sort wrongly when a clock is
+# set back.
+_EVENTS = "events.out.tfevents.legato"
+
+
+class ScalarEvents:
+    """A TensorBoard event file of scalars, for one split.
+
+    tensorboardX's own writer hands events to a thread, and its `flush` does
+    not wait for that: what a checkpoint counts as written could be lost. Its
+    parts are used, and the bytes are written here.
+
+    Args:
+        directory: made if there is none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file = storage.RecordFile(directory / _EVENTS)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add scalars of a step, in memory."""
+        # Imported late: where torch is installed, tensorboardX imports it.
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        now = time.time()
+        if self.file.offset == 0:
+            self._append(Event(wall_time=now, file_version="brain.Event:2"))
+        for name, value in values.items():
+            summary = scalar(name, value)
+            self._append(Event(wall_time=now, step=step, summary=summary))
+
+    def _append(self, event: Any) -> None:
+        """In the framing of TFRecord files: length, its CRC, data, its CRC."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        self.file.append_bytes(
+            length
+            + struct.pack("<I", masked_crc32c(length))
+            + data
+            + struct.pack("<I", masked_crc32c(data))
+        )
 
 
 class RunLog:
@@ -32,8 +82,7 @@ class RunLog:
         self._metrics = storage.JsonLines(run_dir / METRICS)
         self._timing = storage.JsonLines(run_dir / TIMING)
         self._summaries = run_dir / SUMMARIES
-        self._writers: dict[str, Any] = {}
-        self._purge_step = 0
+        self._events: dict[str, ScalarEvents] = {}
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write a record of a kind ("train", "validation", "epoch").
@@ -43,10 +92,10 @@ class RunLog:
         self._metrics.append({"kind": kind, "step": step, **values})
         if kind == "epoch":
             return  # the same values, a second time
-        writer = self._writer(kind)
-        for name, value in values.items():
-            if isinstance(value, float):
-                writer.add_scalar(name, value, step)
+        if kind not in self._events:
+            self._events[kind] = ScalarEvents(self._summaries / kind)
+        scalars = {k: v for k, v in values.items() if isinstance(v, float)}
+        self._events[kind].write(step, scalars)
 
     def write_timing(self, step: int, values: dict[str, Any]) -> None:
         """Write wall-clock figures, which are no part of the exact run."""
@@ -55,56 +104,72 @@ class RunLog:
 
     def flush(self) -> None:
         """Hand everything to the system: it survives this process."""
-        self._metrics.flush()
+        for file in self._files().values():
+            file.flush()
         self._timing.flush()
-        for writer in self._writers.values():
-            writer.flush()
 
     def sync(self) -> None:
-        """Make `metrics.jsonl` durable: it survives a power cut too."""
-        self._metrics.fsync()
+        """Make what was flushed durable: it survives a power cut too.
+
+        May be called from another thread than the one that writes.
+        """
+        for file in self._files().values():
+            file.fsync()
+
+    def _files(self) -> dict[str, storage.RecordFile]:
+        """The files that are part of the exact run, by name."""
+        events = {
+            f"{SUMMARIES}/{name}": each.file
+            for name, each in sorted(self._events.items())
+        }
+        return {METRICS: self._metrics, **events}
 
     def get_state(self) -> JSON:
         """Where the logs end, for a checkpoint."""
-        return {METRICS: self._metrics.offset}
+        # A file that is there but empty is one of a killed process's future.
+        return {
+            name: file.offset
+            for name, file in self._files().items()
+            if file.offset
+        }
 
-    def rewind(self, state: JSON, step: int) -> None:
+    def rewind(self, state: JSON, *, lenient: bool = False) -> None:
         """Take back everything after a checkpoint (None: everything).
 
+        Args:
+            state: what `get_state` returned.
+            lenient: go on with logs that are shorter than the state says.
+
         Raises:
-            RestoreError: the logs are shorter than the checkpoint says.
+            RestoreError: the logs are shorter than the state says.
         """
-        offset = 0
-        if state is not None:
-            if not isinstance(state, dict) or not isinstance(
-                state.get(METRICS), int
-            ):
-                raise RestoreError(f"The saved log positions {state!r} are bad")
-            offset = state[METRICS]
-        self._metrics.truncate_to(offset)
-        # TensorBoard drops what it read of this step and later ones.
-        self._purge_step = step + 1 if step else 0
+        offsets = {} if state is None else state
+        if not isinstance(offsets, dict) or not all(
+            isinstance(offset, int) for offset in offsets.values()
+        ):
+            raise RestoreError(f"The saved log positions are {state!r:.80}.")
         if self._summaries.exists():
-            for directory in sorted(self._summaries.iterdir()):
-                self._writer(directory.name)
+            # Those of a killed process may be of a split not yet written.
+            for directory in self._summaries.iterdir():
+                if directory.is_dir():
+                    self._events[directory.name] = ScalarEvents(directory)
+        for name in offsets:
+            folder, _, split = name.partition("/")
+            if folder == SUMMARIES and split in ("train", "validation"):
+                path = self._summaries / split
+                self._events.setdefault(split, ScalarEvents(path))
+        for name, file in self._files().items():
+            try:
+                file.truncate_to(offsets.get(name, 0))
+            except DamagedError as error:
+                if not lenient:
+                    raise RestoreError(
+                        f"The logs do not reach to the checkpoint: {error}. "
+                        'Put them back, or set resume="override" to go on '
+                        "without the missing lines."
+                    ) from error
 
     def close(self) -> None:
         """Flush and close; idempotent."""
-        self._metrics.close()
-        self._timing.close()
-        for writer in self._writers.values():
-            writer.close()
-
-    def _writer(self, name: str) -> Any:
-        if name not in self._writers:
-            # Imported late: where torch is installed, this imports it.
-            from tensorboardX import SummaryWriter
-
-            path = self._summaries / name
-            self._writers[name] = SummaryWriter(
-                str(path),
-                purge_step=self._purge_step if path.exists() else None,
-                # Flushed with every checkpoint, not by a timer.
-                flush_secs=10**6,
-            )
-        return self._writers[name]
+        for file in (*self._files().values(), self._timing):
+            file.close()

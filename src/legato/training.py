@@ -25,12 +25,13 @@ class TrainSteps:
         metrics: the training metrics.
         metrics_interval: steps between their updates; 0 leaves them out.
         mode: how steps reach the device; None chooses.
-        capacity: batches in one device call, at most.
+        capacity: batches in one device call, which is part of the program.
+        max_steps: the most to run in one; None for the capacity.
         compiling: called with True before, and False after, a device call
             that may compile for long.
 
     Attributes:
-        capacity: as given.
+        capacity: the most steps in one call of `run`.
         mode: the one chosen, once `trace` was called.
         log_names: names of the step's logs, likewise.
         traces: how often the step has been traced.
@@ -47,10 +48,12 @@ class TrainSteps:
         metrics_interval: int,
         mode: LoopMode | None,
         capacity: int,
+        max_steps: int | None = None,
         compiling: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        self.capacity = capacity
-        self.mode = mode
+        self.capacity = min(capacity, max_steps or capacity)
+        self._operand_capacity = capacity
+        self.mode: LoopMode | None = mode
         self.log_names: list[str] = []
         self.traces = 0
         self._task = task
@@ -83,7 +86,7 @@ class TrainSteps:
             StepError: the step broke its contract.
         """
         self._resident = self._backend.place(self._source.resident)
-        iterator = self._source.iterate(seed=0, capacity=self.capacity)
+        iterator = self._source.iterate(seed=0, capacity=self._operand_capacity)
         operands = iterator.next_chunk(1).operands
         self._trace(self._source.full_batch_size, operands)
         partial = self._source.partial_batch_size

@@ -341,7 +341,7 @@ def test_active_hooks():
         (Lambda(on_epoch_end=print), False, False),
         (Lambda(on_train_batch_end=lambda batch, logs: None), True, False),
         (Lambda(on_batch_end=lambda batch, logs: None), True, False),
-        (keras.callbacks.TerminateOnNaN(), False, False),
+        (keras.callbacks.TerminateOnNaN(), True, False),
         (keras.callbacks.RemoteMonitor(), False, False),
     ]:
         runner = CallbackRunner([callback], model=make_model(), params=PARAMS)

@@ -91,6 +91,7 @@ def test_rewinding_and_writing_again_gives_the_same_bytes(tmp_path):
         offsets.append(lines.offset)
         if step % 3 == 0:
             lines.flush()
+    lines.flush()
     lines.fsync()
     whole = path.read_bytes()
     assert offsets[-1] == len(whole)

@@ -104,8 +104,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
-        """The values as host arrays, which may be views: copy before the next
-        loop call. Waits for the computations under way."""
+        """The values as host arrays; waits for the computations under way.
+
+        They may be views: copy them before the next loop call.
+        """
 
     @abc.abstractmethod
     def write(
@@ -115,8 +117,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
-        """The logs of a loop call: float32 of shape `[num_steps, names]`.
-        Waits for the loop."""
+        """The logs of a loop call: float32 `[num_steps, names]`; waits."""
 
     @abc.abstractmethod
     def place(self, arrays: Any) -> Any:

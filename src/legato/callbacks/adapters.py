@@ -330,12 +330,13 @@ class ProgbarLoggerAdapter(Adapter):
 
 
 class TerminateOnNaNAdapter(Adapter):
-    """`TerminateOnNaN`: the engine watches the loss itself."""
+    """`TerminateOnNaN`: sees each batch, so that it stops at the first NaN.
+
+    Steps that a longer device loop would still have run after it would make
+    the end depend on where loops are cut.
+    """
 
     observes = True
-
-    def has_batch_hooks(self, callback: Any) -> bool:
-        return False
 
 
 class SwapEMAWeightsAdapter(Adapter):

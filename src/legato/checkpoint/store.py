@@ -35,6 +35,7 @@ from legato.types import JSON
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+FINAL = "final"
 JOURNAL = "commits.jsonl"
 
 
@@ -85,6 +86,7 @@ class CheckpointStore:
         self._fs = fs
         self._directory = run_dir / CHECKPOINTS
         self._best = run_dir / BEST
+        self._final = run_dir / FINAL
         self._note: str | None = None  # from the thread, for `poll`
         self._journal = Journal(run_dir / JOURNAL, fs=fs)
         self._writer = Writer(
@@ -118,6 +120,7 @@ class CheckpointStore:
         data: Mapping[str, bytes] | None = None,
         *,
         best: bool = False,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         """Copies everything and returns; it is written in the background.
 
@@ -130,6 +133,8 @@ class CheckpointStore:
             host: the state that is not arrays.
             data: name -> opaque bytes.
             best: whether to publish it as `best/` too.
+            before_commit: called in the thread first: makes durable what the
+                checkpoint refers to. Called again if writing is tried again.
 
         Raises:
             TypeError: if JSON has no exact form for something in `host`.
@@ -152,8 +157,39 @@ class CheckpointStore:
                 host=encoded,
                 data=data,
                 best=best,
+                before_commit=before_commit,
             )
         )
+
+    @property
+    def final_path(self) -> Path:
+        """Where `save_final` writes."""
+        return self._final
+
+    def save_final(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes what a finished run ended with as `final/`, and waits.
+
+        It is no checkpoint to train on from: hooks at the end of training may
+        have put other weights in than training would go on with.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        self.wait()
+        layout = storage.TensorLayout(storage.spec(arrays))
+        arena = storage.TensorArena(layout)
+        arena.fill(arrays)
+        about = About.encode(
+            step=step, run_id=self._run_id, best=False, layout=layout
+        )
+        files = {STATE: arena.buffer, HOST: strict_json.dumps({})}
+        try:
+            storage.commit_directory(self._final, files, about, fs=self._fs)
+        except OSError as e:
+            raise CheckpointError(
+                f"{self._final} could not be written: {e}. The checkpoints "
+                "are not affected: run it again."
+            ) from e
 
     def poll(self) -> None:
         """To be called at each loop end; costs nothing when all is well.
@@ -280,6 +316,8 @@ class CheckpointStore:
 
     def _write(self, job: Job) -> None:
         """One job from beginning to end; in the thread; may be repeated."""
+        if job.before_commit is not None:
+            job.before_commit()
         if job.sha256 is None:
             layout = job.arena.layout
             job.sha256 = storage.commit_directory(

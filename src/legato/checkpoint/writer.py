@@ -26,6 +26,7 @@ class Job:
     host: bytes
     data: Mapping[str, bytes]
     best: bool
+    before_commit: Callable[[], None] | None = None
     sha256: str | None = None  # set when it is committed
 
 

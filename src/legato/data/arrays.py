@@ -186,6 +186,9 @@ class _ArrayIterator(DataIterator):
                     "batches in an epoch. Resume with the data of the run."
                 )
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def next_chunk(self, max_batches: int) -> Chunk:
         source = self._source
         size = source.full_batch_size

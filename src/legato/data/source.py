@@ -64,6 +64,7 @@ class DataIterator(abc.ABC):
             RestoreError: the state is another source's.
         """
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Let go of threads, processes and files; idempotent."""
 

@@ -114,3 +114,14 @@ def results(metrics: Sequence[keras.metrics.Metric]) -> dict[str, Any]:
             array = np.asarray(keras.ops.convert_to_numpy(each))
             out[name] = float(array) if array.ndim == 0 else array.tolist()
     return out
+
+
+def directions(metrics: Sequence[keras.metrics.Metric]) -> dict[str, str]:
+    """Whether less ("min") or more ("max") is better, where that is known."""
+    known: dict[str, str] = {}
+    for metric in metrics:
+        # Keras sets it on its own metrics; users may on theirs.
+        direction = getattr(metric, "_direction", None)
+        if direction is not None:
+            known[metric.name] = "max" if direction == "up" else "min"
+    return known

@@ -15,6 +15,7 @@ from legato.storage.files import (
     OS,
     FileSystem,
     JsonLines,
+    RecordFile,
     sync_directory,
     write_file,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "FileSystem",
     "JsonLines",
     "Manifest",
+    "RecordFile",
     "RunLock",
     "TensorArena",
     "TensorLayout",

@@ -107,16 +107,12 @@ def write_file(path: Path, data: bytes, *, fs: FileSystem = OS) -> None:
         raise
 
 
-class JsonLines:
-    """A file of JSON records, one a line, that can be rewound.
-
-    The lines are for people and for other tools, so they are ordinary JSON:
-    floats as Python prints them, which is exact, and `NaN`, `Infinity` and
-    `-Infinity`, which are not standard but which most readers take.
+class RecordFile:
+    """A file that grows by whole records, and can be rewound.
 
     Records are kept in memory until `flush`, and are never torn by an error
-    (a failed `flush` can be repeated). After a kill the last line may be torn:
-    opening the file cuts it off.
+    (a failed `flush` can be repeated). After a kill the last record may be
+    torn: rewind to where a whole one ended.
 
     Args:
         path: the file; made if there is none. Not a symbolic link.
@@ -131,21 +127,11 @@ class JsonLines:
         self._fs = fs
         self._pending = bytearray()
         self._fd = fs.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        try:
-            self._size = _whole_lines(self._fd)
-            if self._size != os.fstat(self._fd).st_size:
-                fs.truncate(self._fd, self._size)
-        except BaseException:
-            os.close(self._fd)
-            raise
+        self._size = os.fstat(self._fd).st_size
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Adds a record, in memory.
-
-        Raises:
-            TypeError: if JSON has no form for something in it.
-        """
-        self._pending += json.dumps(record).encode() + b"\n"
+    def append_bytes(self, record: bytes) -> None:
+        """Adds a record, in memory."""
+        self._pending += record
 
     @property
     def offset(self) -> int:
@@ -171,35 +157,32 @@ class JsonLines:
         self._pending = bytearray()
 
     def fsync(self) -> None:
-        """Flushes, and makes all records durable: they survive a power cut.
+        """Makes what was flushed durable: it survives a power cut.
+
+        It does not flush, so that another thread may call it while this one
+        appends.
 
         Raises:
             OSError: if it failed.
         """
-        self.flush()
         self._fs.fsync(self._fd)
 
     def truncate_to(self, offset: int) -> None:
         """Removes all records from an offset on.
 
         Raises:
-            DamagedError: if the file is shorter than that, or no line begins
-                there.
+            DamagedError: if the file is shorter than that.
             OSError: if it failed.
         """
         self.flush()
         if not 0 <= offset <= self._size:
             raise DamagedError(
                 f"{self._path}: cannot be rewound to byte {offset}: it has "
-                f"only {self._size}; lines were removed"
+                f"only {self._size}; records were removed"
             )
-        if offset and os.pread(self._fd, 1, offset - 1) != b"\n":
-            raise DamagedError(
-                f"{self._path}: cannot be rewound to byte {offset}: no line "
-                "begins there; lines were changed"
-            )
-        self._fs.truncate(self._fd, offset)
-        self._size = offset
+        if offset != self._size:
+            self._fs.truncate(self._fd, offset)
+            self._size = offset
 
     def close(self) -> None:
         """Flushes and closes; a second call does nothing.
@@ -214,6 +197,52 @@ class JsonLines:
         finally:
             os.close(self._fd)
             self._fd = -1
+
+
+class JsonLines(RecordFile):
+    """A file of JSON records, one a line.
+
+    The lines are for people and for other tools, so they are ordinary JSON:
+    floats as Python prints them, which is exact, and `NaN`, `Infinity` and
+    `-Infinity`, which are not standard but which most readers take. Opening
+    the file cuts off a line that a kill left torn.
+    """
+
+    def __init__(self, path: Path, *, fs: FileSystem = OS):
+        super().__init__(path, fs=fs)
+        try:
+            whole = _whole_lines(self._fd)
+            if whole != self._size:
+                fs.truncate(self._fd, whole)
+                self._size = whole
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record, in memory.
+
+        Raises:
+            TypeError: if JSON has no form for something in it.
+        """
+        self.append_bytes(json.dumps(record).encode() + b"\n")
+
+    def truncate_to(self, offset: int) -> None:
+        """Removes all records from an offset on.
+
+        Raises:
+            DamagedError: if the file is shorter than that, or no line begins
+                there.
+            OSError: if it failed.
+        """
+        self.flush()
+        inside = 0 < offset <= self._size
+        if inside and os.pread(self._fd, 1, offset - 1) != b"\n":
+            raise DamagedError(
+                f"{self._path}: cannot be rewound to byte {offset}: no line "
+                "begins there; lines were changed"
+            )
+        super().truncate_to(offset)
 
 
 def _whole_lines(fd: int) -> int:

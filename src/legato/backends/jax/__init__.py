@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from legato.backends.jax import gradient
+from legato.backends.jax.loop import JaxLoop
 from legato.backends.protocol import (
     Backend,
     CompiledLoop,
@@ -21,8 +23,6 @@ from legato.backends.protocol import (
     LoopMode,
     Step,
 )
-from legato.backends.jax import gradient
-from legato.backends.jax.loop import JaxLoop
 from legato.types import JSON
 
 

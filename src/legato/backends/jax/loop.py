@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from jax.extend import core as jax_core
 
-from legato.backends.protocol import CompiledLoop, Fetch, LoopMode, Step
 from legato.backends.jax.scope import StepScope, initial_value, merging_cond
+from legato.backends.protocol import CompiledLoop, Fetch, LoopMode, Step
 from legato.compat import keras_tracing
 from legato.errors import StepError
 

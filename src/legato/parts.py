@@ -1,0 +1,148 @@
+"""What a Task builds, checked before anything is trained."""
+
+import dataclasses
+from typing import Any
+
+import keras
+
+from legato.config import TrainerConfig
+from legato.data import DataSource
+from legato.errors import ConfigError
+from legato.evaluation import Evaluator
+from legato.metrics import check_metrics, directions
+from legato.task import ModelGroup, OptimizerGroup, Optimizers, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of a Task.
+
+    Attributes:
+        task: whose parts they are.
+        model: what `build_model` returned.
+        whole: all models as one, with `optimizer`, for callbacks.
+        optimizer: what `build_optimizer` returned.
+        optimizers: the same by name; "" for a single one.
+        metrics: the training metrics; empty where they are off.
+        source: the training data.
+        evaluator: of the validation split; None if there is none.
+    """
+
+    task: Task
+    model: Any
+    whole: keras.Model
+    optimizer: Optimizers
+    optimizers: dict[str, keras.optimizers.Optimizer]
+    metrics: list[keras.metrics.Metric]
+    source: DataSource
+    evaluator: Evaluator | None
+
+    def directions(self) -> dict[str, str]:
+        """Whether less or more is better, by log, where that is known."""
+        validation = self.evaluator.metrics if self.evaluator else []
+        found = {self.task.loss: "min"}
+        found |= directions([*self.metrics, *validation])
+        return found | {f"val_{name}": way for name, way in found.items()}
+
+    def learning_rates(self) -> dict[str, float]:
+        """The current learning rate of each optimizer, by its name."""
+        return {
+            name: float(
+                keras.ops.convert_to_numpy(optimizer.learning_rate)  # type: ignore[arg-type]
+            )
+            for name, optimizer in self.optimizers.items()
+        }
+
+    def scales_loss(self) -> bool:
+        """Whether a LossScaleOptimizer skips steps that overflow."""
+        return any(
+            isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+            for optimizer in self.optimizers.values()
+        )
+
+
+def build_parts(task: Task, config: TrainerConfig) -> Parts:
+    """Build everything that a Task defines.
+
+    Raises:
+        ConfigError: a method returned something else than it must.
+        DataError: the data are wrong.
+    """
+    # Everything random that follows is a function of the seed.
+    keras.utils.set_random_seed(config.seed)
+    name = type(task).__name__
+    model = task.build_model()
+    models = list(model.values()) if isinstance(model, dict) else [model]
+    if not models or not all(isinstance(m, keras.Model) for m in models):
+        raise ConfigError(
+            f"{name}.build_model returned {model!r}: it must return a "
+            "keras.Model, or a dict of them."
+        )
+    optimizer = task.build_optimizer()
+    optimizers = (
+        dict(optimizer) if isinstance(optimizer, dict) else {"": optimizer}
+    )
+    for each in optimizers.values():
+        if not isinstance(each, keras.optimizers.Optimizer):
+            raise ConfigError(
+                f"{name}.build_optimizer returned {optimizer!r}: it must "
+                "return a keras.optimizers.Optimizer, or a dict of them."
+            )
+    whole: Any = ModelGroup(model) if isinstance(model, dict) else model
+    # Callbacks find the learning rate at `model.optimizer`.
+    whole.optimizer = (
+        OptimizerGroup(list(optimizers.values()))
+        if isinstance(optimizer, dict)
+        else optimizer
+    )
+    metrics: list[keras.metrics.Metric] = []
+    if config.train_metrics_interval:
+        metrics = check_metrics(
+            task.build_metrics(training=True),
+            f"{name}.build_metrics(training=True)",
+        )
+    if task.loss in {metric.name for metric in metrics}:
+        raise ConfigError(
+            f"{name}.build_metrics returned a metric named {task.loss!r}, "
+            "which is the name of the loss. Give it another `name`."
+        )
+    source = _check_source(task, "train", task.build_inputs("train"))
+    return Parts(
+        task=task,
+        model=model,
+        whole=whole,
+        optimizer=optimizer,
+        optimizers=optimizers,
+        metrics=metrics,
+        source=source,
+        evaluator=_build_evaluator(task, model, config),
+    )
+
+
+def _build_evaluator(
+    task: Task, model: Any, config: TrainerConfig
+) -> Evaluator | None:
+    source = task.build_inputs("validation")
+    if source is None:
+        return None
+    return Evaluator(
+        task,
+        model,
+        _check_source(task, "validation", source),
+        check_metrics(
+            task.build_metrics(training=False),
+            f"{type(task).__name__}.build_metrics(training=False)",
+        ),
+        seed=config.seed,
+        max_batches=config.validation_steps,
+    )
+
+
+def _check_source(task: Task, split: str, source: Any) -> DataSource:
+    if not isinstance(source, DataSource):
+        raise ConfigError(
+            f"{type(task).__name__}.build_inputs({split!r}) returned "
+            f"{type(source).__name__}: it must return a data source, such as "
+            "legato.ArraySource((features, labels), batch_size=32)."
+        )
+    return source

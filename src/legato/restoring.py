@@ -1,0 +1,139 @@
+"""Putting saved state back, all of it or none, and saying what was."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import rich.console
+import rich.table
+
+from legato import backends
+from legato.checkpoint import Checkpoint
+from legato.compat import keras_tracing
+from legato.errors import RestoreError
+from legato.rng import get_host_state, set_host_state
+from legato.types import JSON, AuditEntry, AuditStatus
+
+
+def assign_arrays(
+    variables: Mapping[str, keras.Variable],
+    checkpoint: Checkpoint,
+    *,
+    lenient: Sequence[str] = (),
+) -> list[AuditEntry]:
+    """Put a checkpoint's arrays into variables, all of them or none.
+
+    Args:
+        variables: by path (see `state.variable_paths`).
+        checkpoint: what was saved.
+        lenient: first parts of paths that may differ: a variable that does
+            not fit keeps its value, and the audit says so.
+
+    Raises:
+        RestoreError: a variable is missing, new, or of another shape or
+            dtype; the message names it.
+    """
+    roots = {_root(name) for name in variables}
+    saved = {
+        name: array
+        for name, array in checkpoint.arrays.items()
+        if _root(name) in roots
+    }
+    audit: list[AuditEntry] = []
+    for name in dict.fromkeys((*variables, *saved)):
+        if name not in variables:
+            status, detail = AuditStatus.MISSING, "in the checkpoint only"
+        elif name not in saved:
+            status, detail = AuditStatus.NEW, "in the program only"
+        else:
+            old = f"{saved[name].dtype}{list(saved[name].shape)}"
+            variable: Any = variables[name]
+            # (`variable.dtype` would be what autocasting makes of it.)
+            new = f"{variable._dtype}{list(variable.shape)}"
+            status, detail = AuditStatus.RESTORED, ""
+            if old != new:
+                status = AuditStatus.IGNORED
+                detail = f"{old} in the checkpoint, {new} in the program"
+        audit.append(AuditEntry("arrays", name, status, detail))
+    problems = [
+        f"{entry.name}: {entry.detail}"
+        for entry in audit
+        if entry.detail and _root(entry.name) not in lenient
+    ]
+    if problems:
+        more = len(problems) - 10
+        raise RestoreError(
+            f"The checkpoint of step {checkpoint.step} does not fit the "
+            "program:\n  "
+            + "\n  ".join(problems[:10])
+            + (f"\n  ... and {more} more" if more > 0 else "")
+            + "\nThe model or the optimizer changed since. Put it back, or "
+            "train the new one in another run_dir."
+        )
+    fitting = [e.name for e in audit if e.status is AuditStatus.RESTORED]
+    backends.current().write(
+        [variables[name] for name in fitting],
+        [saved[name] for name in fitting],
+    )
+    return audit
+
+
+def _root(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def get_random_state() -> tuple[JSON, dict[str, np.ndarray]]:
+    """Every global generator: Python's, NumPy's, Keras's, the backend's."""
+    backend = backends.current()
+    state, arrays = get_host_state()
+    for name, array in backend.get_random_state().items():
+        arrays[f"backend.{name}"] = array
+    unseeded = keras_tracing.global_seed_state()
+    if unseeded is not None:
+        arrays["keras"] = np.array(backend.read([unseeded])[0])
+    return state, arrays
+
+
+def set_random_state(state: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Put back what `get_random_state` returned.
+
+    Raises:
+        DamagedError: it is not that.
+    """
+    set_host_state(state, arrays)
+    prefix = "backend."
+    backend = backends.current()
+    backend.set_random_state(
+        {
+            name.removeprefix(prefix): array
+            for name, array in arrays.items()
+            if name.startswith(prefix)
+        }
+    )
+    if "keras" in arrays:
+        unseeded = keras_tracing.make_global_seed_state()
+        backend.write([unseeded], [arrays["keras"]])
+
+
+def audit_table(title: str, audit: Sequence[AuditEntry]) -> str:
+    """A line for each part of the state, naming all that was not restored."""
+    table = rich.table.Table(box=None, pad_edge=False)
+    for column in ("part", "restored", "otherwise"):
+        table.add_column(column)
+    for part in dict.fromkeys(entry.part for entry in audit):
+        entries = [entry for entry in audit if entry.part == part]
+        others = [e for e in entries if e.status is not AuditStatus.RESTORED]
+        shown = [
+            f"{e.name} {e.status}".strip() + (f" ({e.detail})" * bool(e.detail))
+            for e in others[:5]
+        ]
+        if len(others) > len(shown):
+            shown.append(f"and {len(others) - len(shown)} more")
+        restored = len(entries) - len(others)
+        table.add_row(part, str(restored), "; ".join(shown) or "-")
+    console = rich.console.Console(width=100)
+    with console.capture() as captured:
+        console.print(title, highlight=False)
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

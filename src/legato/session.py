@@ -1,0 +1,481 @@
+"""One call of `Trainer.train`: everything that is open while it lasts."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import keras
+import numpy as np
+
+from legato import backends, identity, loop, restoring, storage
+from legato.callbacks import CallbackRunner
+from legato.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from legato.config import TrainerConfig, dump_yaml
+from legato.data import Feed
+from legato.errors import (
+    CheckpointError,
+    ExactnessError,
+    ExactnessWarning,
+    Interrupted,
+    RunDirError,
+    Stopped,
+)
+from legato.evaluation import loop_capacity
+from legato.interrupts import Interrupts
+from legato.parts import Parts
+from legato.progress import make_reporter
+from legato.recorder import Recorder
+from legato.run_directory import CONFIG
+from legato.schedule import Schedule
+from legato.state import Clock, variable_paths
+from legato.summaries import RunLog
+from legato.training import TrainSteps
+from legato.types import JSON, AuditEntry, AuditStatus, Logs
+
+
+class Session:
+    """Restores or begins a run, and trains it to its end or to a stop.
+
+    Make one only while holding the lock of the run directory. Call `begin`,
+    then `train`, in a `with` statement.
+
+    Args:
+        parts: what the Task built.
+        config: how the run is driven.
+        run_dir: the run directory.
+        run_id: the run's id.
+        callbacks: the user's callbacks.
+
+    Attributes:
+        clock: where the run is.
+        history: of the whole run.
+        audit: what became of each part of the state; empty for a new run.
+
+    Raises:
+        RunDirError: `resume=` forbids it.
+        CheckpointError: there are checkpoints, and none is intact.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        config: TrainerConfig,
+        run_dir: Path,
+        run_id: str,
+        callbacks: Sequence[keras.callbacks.Callback],
+    ) -> None:
+        self.clock = Clock()
+        self.audit: list[AuditEntry] = []
+        self._parts = parts
+        self._config = config
+        self._run_dir = run_dir
+        self._backend = backends.current()
+        self._last_save = time.monotonic()
+        self._variables: dict[str, keras.Variable] = {}
+        self._store = CheckpointStore(
+            run_dir,
+            run_id=run_id,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            timeout_secs=config.checkpoint_timeout,
+        )
+        self._checkpoint = self._find_checkpoint()
+        self._log = RunLog(run_dir)
+        self._reporter = make_reporter(config.progress)
+        self._interrupts = Interrupts(
+            max_seconds=config.max_seconds, before_exit=self._store.wait
+        )
+        self._schedule = _schedule(parts, config)
+        self._callbacks = self._make_callbacks(callbacks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._log.close()
+        self._store.close()
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        checkpoint = self._store.restore()
+        resume = self._config.resume
+        if resume == "must" and checkpoint is None:
+            raise RunDirError(
+                f'resume="must": there is no checkpoint in {self._run_dir}. '
+                'Give the run_dir of a run, or resume="auto" to begin one.'
+            )
+        if resume == "never" and checkpoint is not None:
+            raise RunDirError(
+                f'resume="never": {self._run_dir} holds a run at step '
+                f"{checkpoint.step}. Choose another run_dir, or "
+                'resume="auto" to go on with it.'
+            )
+        return checkpoint
+
+    def _make_callbacks(
+        self, callbacks: Sequence[keras.callbacks.Callback]
+    ) -> CallbackRunner:
+        def make(callbacks: Sequence[Any]) -> CallbackRunner:
+            epochs = self._schedule.train_steps / self._schedule.steps_per_epoch
+            return CallbackRunner(
+                callbacks,
+                model=self._parts.whole,
+                params={
+                    "epochs": int(np.ceil(epochs)),
+                    "steps": self._schedule.steps_per_epoch,
+                    "verbose": 0,
+                },
+                exact=self._config.exact,
+                metric_directions=self._parts.directions(),
+            )
+
+        runner = make(callbacks)
+        for callback in runner.callbacks:
+            if isinstance(callback, keras.callbacks.History):
+                self.history = callback
+                return runner
+        self.history = keras.callbacks.History()
+        return make([*runner.callbacks, self.history])
+
+    # -- beginning ----------------------------------------------------------
+
+    def begin(self) -> None:
+        """Trace the step, call `on_train_begin`, and restore or initialise.
+
+        Raises:
+            StepError: the step broke its contract.
+            RestoreError: the checkpoint is another run's.
+            ExactnessError: `exact="strict"`, and resuming is not exact.
+        """
+        parts, config, checkpoint = self._parts, self._config, self._checkpoint
+        saved: Any = checkpoint.host.get("identity") if checkpoint else None
+        # What can change bits was chosen at step 0, and is kept.
+        program = saved.get("program", {}) if isinstance(saved, dict) else {}
+        capacity = program.get("capacity") or loop_capacity(parts.source)
+        self._steps = TrainSteps(
+            parts.task,
+            parts.model,
+            parts.optimizer,
+            parts.source,
+            parts.metrics,
+            metrics_interval=config.train_metrics_interval,
+            mode=program.get("mode"),
+            capacity=capacity,
+            max_steps=config.steps_per_loop,
+            compiling=self._set_compiling,
+        )
+        if checkpoint is None:
+            parts.task.initialize(parts.model)
+        learning_rates = parts.learning_rates()
+        self._identity = identity.make_identity(
+            parts.task, parts.optimizer, config, parts.source.identity
+        )
+        inexact: list[str] = []
+        if checkpoint is not None:
+            # Is it the same run? Asked before anything dear.
+            inexact = identity.compare(
+                saved, self._identity, override=config.resume == "override"
+            )
+        with self._interrupts:
+            self._set_compiling(True)
+            self._steps.trace()
+            self._set_compiling(False)
+        self._identity["program"] = {
+            "mode": self._steps.mode,
+            "capacity": capacity,
+        }
+        if parts.evaluator is not None and parts.evaluator.mode is None:
+            parts.evaluator.mode = self._steps.mode
+        self._variables = variable_paths(
+            {
+                "model": parts.model,
+                "optimizer": parts.optimizer,
+                "metrics": parts.metrics,
+                "task": vars(parts.task),
+            },
+            self._steps.variables,
+        )
+        self._recorder = Recorder(
+            task=parts.task,
+            clock=self.clock,
+            config=config,
+            metrics=parts.metrics,
+            directions=parts.directions(),
+            log_names=lambda: self._steps.log_names,
+            learning_rates=parts.learning_rates,
+            log=self._log,
+            reporter=self._reporter,
+            tolerates_nonfinite=self._tolerates_nonfinite(),
+        )
+        self._feed = Feed(
+            parts.source.iterate(seed=config.seed, capacity=capacity)
+        )
+        if checkpoint is None:
+            self._begin_new()
+        else:
+            self._callbacks.on_train_begin(resuming=True)
+            self._restore(checkpoint, learning_rates)
+            for sentence in inexact:
+                self._name_inexact(
+                    f"Resumed at step {self.clock.step}, but not exactly: "
+                    f"{sentence}"
+                )
+        self._checkpoint = None  # its arrays are large
+
+    def _tolerates_nonfinite(self) -> bool:
+        policy = self._config.nonfinite_loss
+        handled = any(
+            isinstance(callback, keras.callbacks.TerminateOnNaN)
+            for callback in self._callbacks.callbacks
+        )
+        if policy is None:
+            return handled or self._parts.scales_loss()
+        return policy == "warn"
+
+    def _set_compiling(self, on: bool) -> None:
+        self._interrupts.compiling = on
+
+    def _begin_new(self) -> None:
+        self._log.rewind(None)
+        path = self._run_dir / CONFIG
+        if not path.exists():  # the command line writes a fuller one
+            lines = dump_yaml(self._config).splitlines()
+            text = "\n".join(["trainer:", *(f"  {line}" for line in lines)])
+            storage.write_file(path, text.encode() + b"\n")
+        # What happened since the model was built does not count.
+        keras.utils.set_random_seed(self._config.seed)
+        self._parts.whole.stop_training = False
+        self._callbacks.on_train_begin(resuming=False)
+
+    def _name_inexact(self, message: str) -> None:
+        """What cannot be exact is named before training goes on."""
+        if self._config.exact == "strict":
+            raise ExactnessError(
+                f'{message}. exact="strict" refuses to go on; exact="warn" '
+                "would."
+            )
+        if self._config.exact == "warn":
+            warnings.warn(message, ExactnessWarning, stacklevel=4)
+
+    # -- training -----------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to the end, unless the run is there already.
+
+        Raises:
+            Stopped: a signal or `max_time` ended it; everything is saved.
+            Interrupted: Ctrl-C ended it; everything is saved.
+            Others: see `Trainer.train`.
+        """
+        clock, parts = self.clock, self._parts
+        if clock.finished:
+            # Killed between the last checkpoint and the end: do the rest.
+            if not self._load_final():
+                self._finish()
+            return
+        self._reporter.start(
+            self._schedule.train_steps,
+            initial_step=clock.step,
+            description=type(parts.task).__name__,
+            epochs=self._config.epochs,
+        )
+        reason = "failed"
+        try:
+            with self._interrupts:
+                loop.run(
+                    clock=clock,
+                    schedule=self._schedule,
+                    steps=self._steps,
+                    feed=self._feed,
+                    hooks=self._callbacks,
+                    recorder=self._recorder,
+                    validate=self._validate,
+                    save=self._save,
+                    save_is_due=self._save_is_due,
+                    stop_requested=self._stop_requested,
+                    callbacks_stop=lambda: bool(parts.whole.stop_training),
+                )
+                self._store.wait()
+            reason = self._interrupts.reason or "done"
+        except BaseException as error:
+            self._leave_valid_variables(error)
+            raise
+        finally:
+            self._feed.close()
+            self._reporter.finish(clock.step, reason)
+        if not clock.finished:
+            self._raise_stopped()
+        self._finish()
+
+    def _finish(self) -> None:
+        """After the last checkpoint: hooks may put other weights in."""
+        self._callbacks.on_train_end(
+            {k: v[-1] for k, v in self.history.history.items() if v}
+        )
+        for optimizer in self._parts.optimizers.values():
+            if optimizer.built:
+                # As Keras does: averaged weights, if there are any.
+                optimizer.finalize_variable_values(
+                    self._parts.whole.trainable_variables
+                )
+        self._log.flush()
+        self._store.save_final(self.clock.step, self._read_arrays())
+
+    def _load_final(self) -> bool:
+        """Take the weights that the run ended with, if it came to that."""
+        try:
+            final = load_checkpoint(self._store.final_path)
+        except CheckpointError:
+            return False
+        if final.step != self.clock.step:
+            return False
+        restoring.assign_arrays(self._variables, final)
+        return True
+
+    def _raise_stopped(self) -> None:
+        reason = self._interrupts.reason
+        message = (
+            f"{reason}: stopped at step {self.clock.step} of "
+            f"{self._schedule.train_steps} with everything saved in "
+            f"{self._run_dir}. Run it again to go on."
+        )
+        raise Interrupted(message) if reason == "SIGINT" else Stopped(message)
+
+    def _stop_requested(self) -> bool:
+        return self._interrupts.reason is not None
+
+    def _validate(self) -> Logs | None:
+        assert self._parts.evaluator is not None
+        return self._parts.evaluator(self._callbacks, self._stop_requested)
+
+    def _save_is_due(self) -> bool:
+        self._store.poll()
+        every = self._config.checkpoint_seconds
+        late = every is not None and time.monotonic() - self._last_save > every
+        return late or self._recorder.best.is_new
+
+    def _leave_valid_variables(self, error: BaseException) -> None:
+        """After a failure: values in all variables, and word of whose."""
+        held = f"step {self.clock.step}"
+        if self._backend.lost_variables(list(self._variables.values())):
+            # A device call had taken its inputs when it failed.
+            self._store.wait()
+            checkpoint = self._store.restore()
+            if checkpoint is None:
+                held = "nothing valid, for there is no checkpoint yet"
+            else:
+                restoring.assign_arrays(self._variables, checkpoint)
+                held = f"step {checkpoint.step}, the newest checkpoint"
+        error.add_note(
+            f"legato: the model's variables hold {held}. The same call "
+            f"(run_dir={str(self._run_dir)!r}) goes on from the newest "
+            "checkpoint."
+        )
+
+    # -- state: the parts listed in `state.PARTS` ---------------------------
+
+    def _read_arrays(self) -> dict[str, np.ndarray]:
+        values = self._backend.read(list(self._variables.values()))
+        return dict(zip(self._variables, values, strict=True))
+
+    def _save(self) -> None:
+        """Hand everything to the checkpoint writer."""
+        arrays = self._read_arrays()
+        callbacks, callback_arrays = self._callbacks.get_state()
+        random, random_arrays = restoring.get_random_state()
+        arrays |= {f"callbacks/{k}": v for k, v in callback_arrays.items()}
+        arrays |= {f"random/{k}": v for k, v in random_arrays.items()}
+        best = self._recorder.best
+        # Written before the checkpoint that counts them.
+        self._log.flush()
+        host: dict[str, JSON] = {
+            "clock": self.clock.to_json(),
+            "data": self._feed.get_state(),
+            "callbacks": callbacks,
+            "random": random,
+            "best": best.get_state(),
+            "sinks": self._log.get_state(),
+            "identity": self._identity,
+            "train_steps": self._schedule.train_steps,
+        }
+        self._store.save(
+            self.clock.step,
+            arrays,
+            host,
+            best=best.is_new,
+            before_commit=self._log.sync,
+        )
+        best.is_new = False
+        self._last_save = time.monotonic()
+
+    def _restore(
+        self, checkpoint: Checkpoint, learning_rates: dict[str, float]
+    ) -> None:
+        host, parts = checkpoint.host, self._parts
+        override = self._config.resume == "override"
+        # Metrics may be switched on or off: the identity told of it.
+        lenient = ["metrics", *["optimizer"] * override]
+        audit = restoring.assign_arrays(
+            self._variables, checkpoint, lenient=lenient
+        )
+        if override:
+            for name, optimizer in parts.optimizers.items():
+                if isinstance(optimizer.learning_rate, keras.Variable):
+                    optimizer.learning_rate = learning_rates[name]
+        arrays: dict[str, dict[str, np.ndarray]] = {}
+        for path, array in checkpoint.arrays.items():
+            root, _, name = path.partition("/")
+            arrays.setdefault(root, {})[name] = array
+
+        def take(part: str, restore: Callable[[Any], Any]) -> None:
+            restored = restore(host.get(part)) is not False
+            status = AuditStatus.RESTORED if restored else AuditStatus.NEW
+            self.audit.append(AuditEntry(part, "", status))
+
+        self.audit = audit
+        take("clock", self.clock.load)
+        take("data", self._feed.set_state)
+        self.audit += self._callbacks.set_state(
+            host.get("callbacks"), arrays.get("callbacks", {})
+        )
+        take(
+            "random",
+            lambda state: restoring.set_random_state(
+                state, arrays.get("random", {})
+            ),
+        )
+        if self._recorder.best.is_kept:
+            take("best", self._recorder.best.set_state)
+        take("sinks", lambda s: self._log.rewind(s, lenient=override))
+        self._decide_whether_finished(host.get("train_steps"))
+        parts.whole.stop_training = self.clock.stop_training
+        self._reporter.message(
+            restoring.audit_table(
+                f"Resumed {self._run_dir} at step {self.clock.step}:",
+                self.audit,
+            )
+        )
+
+    def _decide_whether_finished(self, train_steps: JSON) -> None:
+        """A run that is made longer goes on, also one that stopped early."""
+        clock, steps = self.clock, self._schedule.train_steps
+        if isinstance(train_steps, int) and steps > train_steps:
+            clock.stop_training = False
+        clock.finished = not clock.duties and (
+            clock.stop_training or clock.step >= steps
+        )
+
+
+def _schedule(parts: Parts, config: TrainerConfig) -> Schedule:
+    per_epoch = parts.source.batches_per_epoch
+    interval: Any = config.checkpoint_interval
+    return Schedule(
+        train_steps=config.train_steps or (config.epochs or 0) * per_epoch,
+        steps_per_epoch=per_epoch,
+        validation_interval=config.validation_interval
+        if parts.evaluator
+        else None,
+        checkpoint_interval=None if config.checkpoint_seconds else interval,
+        summary_interval=config.summary_interval,
+    )

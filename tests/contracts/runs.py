@@ -1,0 +1,218 @@
+"""Real processes that train, are killed, and are compared byte for byte.
+
+Children are forked from a server that has Keras and JAX imported and no
+device initialised, so that a kill costs a second and not ten.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from legato.storage import strict_json
+
+# Files of a run directory that may differ between two runs of one
+# experiment: wall-clock figures, the run's id, and who holds the lock.
+# Checkpoints' manifests hold the run's id, and are covered by what they hash.
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["legato.trainer", "tests.contracts.scenarios", "sklearn.datasets"]
+    )
+    return context
+
+
+def _train(name: str, run_dir: str, overrides: dict[str, Any]) -> None:
+    """The child: trains to the end and leaves its history behind."""
+    import legato
+    from tests.contracts.scenarios import SCENARIOS
+
+    with warnings.catch_warnings():
+        # Seen by whoever runs the tests; not what is tested here.
+        warnings.simplefilter("ignore")
+        scenario = SCENARIOS[name]
+        task = scenario.make_task()
+        # The task is made before the seed is set, as a user's would be: its
+        # own generators must have seeds.
+        config = legato.TrainerConfig(
+            **{"progress": "none", **scenario.config, **overrides}
+        )
+        trainer = legato.Trainer(
+            task,
+            run_dir=run_dir,
+            config=config,
+            callbacks=scenario.make_callbacks(task),
+        )
+        history = trainer.train()
+    out = Path(run_dir, "history.json")
+    out.write_text(json.dumps([history.epoch, history.history]))
+
+
+def start(name: str, run_dir: Path, **overrides: Any) -> Any:
+    """Begin to train a scenario in a new process."""
+    # A user's process does not begin with pytest's random state either.
+    process = _context().Process(
+        target=_train, args=(name, str(run_dir), overrides)
+    )
+    process.start()
+    return process
+
+
+def finish(process: Any, limit_secs: float = 240) -> None:
+    """Wait for a process; it must succeed."""
+    process.join(limit_secs)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0, f"the run ended with {process.exitcode}"
+
+
+def train(name: str, run_dir: Path, **overrides: Any) -> None:
+    """Train to the end without a kill."""
+    finish(start(name, run_dir, **overrides))
+
+
+def train_with_kills(
+    name: str,
+    run_dir: Path,
+    *,
+    kills: int,
+    until: int,
+    seed: int,
+    **overrides: Any,
+) -> list[str]:
+    """Train to the end through SIGKILLs at random instants.
+
+    A process is killed a random moment after it committed the checkpoint of a
+    random step; every other one while it writes the next.
+
+    Args:
+        name: of the scenario.
+        run_dir: where it trains.
+        kills: how many processes are killed.
+        until: the run's last step.
+        seed: of the instants.
+        **overrides: of the scenario's config.
+
+    Returns:
+        At which step each was killed, for the test's report.
+    """
+    instants = random.Random(seed)
+    checkpoints = run_dir / "checkpoints"
+    report = []
+    for number in range(kills):
+        process = start(name, run_dir, **overrides)
+        first = min(_newest(checkpoints) + 1, until - 1)
+        target = instants.randint(first, until - 1)
+        while process.exitcode is None and _newest(checkpoints) < target:
+            time.sleep(0.0005)
+        moment = "after"
+        if number % 2:
+            before = _temporary(checkpoints)  # of one killed earlier
+            moment = "writing after"
+            while process.exitcode is None and not (
+                _temporary(checkpoints) - before
+            ):
+                pass
+        else:
+            time.sleep(instants.uniform(0, 0.02))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed = process.exitcode == -signal.SIGKILL
+        step = _newest(checkpoints)
+        report.append(f"{moment} {step}" if killed else "too late")
+    finish(start(name, run_dir, **overrides))
+    return report
+
+
+def _newest(checkpoints: Path) -> int:
+    with contextlib.suppress(OSError):
+        names = os.listdir(checkpoints)
+        return max((int(n[5:]) for n in names if n[:5] == "step_"), default=0)
+    return 0
+
+
+def _temporary(checkpoints: Path) -> set[str]:
+    with contextlib.suppress(OSError):
+        return {n for n in os.listdir(checkpoints) if n[0] == "."}
+    return set()
+
+
+def differences(a: Path, b: Path) -> tuple[list[str], int]:
+    """Compare two finished runs of one experiment.
+
+    Returns:
+        What differs, and the number of bytes that were compared.
+    """
+    found: list[str] = []
+    compared = 0
+
+    def compare(what: str, left: bytes | None, right: bytes | None) -> None:
+        nonlocal compared
+        compared += len(left or b"")
+        if left is None or left != right:
+            found.append(what)
+
+    ours, theirs = _checkpoints(a), _checkpoints(b)
+    if ours != theirs or not ours:
+        found.append(f"checkpoints {ours} and {theirs}")
+    places = [f"checkpoints/{name}" for name in ours if name in theirs]
+    if (a / "best").exists() or (b / "best").exists():
+        places.append("best")
+    places.append("final")
+    for place in places:
+        for file in ("state.safetensors", "host.json"):
+            compare(
+                f"{place}/{file}",
+                _read(a / place / file),
+                _read(b / place / file),
+            )
+    for file in ("metrics.jsonl", "history.json"):
+        compare(file, _read(a / file), _read(b / file))
+    for split in ("train", "validation"):
+        left, right = (_series(run / "summaries" / split) for run in (a, b))
+        compare(
+            f"summaries/{split}",
+            json.dumps(left).encode(),
+            json.dumps(right).encode(),
+        )
+    return found, compared
+
+
+def _checkpoints(run: Path) -> list[str]:
+    names = (p.name for p in (run / "checkpoints").iterdir())
+    return sorted(n for n in names if n.startswith("step_"))
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _series(directory: Path) -> dict[str, list[Any]]:
+    """The curves as TensorBoard's own reader gives them."""
+    if not directory.exists():
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import (
+        EventAccumulator,
+    )
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)]
+        for tag in sorted(events.Tags()["scalars"])
+    }
+
+
+def host_state(run: Path, step: int) -> Any:
+    """The JSON state of a checkpoint."""
+    path = run / "checkpoints" / f"step_{step:08d}" / "host.json"
+    return strict_json.loads(path.read_bytes())

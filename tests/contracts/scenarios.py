@@ -1,0 +1,663 @@
+"""Tasks as users write them, for the contract tests.
+
+Small, seeded, and chosen so that every kind of state that a step can have is
+in one of them. Each runs for a few epochs with a partial last batch, and its
+validations, summaries and checkpoints fall on different steps.
+
+This module is imported by the processes that the resume tests kill, and so
+needs nothing but Keras and legato.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+import legato
+
+EXAMPLES = 150
+"""Of the training split: with batches of 32, four full ones and one of 22."""
+
+
+def classes_data(split: str, shape: tuple[int, ...] = (8,)) -> Any:
+    """Features and one of three classes that can be learned from them."""
+    train = split == "train"
+    random = np.random.default_rng(1 if train else 2)
+    count = EXAMPLES if train else 45
+    features = random.normal(size=(count, *shape)).astype("float32")
+    flat = features.reshape(count, -1)
+    sums = np.stack([flat[:, 0], flat[:, 1] + flat[:, 2], flat[:, 3]], axis=1)
+    return features, np.argmax(sums, axis=1).astype("int32")
+
+
+class Classifier(legato.Task):
+    """What most of the tasks below share; the engine's own train_step."""
+
+    def build_model(self) -> Any:
+        return keras.Sequential(
+            [
+                layers.Input((8,)),
+                layers.Dense(16, activation="tanh"),
+                layers.Dense(3),
+            ]
+        )
+
+    def build_optimizer(self) -> Any:
+        return keras.optimizers.SGD(0.1, momentum=0.9)
+
+    def build_inputs(self, split: str) -> Any:
+        return legato.ArraySource(
+            classes_data(split), batch_size=32, shuffle=split == "train"
+        )
+
+    def build_losses(
+        self, labels: Any, model_outputs: Any, aux_losses: Any = None
+    ) -> Any:
+        loss = keras.losses.sparse_categorical_crossentropy(
+            labels, model_outputs, from_logits=True
+        )
+        return ops.mean(loss) + sum(aux_losses or [])
+
+    def build_metrics(self, training: bool) -> Any:
+        return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+
+
+class Plateau(Classifier):
+    """(a) Dropout and batch norm; its callbacks lower the rate and stop."""
+
+    def build_model(self) -> Any:
+        return keras.Sequential(
+            [
+                layers.Input((8,)),
+                layers.Dense(24, use_bias=False),
+                layers.BatchNormalization(),
+                layers.ReLU(),
+                layers.Dropout(0.3),
+                layers.Dense(3),
+            ]
+        )
+
+    def build_optimizer(self) -> Any:
+        # So fast that it stops getting better, and the callbacks act.
+        return keras.optimizers.SGD(1.0, momentum=0.9)
+
+
+class GAN(legato.Task):
+    """(b) Two models and two optimizers, updated in turn in one step."""
+
+    latent_size = 4
+
+    def __init__(self) -> None:
+        self.noise = keras.random.SeedGenerator(11)
+
+    def build_model(self) -> Any:
+        return {
+            "generator": keras.Sequential(
+                [
+                    layers.Input((self.latent_size,)),
+                    layers.Dense(16, use_bias=False),
+                    layers.BatchNormalization(),
+                    layers.LeakyReLU(0.2),
+                    layers.Dense(2),
+                ]
+            ),
+            "discriminator": Discriminator(),
+        }
+
+    def build_optimizer(self) -> Any:
+        return {
+            "generator": keras.optimizers.Adam(2e-3, beta_1=0.5),
+            "discriminator": keras.optimizers.RMSprop(1e-3),
+        }
+
+    def build_inputs(self, split: str) -> Any:
+        if split == "validation":
+            return None
+        random = np.random.default_rng(3)
+        angles = random.uniform(0, 2 * np.pi, EXAMPLES)
+        points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return legato.ArraySource(points, batch_size=32)
+
+    def build_metrics(self, training: bool) -> Any:
+        return [keras.metrics.Mean(name="fooled")]
+
+    def train_step(
+        self, inputs: Any, model: Any, optimizer: Any, metrics: Any = None
+    ) -> Any:
+        generator, discriminator = model["generator"], model["discriminator"]
+        count = ops.shape(inputs)[0]
+
+        def latent() -> Any:
+            return keras.random.normal(
+                (count, self.latent_size), seed=self.noise
+            )
+
+        def critic_loss() -> Any:
+            fakes = ops.stop_gradient(generator(latent(), training=True))
+            real = discriminator(inputs, training=True)
+            # As in Keras, `losses` are those of the last call.
+            penalty = sum(discriminator.losses)
+            fake = discriminator(fakes, training=True)
+            penalty += sum(discriminator.losses)
+            loss = ops.mean(ops.softplus(-real)) + ops.mean(ops.softplus(fake))
+            return loss + penalty
+
+        d_loss, gradients = legato.value_and_grad(
+            critic_loss,
+            discriminator.trainable_variables,
+            optimizer["discriminator"],
+        )
+        optimizer["discriminator"].apply(
+            gradients, discriminator.trainable_variables
+        )
+
+        def generator_loss() -> Any:
+            scores = discriminator(generator(latent(), training=True))
+            return ops.mean(ops.softplus(-scores)), scores
+
+        (g_loss, scores), gradients = legato.value_and_grad(
+            generator_loss,
+            generator.trainable_variables,
+            optimizer["generator"],
+        )
+        optimizer["generator"].apply(gradients, generator.trainable_variables)
+        for metric in metrics or ():
+            metric.update_state(ops.cast(scores > 0, "float32"))
+        return {self.loss: d_loss + g_loss, "d_loss": d_loss, "g_loss": g_loss}
+
+
+@keras.saving.register_keras_serializable("legato_tests")
+class Discriminator(keras.Model):
+    """Dropout, and a loss of its own that keeps its scores small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = layers.Dense(16, activation="tanh")
+        self.dropout = layers.Dropout(0.2)
+        self.score = layers.Dense(1)
+        self.build((None, 2))
+
+    def build(self, input_shape: Any) -> None:
+        self.hidden.build(input_shape)
+        self.score.build((None, 16))
+        self.built = True
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        hidden = self.dropout(self.hidden(inputs), training=training)
+        scores = self.score(hidden)
+        self.add_loss(0.05 * ops.mean(ops.square(scores)))
+        return scores
+
+
+class VAE(legato.Task):
+    """(c) A KL weight on the Task, which a callback anneals."""
+
+    def __init__(self) -> None:
+        self.seeds = keras.random.SeedGenerator(5)
+        self.kl_weight = keras.Variable(0.1, trainable=False, name="kl_weight")
+
+    def build_model(self) -> Any:
+        pixels = keras.Input((12,))
+        hidden = layers.Dense(16, activation="tanh")(pixels)
+        moments = layers.Dense(6)(hidden)
+        latent = keras.Input((3,))
+        restored = layers.Dense(16, activation="tanh")(latent)
+        restored = layers.Dense(12)(restored)
+        return {
+            "encoder": keras.Model(pixels, moments),
+            "decoder": keras.Model(latent, restored),
+        }
+
+    def build_optimizer(self) -> Any:
+        return keras.optimizers.Adam(3e-3)
+
+    def build_inputs(self, split: str) -> Any:
+        random = np.random.default_rng(7 if split == "train" else 8)
+        causes = random.normal(size=(EXAMPLES, 3))
+        pixels = np.tanh(causes @ np.random.default_rng(9).normal(size=(3, 12)))
+        return legato.ArraySource(pixels, batch_size=32)
+
+    def losses(self, pixels: Any, model: Any, training: bool) -> Any:
+        moments = model["encoder"](pixels, training=training)
+        mean, log_variance = ops.split(moments, 2, axis=-1)
+        noise = keras.random.normal(ops.shape(mean), seed=self.seeds)
+        latent = mean + ops.exp(0.5 * log_variance) * noise
+        restored = model["decoder"](latent, training=training)
+        error = ops.mean(ops.sum(ops.square(restored - pixels), axis=-1))
+        kl = -0.5 * ops.mean(
+            ops.sum(
+                1 + log_variance - ops.square(mean) - ops.exp(log_variance),
+                axis=-1,
+            )
+        )
+        return error, kl
+
+    def train_step(
+        self, inputs: Any, model: Any, optimizer: Any, metrics: Any = None
+    ) -> Any:
+        variables = [
+            *model["encoder"].trainable_variables,
+            *model["decoder"].trainable_variables,
+        ]
+
+        def forward() -> Any:
+            error, kl = self.losses(inputs, model, True)
+            return error + self.kl_weight * kl, (error, kl)
+
+        (loss, (error, kl)), gradients = legato.value_and_grad(
+            forward, variables, optimizer
+        )
+        optimizer.apply(gradients, variables)
+        return {self.loss: loss, "error": error, "kl": kl}
+
+    def validation_step(
+        self, inputs: Any, model: Any, metrics: Any = None
+    ) -> Any:
+        error, kl = self.losses(inputs, model, False)
+        return {self.loss: error + kl, "error": error}
+
+
+class AnnealKL(keras.callbacks.Callback):
+    """Raises a weight at each epoch; it knows nothing of checkpoints."""
+
+    def __init__(self, weight: keras.Variable) -> None:
+        super().__init__()
+        self.weight = weight
+        self.epochs_seen = 0
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.epochs_seen += 1
+        self.weight.assign(min(1.0, 0.1 + 0.15 * self.epochs_seen))
+
+
+class HalfPrecision(Classifier):
+    """(d) float16 whose gradients overflow at first, and again later."""
+
+    def build_model(self) -> Any:
+        half = keras.DTypePolicy("mixed_float16")
+        return keras.Sequential(
+            [
+                layers.Input((8,)),
+                # No biases: their gradients are sums in float16, which XLA
+                # rounds differently from one program to another.
+                layers.Dense(16, activation="tanh", use_bias=False, dtype=half),
+                layers.Dense(3, use_bias=False, dtype=half),
+            ]
+        )
+
+    def build_optimizer(self) -> Any:
+        return keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.Adam(0.01),
+            # Gradients of the logits are about scale / batch size: the first
+            # few overflow, and again each time when the scale has grown.
+            initial_scale=2.0**24,
+            dynamic_growth_steps=4,
+        )
+
+    def build_losses(
+        self, labels: Any, model_outputs: Any, aux_losses: Any = None
+    ) -> Any:
+        outputs = ops.cast(model_outputs, "float32")
+        return super().build_losses(labels, outputs, aux_losses)
+
+
+class Accumulation(Classifier):
+    """(e) Three steps make one update."""
+
+    def build_optimizer(self) -> Any:
+        return keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
+
+
+class Averages(Classifier):
+    """(f) Averaged weights, which replace the weights now and then."""
+
+    def build_optimizer(self) -> Any:
+        return keras.optimizers.SGD(
+            0.1, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=7
+        )
+
+
+class Regularized(Classifier):
+    """(g) Losses of kernels and of activities."""
+
+    def build_model(self) -> Any:
+        return keras.Sequential(
+            [
+                layers.Input((8,)),
+                layers.Dense(
+                    16,
+                    activation="tanh",
+                    kernel_regularizer=keras.regularizers.L2(0.01),
+                    activity_regularizer=keras.regularizers.L1(0.001),
+                ),
+                layers.Dense(3, kernel_regularizer="l2"),
+            ]
+        )
+
+
+class Nested(legato.Task):
+    """(h) Nested dicts in, a dict out, and a loss for each output."""
+
+    def build_model(self) -> Any:
+        a, c = keras.Input((4,), name="a"), keras.Input((3,), name="c")
+        both = layers.Concatenate()([layers.Dense(8, activation="tanh")(a), c])
+        outputs = {
+            "class": layers.Dense(3)(both),
+            "size": layers.Dense(1)(both),
+        }
+        return keras.Model({"a": a, "b": {"c": c}}, outputs)
+
+    def build_optimizer(self) -> Any:
+        return keras.optimizers.Adam(0.01)
+
+    def build_inputs(self, split: str) -> Any:
+        features, classes = classes_data(split)
+        inputs = {"a": features[:, :4], "b": {"c": features[:, 4:7]}}
+        labels = {"class": classes, "size": features.sum(axis=1, keepdims=True)}
+        return legato.ArraySource(
+            (inputs, labels), batch_size=32, shuffle=split == "train"
+        )
+
+    def build_losses(
+        self, labels: Any, model_outputs: Any, aux_losses: Any = None
+    ) -> Any:
+        of_class = keras.losses.sparse_categorical_crossentropy(
+            labels["class"], model_outputs["class"], from_logits=True
+        )
+        of_size = ops.square(labels["size"] - model_outputs["size"])
+        return ops.mean(of_class) + 0.5 * ops.mean(of_size)
+
+    def build_metrics(self, training: bool) -> Any:
+        return [keras.metrics.MeanAbsoluteError(name="mae")]
+
+    def process_metrics(
+        self, metrics: Any, labels: Any, model_outputs: Any
+    ) -> None:
+        for metric in metrics or ():
+            metric.update_state(labels["size"], model_outputs["size"])
+
+
+class Scheduled(Classifier):
+    """(i) A learning-rate schedule, and decay of the weights."""
+
+    def build_optimizer(self) -> Any:
+        schedule = keras.optimizers.schedules.CosineDecay(
+            0.0, 30, warmup_target=0.02, warmup_steps=6
+        )
+        return keras.optimizers.AdamW(schedule, weight_decay=0.01)
+
+
+class Subset(Classifier):
+    """(j) Only the head is trained; the backbone's weights stay."""
+
+    def build_model(self) -> Any:
+        return keras.Sequential(
+            [
+                layers.Input((8,)),
+                layers.Dense(16, activation="tanh", name="backbone"),
+                layers.BatchNormalization(name="norm"),
+                layers.Dense(3, name="head"),
+            ]
+        )
+
+    def build_optimizer(self) -> Any:
+        return keras.optimizers.AdamW(0.01, weight_decay=0.1)
+
+    def train_step(
+        self, inputs: Any, model: Any, optimizer: Any, metrics: Any = None
+    ) -> Any:
+        features, labels = inputs
+        head = model.get_layer("head").trainable_variables
+
+        def forward() -> Any:
+            outputs = model(features, training=True)
+            return self.build_losses(labels, outputs, model.losses), outputs
+
+        (loss, outputs), gradients = legato.value_and_grad(
+            forward, head, optimizer
+        )
+        optimizer.apply(gradients, head)
+        self.process_metrics(metrics, labels, outputs)
+        return {self.loss: loss}
+
+
+class Conditional(Classifier):
+    """(k) Conditionals that assign: nested, and of which one is in forward."""
+
+    def __init__(self) -> None:
+        def counter(name: str) -> keras.Variable:
+            return keras.Variable(0, dtype="int32", trainable=False, name=name)
+
+        self.large = counter("large")
+        self.skipped = counter("skipped")
+        self.improved = counter("improved")
+        self.best = keras.Variable(1e9, trainable=False, name="best")
+
+    def train_step(
+        self, inputs: Any, model: Any, optimizer: Any, metrics: Any = None
+    ) -> Any:
+        features, labels = inputs
+        variables = model.trainable_variables
+
+        def forward() -> Any:
+            outputs = model(features, training=True)
+            loss = self.build_losses(labels, outputs, model.losses)
+
+            def count_large() -> None:
+                self.large.assign_add(1)
+
+            ops.cond(loss > 0.9, count_large, lambda: None)
+            return loss, outputs
+
+        (loss, outputs), gradients = legato.value_and_grad(
+            forward, variables, optimizer
+        )
+
+        def better() -> None:
+            self.best.assign(loss)
+
+            def by_much() -> None:
+                self.improved.assign_add(10)
+
+            def by_little() -> None:
+                self.improved.assign_add(1)
+
+            ops.cond(loss < 0.8, by_much, by_little)
+
+        def worse() -> None:
+            self.best.assign(self.best * 1.01)
+
+        ops.cond(loss < self.best, better, worse)
+
+        def skip() -> None:
+            self.skipped.assign_add(1)
+
+        def update() -> None:
+            optimizer.apply(gradients, variables)
+
+        # Leaves out the batches that would lead it astray.
+        ops.cond(loss > 1.1 * self.best, skip, update)
+        self.process_metrics(metrics, labels, outputs)
+        return {self.loss: loss, "best": self.best.value}
+
+
+class Convolutional(Classifier):
+    """(l) Convolutions, which run as single steps on a CPU."""
+
+    def build_model(self) -> Any:
+        return keras.Sequential(
+            [
+                layers.Input((6, 6, 1)),
+                layers.Conv2D(4, 3, activation="relu"),
+                layers.MaxPooling2D(2),
+                layers.Flatten(),
+                layers.Dropout(0.1),
+                layers.Dense(3),
+            ]
+        )
+
+    def build_optimizer(self) -> Any:
+        return keras.optimizers.Adam(0.01)
+
+    def build_inputs(self, split: str) -> Any:
+        return legato.ArraySource(
+            classes_data(split, (6, 6, 1)),
+            batch_size=32,
+            shuffle=split == "train",
+        )
+
+
+class WarmUp(keras.callbacks.Callback):
+    """Sets the learning rate before every batch, by its own counter."""
+
+    def __init__(self, peak: float, steps: int) -> None:
+        super().__init__()
+        self.peak = peak
+        self.steps = steps
+        self.batches_seen = 0
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.batches_seen += 1
+        share = min(1.0, self.batches_seen / self.steps)
+        self.model.optimizer.learning_rate = self.peak * share
+
+
+class Recurrent(Classifier):
+    """(m) A scan within the step, several logs, metrics now and then."""
+
+    def build_model(self) -> Any:
+        return keras.Sequential(
+            [
+                layers.Input((5, 4)),
+                layers.LSTM(8, dropout=0.2),
+                layers.Dense(3),
+            ]
+        )
+
+    def build_optimizer(self) -> Any:
+        return keras.optimizers.Adam(0.01, clipnorm=1.0)
+
+    def build_inputs(self, split: str) -> Any:
+        return legato.ArraySource(
+            classes_data(split, (5, 4)), batch_size=32, shuffle=split == "train"
+        )
+
+    def train_step(
+        self, inputs: Any, model: Any, optimizer: Any, metrics: Any = None
+    ) -> Any:
+        features, labels = inputs
+
+        def forward() -> Any:
+            outputs = model(features, training=True)
+            return self.build_losses(labels, outputs, model.losses), outputs
+
+        (loss, outputs), gradients = legato.value_and_grad(
+            forward, model.trainable_variables, optimizer
+        )
+        optimizer.apply(gradients, model.trainable_variables)
+        self.process_metrics(metrics, labels, outputs)
+        squares = [ops.sum(ops.square(g)) for g in gradients]
+        return {
+            "gradient_norm": ops.sqrt(sum(squares)),
+            self.loss: loss,
+            "largest_output": ops.max(outputs),
+        }
+
+
+def _no_callbacks(task: legato.Task) -> list[keras.callbacks.Callback]:
+    del task
+    return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A task, its callbacks and how it is trained.
+
+    Attributes:
+        make_task: makes the task.
+        make_callbacks: makes the callbacks for a task that it is given.
+        config: arguments of `legato.TrainerConfig`.
+    """
+
+    make_task: Callable[[], legato.Task]
+    make_callbacks: Callable[[legato.Task], list[keras.callbacks.Callback]] = (
+        _no_callbacks
+    )
+    config: dict[str, Any]
+
+    def trainer(self, run_dir: Any, **changes: Any) -> legato.Trainer:
+        """A trainer for it; `changes` to its config."""
+        task = self.make_task()
+        return legato.Trainer(
+            task,
+            run_dir=run_dir,
+            config=legato.TrainerConfig(**{**self.config, **changes}),
+            callbacks=self.make_callbacks(task),
+        )
+
+
+def _config(**changes: Any) -> dict[str, Any]:
+    # Epochs are of 5 steps; no two of these cadences are multiples.
+    return {
+        "train_steps": 33,
+        "seed": 4,
+        "validation_interval": 7,
+        "checkpoint_interval": 4,
+        "summary_interval": 3,
+        "progress": "none",
+        **changes,
+    }
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "plateau": Scenario(
+        make_task=Plateau,
+        make_callbacks=lambda task: [
+            keras.callbacks.ReduceLROnPlateau(patience=1),
+            keras.callbacks.EarlyStopping(patience=3),
+            keras.callbacks.History(),
+        ],
+        config=_config(
+            train_steps=60, validation_interval="epoch", best_metric="val_loss"
+        ),
+    ),
+    "gan": Scenario(make_task=GAN, config=_config()),
+    "vae": Scenario(
+        make_task=VAE,
+        make_callbacks=lambda task: [AnnealKL(task.kl_weight)],
+        config=_config(train_steps=32),
+    ),
+    "half_precision": Scenario(make_task=HalfPrecision, config=_config()),
+    "accumulation": Scenario(make_task=Accumulation, config=_config()),
+    "averages": Scenario(
+        make_task=Averages,
+        make_callbacks=lambda task: [
+            keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        ],
+        config=_config(validation_interval="epoch"),
+    ),
+    "regularized": Scenario(make_task=Regularized, config=_config()),
+    "nested": Scenario(
+        make_task=Nested,
+        config=_config(best_metric="val_mae", best_mode="min"),
+    ),
+    "scheduled": Scenario(
+        make_task=Scheduled, config=_config(checkpoint_interval="epoch")
+    ),
+    "subset": Scenario(make_task=Subset, config=_config()),
+    "conditional": Scenario(make_task=Conditional, config=_config()),
+    "convolutional": Scenario(
+        make_task=Convolutional,
+        make_callbacks=lambda task: [WarmUp(0.02, 12)],
+        config=_config(train_steps=24),
+    ),
+    "recurrent": Scenario(
+        make_task=Recurrent, config=_config(train_metrics_interval=3)
+    ),
+    "metric_cadence": Scenario(
+        make_task=Classifier, config=_config(train_metrics_interval=3)
+    ),
+}

@@ -1,0 +1,123 @@
+"""Promise 1: a run that was killed and resumed is the run that was not."""
+
+import shutil
+import zlib
+from pathlib import Path
+
+import pytest
+
+from legato.checkpoint import CheckpointStore, load_checkpoint
+from tests.contracts import runs
+from tests.contracts.scenarios import SCENARIOS
+
+KILLS = 3
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The directory of each scenario's run without a kill, made once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("undisturbed") / name
+            runs.train(name, made[name], keep_last=None)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_at_random_instants(name, undisturbed, tmp_path):
+    reference = undisturbed(name)
+    report = runs.train_with_kills(
+        name,
+        tmp_path / "run",
+        kills=KILLS,
+        until=load_checkpoint(reference / "final").step,
+        seed=zlib.crc32(name.encode()),
+        keep_last=None,
+    )
+    found, compared = runs.differences(reference, tmp_path / "run")
+    assert not found, (found, report)
+    assert compared > 5000
+    assert report.count("too late") < KILLS, report
+
+
+@pytest.mark.parametrize("steps_per_loop", [1, 7])
+@pytest.mark.parametrize("name", ["plateau", "vae", "recurrent"])
+def test_bits_do_not_depend_on_where_loops_are_cut(
+    name, steps_per_loop, undisturbed, tmp_path
+):
+    reference = undisturbed(name)
+    runs.train(
+        name,
+        tmp_path / "run",
+        keep_last=None,
+        steps_per_loop=steps_per_loop,
+    )
+    found, _ = runs.differences(reference, tmp_path / "run")
+    assert not found
+
+
+@pytest.mark.parametrize("name", ["plateau", "gan"])
+def test_resumed_at_every_position(name, tmp_path):
+    whole = tmp_path / "whole"
+    length = {"train_steps": 8, "checkpoint_interval": 1, "keep_last": None}
+    runs.train(name, whole, **length)
+    run_id = load_checkpoint(whole / "final").run_id
+    processes = []
+    for step in range(1, 8):
+        copy = tmp_path / f"from{step}"
+        shutil.copytree(whole, copy)
+        CheckpointStore(copy, run_id=run_id).rewind(step)
+        for aside in (copy / "checkpoints").glob("aside-*"):
+            shutil.rmtree(aside)
+        (copy / "history.json").unlink()
+        processes.append((copy, runs.start(name, copy, **length)))
+        if len(processes) % 2 == 0:
+            runs.finish(processes[-2][1])
+    for copy, process in processes:
+        runs.finish(process)
+        found, _ = runs.differences(whole, copy)
+        assert not found, copy.name
+
+
+def test_a_finished_run_trains_nothing_and_returns_its_history(
+    undisturbed, tmp_path
+):
+    reference = undisturbed("plateau")
+    copy = tmp_path / "run"
+    shutil.copytree(reference, copy)
+    (copy / "history.json").unlink()
+    runs.train("plateau", copy, keep_last=None)
+    found, _ = runs.differences(reference, copy)
+    assert not found
+
+
+def test_a_run_made_longer_is_the_longer_run(tmp_path):
+    # Across an epoch's end, with averaged weights put in at the end of train.
+    runs.train("averages", tmp_path / "run", train_steps=13)
+    runs.train("averages", tmp_path / "run", train_steps=24)
+    runs.train("averages", tmp_path / "whole", train_steps=24)
+    # What the first run saved at its own end (step 13) is not in the other.
+    for run in ("run", "whole"):
+        for path in (tmp_path / run / "checkpoints").iterdir():
+            if not path.name.endswith("24"):
+                shutil.rmtree(path)
+    found, _ = runs.differences(tmp_path / "whole", tmp_path / "run")
+    assert not found
+
+
+def test_the_comparison_can_fail(undisturbed, tmp_path):
+    reference = undisturbed("plateau")
+    for damage in ("state.safetensors", "host.json"):
+        copy = tmp_path / damage
+        shutil.copytree(reference, copy)
+        newest = sorted((copy / "checkpoints").glob("step_*"))[-1] / damage
+        content = bytearray(newest.read_bytes())
+        content[-5] ^= 1
+        newest.write_bytes(content)
+        assert runs.differences(reference, copy)[0] == [
+            f"checkpoints/{newest.parent.name}/{damage}"
+        ]
