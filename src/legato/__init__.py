@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from legato.version import __version__
 
 if TYPE_CHECKING:
+    from legato import errors
     from legato.backends import value_and_grad
     from legato.config import TrainerConfig
     from legato.data import ArraySource, DataIterator, DataSource

@@ -102,7 +102,7 @@ class Evaluator:
         self._source = source
         self.metrics = metrics
         self._seed = seed
-        self.mode = mode
+        self.mode: LoopMode | None = mode
         whole = source.batches_per_epoch
         self._num_batches = min(max_batches or whole, whole)
         self._capacity = loop_capacity(source)

@@ -26,9 +26,11 @@ class Steps(Protocol):
 
     def run(self, step: int, chunk: Chunk) -> Any:
         """Begin the chunk's steps on the device."""
+        ...
 
     def rows(self, logs: Any, chunk: Chunk) -> np.ndarray:
         """Wait for them; their logs, float32 `[steps, names]`."""
+        ...
 
 
 class Hooks(Protocol):
@@ -57,6 +59,7 @@ class Recorder(Protocol):
 
     def steps(self, chunk: Chunk, rows: np.ndarray) -> Logs:
         """Take the logs of completed steps; returns those of the last."""
+        ...
 
     def summary(self) -> None:
         """Write the summary that is due."""
@@ -66,6 +69,7 @@ class Recorder(Protocol):
 
     def epoch_logs(self) -> Logs:
         """The logs of the epoch that ends."""
+        ...
 
     def epoch(self, logs: Logs) -> None:
         """Write them, after the callbacks have seen them."""

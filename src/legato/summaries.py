@@ -44,7 +44,9 @@ class ScalarEvents:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add scalars of a step, in memory."""
         # Imported late: where torch is installed, tensorboardX imports it.
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import (
+            Event,  # type: ignore[reportAttributeAccessIssue]
+        )
         from tensorboardX.summary import scalar
 
         now = time.time()

@@ -1,5 +1,6 @@
 """Trains a Task in a run directory, and resumes it exactly."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Trainer:
         self,
         task: Task,
         *,
-        run_dir: str | Path,
+        run_dir: str | os.PathLike[str],
         config: TrainerConfig,
         callbacks: Sequence[keras.callbacks.Callback] = (),
     ) -> None:

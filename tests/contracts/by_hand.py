@@ -187,7 +187,7 @@ def half_precision(task: Any, model: Any, optimizer: Any) -> Hand:
 
         gradients, loss = jax.grad(loss_of, has_aux=True)(weights)
         weights, slots = optimizer.stateless_apply(slots, gradients, weights)
-        return (weights, slots), {"loss": loss}
+        return (weights, slots), {"loss": loss, "scale": slots[at]}
 
     return Hand([model.trainable_variables, optimizer.variables], step)
 

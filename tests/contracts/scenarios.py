@@ -303,6 +303,12 @@ class HalfPrecision(Classifier):
         outputs = ops.cast(model_outputs, "float32")
         return super().build_losses(labels, outputs, aux_losses)
 
+    def train_step(
+        self, inputs: Any, model: Any, optimizer: Any, metrics: Any = None
+    ) -> Any:
+        logs = super().train_step(inputs, model, optimizer, metrics)
+        return {**logs, "scale": optimizer.dynamic_scale.value}
+
 
 class Accumulation(Classifier):
     """(e) Three steps make one update."""

@@ -54,7 +54,8 @@ class Feed:
     def set_state(self, state: JSON) -> None:
         """Go to a position, dropping what was prefetched."""
         if self._ahead is not None:
-            self._ahead[1].cancel() or self._ahead[1].exception()
+            if not self._ahead[1].cancel():
+                self._ahead[1].exception()  # wait; what it raised is moot
             self._ahead = None
         self._iterator.set_state(state)
         self._state = state

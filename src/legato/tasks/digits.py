@@ -29,8 +29,8 @@ class Digits(Task):
 
     def __init__(
         self,
-        hidden_units: int = 128,
-        dropout: float = 0.2,
+        hidden_units: int = 256,
+        dropout: float = 0.4,
         learning_rate: float = 1e-3,
         batch_size: int = 64,
     ) -> None:

@@ -4,6 +4,7 @@
 differentiates, `loop` compiles.
 """
 
+import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -99,14 +100,15 @@ class JaxBackend(Backend):
 
     def fingerprint(self) -> dict[str, JSON]:
         devices = jax.local_devices()
+        config: Any = jax.config  # its flags are not typed
         return {
             "jax": jax.__version__,
-            "jaxlib": jax.lib.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
             "device": devices[0].device_kind,
             "devices": len(devices),
             "platform": jax.default_backend(),
             "machine": platform.machine(),
-            "x64": bool(jax.config.jax_enable_x64),
-            "matmul_precision": str(jax.config.jax_default_matmul_precision),
+            "x64": bool(config.jax_enable_x64),
+            "matmul_precision": str(config.jax_default_matmul_precision),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         }

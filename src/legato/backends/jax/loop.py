@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend import core as jax_core
 
 from legato.backends.jax.scope import StepScope, initial_value, merging_cond
+from legato.backends.jax.unrolled import replay
 from legato.backends.protocol import CompiledLoop, Fetch, LoopMode, Step
 from legato.compat import keras_tracing
 from legato.errors import StepError
@@ -18,6 +19,13 @@ from legato.errors import StepError
 # them. Lazily made things appear in the first trace; what still makes new
 # variables in the fourth makes them in every step.
 _MAX_TRACES = 4
+
+_LEAKED = (
+    "A variable was assigned inside a construct that cannot carry it out "
+    "(keras.ops.while_loop, scan, fori_loop, map or jax.checkpoint). Return "
+    "the new value from the construct and assign it outside. keras.ops.cond "
+    "may assign."
+)
 
 
 class JaxLoop(CompiledLoop):
@@ -137,20 +145,20 @@ class _Trace:
         known: Sequence[keras.Variable],
         losses_in_step: bool,
     ) -> None:
-        scope = None
-        names: list[str] = []
+        scopes: list[StepScope] = []
+        self.log_names: list[str] = []
 
         def run(
             values: Any, resident: Any, operands: Any, index: Any, at: Any
         ) -> Any:
-            nonlocal scope, names
             scope = StepScope(
                 zip(known, values, strict=True), losses=losses_in_step
             )
             with scope:
                 batch = fetch(resident, operands, index)
                 logs = step(batch, at)
-            names = list(logs)
+            scopes.append(scope)
+            self.log_names = list(logs)
             row = [jnp.asarray(v).astype(jnp.float32) for v in logs.values()]
             rows = jnp.stack(row) if row else jnp.zeros((0,), jnp.float32)
             return [value for _, value in scope.updates()], rows
@@ -168,15 +176,12 @@ class _Trace:
                     values, resident, operands, count, count
                 )
             except jax.errors.UnexpectedTracerError as error:
-                raise StepError(
-                    "A variable was assigned inside a construct that cannot "
-                    "carry it out (keras.ops.while_loop, scan, fori_loop, "
-                    "map or jax.checkpoint). Return the new value from the "
-                    "construct and assign it outside. keras.ops.cond may "
-                    "assign."
-                ) from error
-        assert scope is not None
-        self.log_names = names
+                raise StepError(_LEAKED) from error
+        # What leaked from an inner construct, which has ended, JAX takes for
+        # a constant of the program, and complains when that is compiled.
+        if any(isinstance(c, jax.core.Tracer) for c in self.closed.consts):
+            raise StepError(_LEAKED)
+        (scope,) = scopes
         self.unknown = list(scope.unknown.values())
         self.updated = [v for v, _ in scope.updates()]
         self.read_only = [
@@ -208,7 +213,7 @@ class _Trace:
             for v in self._known
         ]
         flat = jax.tree.leaves((values, resident, operands, index, at))
-        *new, row = jax_core.jaxpr_as_fun(self.closed)(*flat)
+        *new, row = replay(self.closed, *flat)
         return new, row
 
 

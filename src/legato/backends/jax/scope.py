@@ -99,6 +99,8 @@ class Traced:
 
     Attributes:
         scope: where it ran.
+        tree: the structure of what the function returned.
+        is_array: which leaves of it are arrays.
         closed: the program, with outputs `[array leaves of out]` followed by
             `[new values of scope.updates()]`.
     """
@@ -107,22 +109,24 @@ class Traced:
         self, function: Callable[[], Any], scope: StepScope, *inputs: Any
     ) -> None:
         self.scope = scope
+        self.tree: Any = None
+        self.is_array: list[bool] = []
         self._static: list[Any] = []
 
         def run(*arguments: Any) -> list[Any]:
             with scope:
                 out = function(*arguments)
-            leaves, self._tree = jax.tree.flatten(out)
-            self._is_array = [_is_array(leaf) for leaf in leaves]
+            leaves, self.tree = jax.tree.flatten(out)
+            self.is_array = [_is_array(leaf) for leaf in leaves]
             self._static = [
                 None if is_array else leaf
-                for leaf, is_array in zip(leaves, self._is_array, strict=True)
+                for leaf, is_array in zip(leaves, self.is_array, strict=True)
             ]
             arrays = [leaf for leaf in leaves if _is_array(leaf)]
             return arrays + [value for _, value in scope.updates()]
 
         self.closed = jax.make_jaxpr(run)(*inputs)
-        self.num_arrays = sum(self._is_array)
+        self.num_arrays = sum(self.is_array)
 
     def replay(self, *inputs: Any) -> list[Any]:
         """The flat outputs; see `closed`."""
@@ -134,10 +138,10 @@ class Traced:
         leaves = [
             next(rest) if is_array else static
             for static, is_array in zip(
-                self._static, self._is_array, strict=True
+                self._static, self.is_array, strict=True
             )
         ]
-        return jax.tree.unflatten(self._tree, leaves)
+        return jax.tree.unflatten(self.tree, leaves)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -164,12 +168,12 @@ def merging_cond(
         for fn in (true_fn, false_fn)
     ]
     assigned = branches[0].scope.updated | branches[1].scope.updated
-    if branches[0]._tree != branches[1]._tree or (
-        branches[0]._is_array != branches[1]._is_array
+    if branches[0].tree != branches[1].tree or (
+        branches[0].is_array != branches[1].is_array
     ):
         raise StepError(
             "The two branches of keras.ops.cond return different structures: "
-            f"{branches[0]._tree} and {branches[1]._tree}. Return the same "
+            f"{branches[0].tree} and {branches[1].tree}. Return the same "
             "from both."
         )
 
