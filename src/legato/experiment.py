@@ -24,6 +24,7 @@ from legato.config import (
     Document,
     TrainerConfig,
     apply_overrides,
+    dump_yaml,
     load_yaml,
     nearest,
     parse_yaml,
@@ -272,6 +273,7 @@ def run_experiment(
         run_dir=run_dir,
         config=config,
         callbacks=build_callbacks(experiment),
+        config_yaml=dump_yaml(experiment),
     )
     return trainer.evaluate() if mode == "eval" else trainer.train()
 

@@ -9,10 +9,10 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from legato import backends, identity, loop, restoring, storage
+from legato import backends, identity, loop, restoring
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
-from legato.config import TrainerConfig, dump_yaml
+from legato.config import TrainerConfig
 from legato.data import Feed
 from legato.errors import (
     CheckpointError,
@@ -27,7 +27,6 @@ from legato.interrupts import Interrupts
 from legato.parts import Parts
 from legato.progress import make_reporter
 from legato.recorder import Recorder
-from legato.run_directory import CONFIG
 from legato.schedule import Schedule
 from legato.state import Clock, variable_paths
 from legato.summaries import RunLog
@@ -238,11 +237,6 @@ class Session:
 
     def _begin_new(self) -> None:
         self._log.rewind(None)
-        path = self._run_dir / CONFIG
-        if not path.exists():  # the command line writes a fuller one
-            lines = dump_yaml(self._config).splitlines()
-            text = "\n".join(["trainer:", *(f"  {line}" for line in lines)])
-            storage.write_file(path, text.encode() + b"\n")
         # What happened since the model was built does not count.
         keras.utils.set_random_seed(self._config.seed)
         self._parts.whole.stop_training = False

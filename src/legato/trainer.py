@@ -10,11 +10,11 @@ import keras
 from legato import storage
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import CheckpointStore
-from legato.config import TrainerConfig
+from legato.config import TrainerConfig, dump_yaml
 from legato.errors import ConfigError
 from legato.parts import build_parts
 from legato.restoring import assign_arrays
-from legato.run_directory import is_run, open_run_directory
+from legato.run_directory import CONFIG, is_run, open_run_directory
 from legato.session import Session
 from legato.state import variable_paths
 from legato.task import Optimizers, Task
@@ -36,6 +36,8 @@ class Trainer:
         run_dir: where everything is written; resumed if a run is there.
         config: how the run is driven.
         callbacks: Keras callbacks; their state is saved and restored.
+        config_yaml: what `config.yaml` in the run directory will say; None
+            for `config` alone.
 
     Attributes:
         task: as given.
@@ -56,6 +58,7 @@ class Trainer:
         run_dir: str | os.PathLike[str],
         config: TrainerConfig,
         callbacks: Sequence[keras.callbacks.Callback] = (),
+        config_yaml: str | None = None,
     ) -> None:
         if not isinstance(task, Task):
             raise ConfigError(
@@ -82,6 +85,7 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self.audit: list[AuditEntry] = []
         self._callbacks = callbacks
+        self._config_yaml = config_yaml or _nested("trainer", dump_yaml(config))
         self._has_trained = False
         self._parts = build_parts(task, config)
 
@@ -122,6 +126,7 @@ class Trainer:
                 self._parts, self.config, self.run_dir, run_id, self._callbacks
             ) as session,
         ):
+            _write_config(self.run_dir / CONFIG, self._config_yaml)
             session.begin()
             self.audit = session.audit
             session.train()
@@ -162,3 +167,13 @@ class Trainer:
         if checkpoint is not None:
             # The model alone, not what only training needs.
             assign_arrays(variable_paths({"model": self.model}), checkpoint)
+
+
+def _nested(key: str, yaml: str) -> str:
+    return "".join([f"{key}:\n", *(f"  {x}\n" for x in yaml.splitlines())])
+
+
+def _write_config(path: Path, text: str) -> None:
+    """Write the resolved config, if it is another than is there."""
+    if not path.exists() or path.read_text("utf-8") != text:
+        storage.write_file(path, text.encode())

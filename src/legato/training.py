@@ -9,6 +9,7 @@ import numpy as np
 from legato import backends
 from legato.backends import CompiledLoop, LoopMode
 from legato.data import Chunk, DataSource
+from legato.errors import StepError
 from legato.evaluation import check_logs
 from legato.metrics import StepMetric, run_recorded
 from legato.task import AttributeReads, Task, noting_reads
@@ -80,7 +81,11 @@ class TrainSteps:
         return list(self._variables.values())
 
     def trace(self) -> None:
-        """Trace the step for each shape of batch; values do not change.
+        """Trace the step for full batches; values do not change.
+
+        The partial batch's turn comes with the second call of `run`: the
+        first step is not kept waiting, and an error that only this batch
+        meets still shows at once, not at the end of an epoch.
 
         Raises:
             StepError: the step broke its contract.
@@ -89,16 +94,32 @@ class TrainSteps:
         iterator = self._source.iterate(seed=0, capacity=self._operand_capacity)
         operands = iterator.next_chunk(1).operands
         self._trace(self._source.full_batch_size, operands)
-        partial = self._source.partial_batch_size
-        if partial:
-            self._trace(
-                partial,
-                keras.tree.map_structure(
-                    lambda a: np.zeros(
-                        (len(a), partial, *a.shape[2:]), a.dtype
-                    ),
-                    operands,
-                ),
+
+    def _trace_partial(self, operands: Any) -> None:
+        """Trace the step for the partial batch.
+
+        Args:
+            operands: those of a chunk, for their structure.
+
+        Raises:
+            StepError: it uses variables that full batches do not.
+        """
+        known = set(self._variables)
+        size = self._source.partial_batch_size
+        self._trace(
+            size,
+            keras.tree.map_structure(
+                lambda a: np.zeros((len(a), size, *a.shape[2:]), a.dtype),
+                operands,
+            ),
+        )
+        new = [v.path for k, v in self._variables.items() if k not in known]
+        if new:
+            # They would be missing in the checkpoints.
+            raise StepError(
+                f"The step uses {', '.join(new[:3])} for the partial batch of "
+                f"{size} examples only. Use the same variables for every "
+                "batch."
             )
 
     def _trace(self, batch_size: int, operands: Any) -> None:
@@ -144,6 +165,17 @@ class TrainSteps:
             # A callback froze or unfroze layers: the step is another one now.
             self._begin_anew()
             self.trace()
+        partial = self._source.partial_batch_size
+        if (
+            partial not in self._loops
+            and partial
+            and (self._called or chunk.batch_size == partial)
+        ):
+            self._compiling(True)
+            try:
+                self._trace_partial(chunk.operands)
+            finally:
+                self._compiling(False)
         loop = self._loops[chunk.batch_size]
         first = chunk.batch_size not in self._called
         if not first:

@@ -1,10 +1,16 @@
 """`legato train`."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
+
+from legato.errors import Stopped
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -95,8 +101,33 @@ def run(args: argparse.Namespace) -> int:
     experiment.trainer.require_length()
     activate_backend(choose_backend(args.backend, experiment.backend))
     _quieten_libraries()
-    run_experiment(experiment)
+    with _stoppable_while_starting():
+        run_experiment(experiment)
     return 0
+
+
+@contextlib.contextmanager
+def _stoppable_while_starting() -> Iterator[None]:
+    """Until training takes the signals over: stop with the status for it.
+
+    Importing a backend takes seconds, and a scheduler that stops the process
+    then should start it again too.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        name = signal.Signals(number).name
+        raise Stopped(f"{name} before training began. Run it again.")
+
+    before = {
+        number: signal.signal(number, stop)
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _all_overrides(args: argparse.Namespace) -> list[str]:
