@@ -317,7 +317,7 @@ def test_callbacks(project):
 
 class FakeTrainer:
     def __init__(self, task, *, run_dir, config, callbacks, config_yaml):
-        assert "train_steps: 3" in config_yaml
+        assert "task: mine" in config_yaml
         self.made = (type(task).__name__, run_dir, callbacks)
         self.config = config
 

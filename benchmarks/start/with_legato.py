@@ -9,9 +9,6 @@ import sys
 import time
 
 import keras
-
-import legato
-
 from model import (
     BATCH,
     LEARNING_RATE,
@@ -21,11 +18,14 @@ from model import (
     make_data,
 )
 
+import legato
+
 
 class FirstStep(keras.callbacks.Callback):
     """Prints the time at which the first step's loss is on the host."""
 
     def on_train_batch_end(self, batch, logs=None):
+        """The first step is done."""
         float(logs["loss"])
         print(time.monotonic(), flush=True)
         os._exit(0)
@@ -39,20 +39,25 @@ class Mlp(legato.Task):
         self.cross_entropy = build_loss()
 
     def build_model(self):
+        """The MLP."""
         return build_model()
 
     def build_optimizer(self):
+        """Adam."""
         return keras.optimizers.Adam(LEARNING_RATE)
 
     def build_inputs(self, split):
+        """Arrays in memory."""
         if split != "train":
             return None
         return legato.ArraySource(self.data, batch_size=BATCH)
 
     def build_losses(self, labels, model_outputs, aux_losses=None):
+        """Cross-entropy."""
         return self.cross_entropy(labels, model_outputs)
 
     def build_metrics(self, training):
+        """Two metrics."""
         return build_metrics()
 
 

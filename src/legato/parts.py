@@ -45,9 +45,9 @@ class Parts:
         return found | {f"val_{name}": way for name, way in found.items()}
 
     def learning_rates(self) -> dict[str, float]:
-        """The current learning rate of each optimizer, by its name."""
+        """The current learning rate of each optimizer, as it is logged."""
         return {
-            name: float(
+            "/".join(["learning_rate", name]).rstrip("/"): float(
                 keras.ops.convert_to_numpy(optimizer.learning_rate)  # type: ignore[arg-type]
             )
             for name, optimizer in self.optimizers.items()

@@ -1,8 +1,9 @@
 """One call of `Trainer.train`: everything that is open while it lasts."""
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,8 +38,10 @@ from legato.types import JSON, AuditEntry, AuditStatus, Logs
 class Session:
     """Restores or begins a run, and trains it to its end or to a stop.
 
-    Make one only while holding the lock of the run directory. Call `begin`,
-    then `train`, in a `with` statement.
+    Make one only while holding the lock of the run directory, in a `with`
+    statement. Call `identify`, then `steps.trace` within `compiling`, then
+    `begin` and `train`. (The trace is called from the outside so that few
+    frames of ours lie above the user's step in a traceback.)
 
     Args:
         parts: what the Task built.
@@ -46,8 +49,10 @@ class Session:
         run_dir: the run directory.
         run_id: the run's id.
         callbacks: the user's callbacks.
+        references: what callbacks may hold and must not save a copy of.
 
     Attributes:
+        steps: the training step, once `identify` was called.
         clock: where the run is.
         history: of the whole run.
         audit: what became of each part of the state; empty for a new run.
@@ -64,6 +69,7 @@ class Session:
         run_dir: Path,
         run_id: str,
         callbacks: Sequence[keras.callbacks.Callback],
+        references: Mapping[str, object],
     ) -> None:
         self.clock = Clock()
         self.audit: list[AuditEntry] = []
@@ -73,6 +79,8 @@ class Session:
         self._backend = backends.current()
         self._last_save = time.monotonic()
         self._variables: dict[str, keras.Variable] = {}
+        self._inexact: list[str] = []
+        self._references = references
         self._store = CheckpointStore(
             run_dir,
             run_id=run_id,
@@ -90,11 +98,16 @@ class Session:
         self._callbacks = self._make_callbacks(callbacks)
 
     def __enter__(self) -> Self:
+        self._interrupts.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._log.close()
-        self._store.close()
+        # In this order: what is being written still refers to the logs.
+        try:
+            self._store.close()
+        finally:
+            self._log.close()
+            self._interrupts.__exit__(*exc)
 
     def _find_checkpoint(self) -> Checkpoint | None:
         checkpoint = self._store.restore()
@@ -127,6 +140,7 @@ class Session:
                 },
                 exact=self._config.exact,
                 metric_directions=self._parts.directions(),
+                references=self._references,
             )
 
         runner = make(callbacks)
@@ -139,20 +153,29 @@ class Session:
 
     # -- beginning ----------------------------------------------------------
 
-    def begin(self) -> None:
-        """Trace the step, call `on_train_begin`, and restore or initialise.
+    def identify(self) -> None:
+        """Check that this program is the run; asked before anything dear.
 
         Raises:
-            StepError: the step broke its contract.
             RestoreError: the checkpoint is another run's.
-            ExactnessError: `exact="strict"`, and resuming is not exact.
         """
-        parts, config, checkpoint = self._parts, self._config, self._checkpoint
-        saved: Any = checkpoint.host.get("identity") if checkpoint else None
+        parts, config = self._parts, self._config
+        if self._checkpoint is None:
+            parts.task.initialize(parts.model)
+        self._learning_rates = parts.learning_rates()
+        self._identity = identity.make_identity(
+            parts.task, parts.optimizer, config, parts.source.identity
+        )
+        saved: Any = None
+        if self._checkpoint is not None:
+            saved = self._checkpoint.host.get("identity")
+            self._inexact = identity.compare(
+                saved, self._identity, override=config.resume == "override"
+            )
         # What can change bits was chosen at step 0, and is kept.
         program = saved.get("program", {}) if isinstance(saved, dict) else {}
-        capacity = program.get("capacity") or loop_capacity(parts.source)
-        self._steps = TrainSteps(
+        self._capacity = program.get("capacity") or loop_capacity(parts.source)
+        self.steps = TrainSteps(
             parts.task,
             parts.model,
             parts.optimizer,
@@ -160,32 +183,37 @@ class Session:
             parts.metrics,
             metrics_interval=config.train_metrics_interval,
             mode=program.get("mode"),
-            capacity=capacity,
+            capacity=self._capacity,
             max_steps=config.steps_per_loop,
-            compiling=self._set_compiling,
+            compiling=self.compiling,
         )
-        if checkpoint is None:
-            parts.task.initialize(parts.model)
-        learning_rates = parts.learning_rates()
-        self._identity = identity.make_identity(
-            parts.task, parts.optimizer, config, parts.source.identity
-        )
-        inexact: list[str] = []
-        if checkpoint is not None:
-            # Is it the same run? Asked before anything dear.
-            inexact = identity.compare(
-                saved, self._identity, override=config.resume == "override"
-            )
-        with self._interrupts:
-            self._set_compiling(True)
-            self._steps.trace()
-            self._set_compiling(False)
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Around what may take long and leaves nothing new to save."""
+        self._interrupts.compiling = True
+        try:
+            yield
+        finally:
+            self._interrupts.compiling = False
+
+    def begin(self) -> None:
+        """Call `on_train_begin`, and restore or initialise.
+
+        To be called when `steps` has been traced, so that every variable
+        exists.
+
+        Raises:
+            RestoreError: the checkpoint does not fit.
+            ExactnessError: `exact="strict"`, and resuming is not exact.
+        """
+        parts, checkpoint = self._parts, self._checkpoint
         self._identity["program"] = {
-            "mode": self._steps.mode,
-            "capacity": capacity,
+            "mode": self.steps.mode,
+            "capacity": self._capacity,
         }
         if parts.evaluator is not None and parts.evaluator.mode is None:
-            parts.evaluator.mode = self._steps.mode
+            parts.evaluator.mode = self.steps.mode
         self._variables = variable_paths(
             {
                 "model": parts.model,
@@ -193,32 +221,34 @@ class Session:
                 "metrics": parts.metrics,
                 "task": vars(parts.task),
             },
-            self._steps.variables,
+            self.steps.variables,
         )
         self._recorder = Recorder(
             task=parts.task,
             clock=self.clock,
-            config=config,
+            config=self._config,
             metrics=parts.metrics,
             directions=parts.directions(),
-            log_names=lambda: self._steps.log_names,
+            log_names=lambda: self.steps.log_names,
             learning_rates=parts.learning_rates,
             log=self._log,
             reporter=self._reporter,
             tolerates_nonfinite=self._tolerates_nonfinite(),
         )
         self._feed = Feed(
-            parts.source.iterate(seed=config.seed, capacity=capacity)
+            parts.source.iterate(
+                seed=self._config.seed, capacity=self._capacity
+            )
         )
         if checkpoint is None:
             self._begin_new()
         else:
             self._callbacks.on_train_begin(resuming=True)
-            self._restore(checkpoint, learning_rates)
-            for sentence in inexact:
+            self._restore(checkpoint)
+            if self._inexact:
                 self._name_inexact(
-                    f"Resumed at step {self.clock.step}, but not exactly: "
-                    f"{sentence}"
+                    f"Resumed at step {self.clock.step}, but not exactly "
+                    f"(checkpoint -> program): {'; '.join(self._inexact)}"
                 )
         self._checkpoint = None  # its arrays are large
 
@@ -231,9 +261,6 @@ class Session:
         if policy is None:
             return handled or self._parts.scales_loss()
         return policy == "warn"
-
-    def _set_compiling(self, on: bool) -> None:
-        self._interrupts.compiling = on
 
     def _begin_new(self) -> None:
         self._log.rewind(None)
@@ -276,21 +303,20 @@ class Session:
         )
         reason = "failed"
         try:
-            with self._interrupts:
-                loop.run(
-                    clock=clock,
-                    schedule=self._schedule,
-                    steps=self._steps,
-                    feed=self._feed,
-                    hooks=self._callbacks,
-                    recorder=self._recorder,
-                    validate=self._validate,
-                    save=self._save,
-                    save_is_due=self._save_is_due,
-                    stop_requested=self._stop_requested,
-                    callbacks_stop=lambda: bool(parts.whole.stop_training),
-                )
-                self._store.wait()
+            loop.run(
+                clock=clock,
+                schedule=self._schedule,
+                steps=self.steps,
+                feed=self._feed,
+                hooks=self._callbacks,
+                recorder=self._recorder,
+                validate=self._validate,
+                save=self._save,
+                save_is_due=self._save_is_due,
+                stop_requested=self._stop_requested,
+                callbacks_stop=lambda: bool(parts.whole.stop_training),
+            )
+            self._store.wait()
             reason = self._interrupts.reason or "done"
         except BaseException as error:
             self._leave_valid_variables(error)
@@ -310,9 +336,8 @@ class Session:
         for optimizer in self._parts.optimizers.values():
             if optimizer.built:
                 # As Keras does: averaged weights, if there are any.
-                optimizer.finalize_variable_values(
-                    self._parts.whole.trainable_variables
-                )
+                updated: Any = optimizer
+                optimizer.finalize_variable_values(updated._trainable_variables)
         self._log.flush()
         self._store.save_final(self.clock.step, self._read_arrays())
 
@@ -403,9 +428,7 @@ class Session:
         best.is_new = False
         self._last_save = time.monotonic()
 
-    def _restore(
-        self, checkpoint: Checkpoint, learning_rates: dict[str, float]
-    ) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         host, parts = checkpoint.host, self._parts
         override = self._config.resume == "override"
         # Metrics may be switched on or off: the identity told of it.
@@ -414,9 +437,14 @@ class Session:
             self._variables, checkpoint, lenient=lenient
         )
         if override:
-            for name, optimizer in parts.optimizers.items():
+            # A schedule is no variable, and was the program's all along.
+            for optimizer, rate in zip(
+                parts.optimizers.values(),
+                self._learning_rates.values(),
+                strict=True,
+            ):
                 if isinstance(optimizer.learning_rate, keras.Variable):
-                    optimizer.learning_rate = learning_rates[name]
+                    optimizer.learning_rate = rate
         arrays: dict[str, dict[str, np.ndarray]] = {}
         for path, array in checkpoint.arrays.items():
             root, _, name = path.partition("/")

@@ -123,11 +123,19 @@ class Trainer:
         with (
             storage.RunLock(self.run_dir),
             Session(
-                self._parts, self.config, self.run_dir, run_id, self._callbacks
+                self._parts,
+                self.config,
+                self.run_dir,
+                run_id,
+                self._callbacks,
+                references={"trainer": self, "task": self.task},
             ) as session,
         ):
-            _write_config(self.run_dir / CONFIG, self._config_yaml)
+            session.identify()
+            with session.compiling():
+                session.steps.trace()
             session.begin()
+            _write_config(self.run_dir / CONFIG, self._config_yaml)
             self.audit = session.audit
             session.train()
         return session.history

@@ -1,6 +1,8 @@
 """The training step of a Task, compiled, for the loop to drive."""
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -28,8 +30,7 @@ class TrainSteps:
         mode: how steps reach the device; None chooses.
         capacity: batches in one device call, which is part of the program.
         max_steps: the most to run in one; None for the capacity.
-        compiling: called with True before, and False after, a device call
-            that may compile for long.
+        compiling: a context around a device call that may compile for long.
 
     Attributes:
         capacity: the most steps in one call of `run`.
@@ -50,7 +51,9 @@ class TrainSteps:
         mode: LoopMode | None,
         capacity: int,
         max_steps: int | None = None,
-        compiling: Callable[[bool], None] = lambda _: None,
+        compiling: Callable[
+            [], AbstractContextManager[Any]
+        ] = contextlib.nullcontext,
     ) -> None:
         self.capacity = min(capacity, max_steps or capacity)
         self._operand_capacity = capacity
@@ -133,6 +136,12 @@ class TrainSteps:
                 losses_in_step=False,
                 variables=self.variables,
             )
+        if self._loops and loop.log_names != self.log_names:
+            raise StepError(
+                f"{type(self._task).__name__}.train_step returned the logs "
+                f"{self.log_names} for one shape of batch and "
+                f"{loop.log_names} for another. Return the same for all."
+            )
         self.mode = loop.mode
         self.log_names = loop.log_names
         self.traces += loop.traces
@@ -171,20 +180,14 @@ class TrainSteps:
             and partial
             and (self._called or chunk.batch_size == partial)
         ):
-            self._compiling(True)
-            try:
+            with self._compiling():
                 self._trace_partial(chunk.operands)
-            finally:
-                self._compiling(False)
         loop = self._loops[chunk.batch_size]
         first = chunk.batch_size not in self._called
         if not first:
             return loop(step, chunk.num_batches, chunk.operands)
-        self._compiling(True)
-        try:
+        with self._compiling():
             logs = loop(step, chunk.num_batches, chunk.operands)
-        finally:
-            self._compiling(False)
         self._called.add(chunk.batch_size)
         return logs
 

@@ -69,6 +69,8 @@ class CallbackRunner:
         exact: what happens if an attribute changed and cannot be saved.
         metric_directions: metric -> "min" or "max", for callbacks with
             `mode="auto"` (the model need not be compiled).
+        references: objects by name that callbacks may hold and whose state is
+            not theirs, such as the trainer.
 
     Attributes:
         callbacks: the callbacks, in order.
@@ -88,6 +90,7 @@ class CallbackRunner:
         params: dict[str, Any],
         exact: Exact = "warn",
         metric_directions: Mapping[str, str] | None = None,
+        references: Mapping[str, object] | None = None,
     ) -> None:
         if exact not in ("strict", "warn", "off"):
             raise ConfigError(
@@ -98,6 +101,7 @@ class CallbackRunner:
         self._model = model
         self._params = params
         self._exact = exact
+        self._outside = dict(references or {})
         self._entries: list[_Entry] = []
         ordinals: collections.Counter[str] = collections.Counter()
         for callback in self.callbacks:
@@ -323,7 +327,11 @@ class CallbackRunner:
         """What a callback may refer to and must not save a copy of."""
         model: Any = self._model
         optimizer = getattr(model, "optimizer", None)
-        objects = {"model": model, "params": self._params}
+        objects = {
+            **self._outside,
+            "model": model,
+            "params": self._params,
+        }
         if optimizer is not None:
             objects["optimizer"] = optimizer
         for entry in self._entries:

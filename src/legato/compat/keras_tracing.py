@@ -1,12 +1,15 @@
 """What Keras does behind our back while a step is traced, put in our hands."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 from keras.src import backend as keras_backend
 from keras.src.backend.common import global_state
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.random import seed_generator
 
 from legato.errors import StepError
@@ -30,23 +33,72 @@ _NATIVE_COND: Cond = keras_backend.core.cond
 
 
 @contextlib.contextmanager
-def traced_step(cond: Cond | None) -> Iterator[None]:
+def traced_step(
+    cond: Cond | None,
+    eager: Callable[[], Any] = contextlib.nullcontext,
+) -> Iterator[None]:
     """While a step is traced: our `cond`, and no unseeded randomness.
 
     Args:
         cond: takes the place of the backend's conditional, which leaks what
             is assigned inside a branch (`LossScaleOptimizer.apply` does);
             None keeps it.
+        eager: makes a context in which the backend computes at once, not in
+            the trace.
     """
     old_generator = seed_generator.global_seed_generator
     seed_generator.global_seed_generator = _refuse_unseeded
     if cond is not None:
         keras_backend.core.cond = cond
     try:
-        yield
+        with _building_eagerly(eager):
+            yield
     finally:
         keras_backend.core.cond = _NATIVE_COND
         seed_generator.global_seed_generator = old_generator
+
+
+@contextlib.contextmanager
+def _building_eagerly(eager: Callable[[], Any]) -> Iterator[None]:
+    """`optimizer.apply` builds its optimizer outside of any scope.
+
+    Some (Nadam, Adafactor) make variables from values when they are built,
+    which Keras refuses in a stateless scope.
+    """
+
+    def building(apply: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(apply)
+        def wrapped(
+            optimizer: Any, grads: Any, trainable_variables: Any = None
+        ) -> Any:
+            if trainable_variables is not None and not optimizer.built:
+                trainable_variables = list(trainable_variables)
+                scope = current_scope()
+                global_state.set_global_attribute("stateless_scope", None)
+                try:
+                    with (
+                        eager(),
+                        keras_backend.name_scope(
+                            optimizer.name, caller=optimizer
+                        ),
+                    ):
+                        optimizer.build(trainable_variables)
+                    optimizer.built = True
+                finally:
+                    global_state.set_global_attribute("stateless_scope", scope)
+            return apply(optimizer, grads, trainable_variables)
+
+        return wrapped
+
+    classes: tuple[Any, ...] = (BaseOptimizer, LossScaleOptimizer)
+    originals = [cls.apply for cls in classes]
+    for cls, apply in zip(classes, originals, strict=True):
+        cls.apply = building(apply)
+    try:
+        yield
+    finally:
+        for cls, apply in zip(classes, originals, strict=True):
+            cls.apply = apply
 
 
 def global_seed_state() -> keras.Variable | None:

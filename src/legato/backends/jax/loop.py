@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import keras
 import numpy as np
@@ -169,7 +170,9 @@ class _Trace:
         # were made while tracing initialised, with values and not tracers.
         with (
             keras.StatelessScope(),
-            keras_tracing.traced_step(merging_cond),
+            keras_tracing.traced_step(
+                merging_cond, eager=jax.ensure_compile_time_eval
+            ),
         ):
             try:
                 self.closed = jax.make_jaxpr(run)(
