@@ -47,14 +47,19 @@ class ScalarEvents:
         from tensorboardX.proto.event_pb2 import (
             Event,  # type: ignore[reportAttributeAccessIssue]
         )
+        from tensorboardX.proto.summary_pb2 import (
+            Summary,  # type: ignore[reportAttributeAccessIssue]
+        )
         from tensorboardX.summary import scalar
 
         now = time.time()
         if self.file.offset == 0:
             self._append(Event(wall_time=now, file_version="brain.Event:2"))
+        # One event for all of them: each is framed and hashed by itself.
+        summary = Summary()
         for name, value in values.items():
-            summary = scalar(name, value)
-            self._append(Event(wall_time=now, step=step, summary=summary))
+            summary.MergeFrom(scalar(name, value))
+        self._append(Event(wall_time=now, step=step, summary=summary))
 
     def _append(self, event: Any) -> None:
         """In the framing of TFRecord files: length, its CRC, data, its CRC."""

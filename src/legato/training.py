@@ -96,7 +96,30 @@ class TrainSteps:
         self._resident = self._backend.place(self._source.resident)
         iterator = self._source.iterate(seed=0, capacity=self._operand_capacity)
         operands = iterator.next_chunk(1).operands
+        for variable in self._expected_variables():
+            self._variables[id(variable)] = variable
         self._trace(self._source.full_batch_size, operands)
+
+    def _expected_variables(self) -> list[keras.Variable]:
+        """Those that the step is sure to use: one trace instead of two.
+
+        That is known of the engine's own step alone, which applies its
+        optimizer to all trainable variables.
+        """
+        model, optimizer = self._model, self._optimizer
+        own = type(self._task).train_step is Task.train_step
+        if not own or not isinstance(model, keras.Model) or not model.built:
+            return []
+        if isinstance(optimizer, keras.optimizers.Optimizer):
+            if not optimizer.built:
+                optimizer.build(model.trainable_variables)
+            metrics = self._metrics if self._interval else []
+            return [
+                *model.variables,
+                *optimizer.variables,
+                *(v for metric in metrics for v in metric.variables),
+            ]
+        return []
 
     def _trace_partial(self, operands: Any) -> None:
         """Trace the step for the partial batch.
