@@ -47,8 +47,8 @@ def test_a_damaged_clock_is_refused_whole(change):
 _PATHS = """
 import sys, keras
 for _ in range(int(sys.argv[1])):  # move Keras's automatic counters
-    keras.Sequential([keras.layers.Dense(1), keras.layers.Dropout(0.5)]).build((1, 1))
-    keras.Variable(0.0); keras.optimizers.Adam()
+    keras.Sequential([keras.layers.Dense(1)]).build((1, 1))
+    keras.layers.Dropout(0.5), keras.Variable(0.0), keras.optimizers.Adam()
 from legato.state import variable_paths
 class Twice(keras.layers.Layer):
     def __init__(self):
@@ -59,11 +59,13 @@ class Twice(keras.layers.Layer):
     def build(self, shape):
         for layer in self.inner: layer.build(shape)
     def call(self, x): return x
-model = keras.Sequential([keras.layers.Input((2,)), Twice(), keras.layers.Dropout(0.1),
-                          keras.layers.BatchNormalization()])
-optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(use_ema=True))
+model = keras.Sequential([keras.layers.Input((2,)), Twice(),
+    keras.layers.Dropout(0.1), keras.layers.BatchNormalization()])
+optimizer = keras.optimizers.LossScaleOptimizer(
+    keras.optimizers.Adam(use_ema=True))
 optimizer.build(model.trainable_variables)
-task = {"weight": keras.Variable(1.0), "noise": keras.random.SeedGenerator(1), "size": 3}
+task = {"weight": keras.Variable(1.0), "size": 3,
+    "noise": keras.random.SeedGenerator(1)}
 stray = keras.Variable(2.0)
 paths = variable_paths({"model": model, "optimizer": optimizer,
     "metrics": [keras.metrics.AUC()], "task": task}, [stray, model.variables[0]])

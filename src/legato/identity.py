@@ -205,9 +205,11 @@ def code_hash(cls: type) -> str:
 def _hash_code(digest: Any, code: types.CodeType) -> None:
     digest.update(code.co_code)
     digest.update(repr(code.co_names).encode())
-    for constant in code.co_consts:
+    # The first constant is the docstring, or None in its place; from Python
+    # 3.13 on there is nothing in its place, and a flag tells.
+    has_place = sys.version_info < (3, 13) or code.co_flags & 0x4000000
+    for number, constant in enumerate(code.co_consts):
         if isinstance(constant, types.CodeType):
             _hash_code(digest, constant)
-        elif constant != code.co_consts[0] or not isinstance(constant, str):
-            # (The first constant may be the docstring.)
+        elif number or not has_place:
             digest.update(repr(constant).encode())

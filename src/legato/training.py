@@ -83,22 +83,46 @@ class TrainSteps:
         """Every variable that the step reads or writes."""
         return list(self._variables.values())
 
-    def trace(self) -> None:
-        """Trace the step for full batches; values do not change.
+    def trace(self, operands: Any = None) -> None:
+        """Trace the step; values do not change.
 
         The partial batch's turn comes with the second call of `run`: the
         first step is not kept waiting, and an error that only this batch
         meets still shows at once, not at the end of an epoch.
 
+        Args:
+            operands: those of a chunk, to trace the partial batch; None traces
+                the full one.
+
         Raises:
             StepError: the step broke its contract.
         """
-        self._resident = self._backend.place(self._source.resident)
-        iterator = self._source.iterate(seed=0, capacity=self._operand_capacity)
-        operands = iterator.next_chunk(1).operands
-        for variable in self._expected_variables():
-            self._variables[id(variable)] = variable
-        self._trace(self._source.full_batch_size, operands)
+        size = self._source.full_batch_size
+        expected = self.variables
+        if operands is not None:
+            size = self._source.partial_batch_size
+            operands = keras.tree.map_structure(
+                lambda a: np.zeros((len(a), size, *a.shape[2:]), a.dtype),
+                operands,
+            )
+        else:
+            self._resident = self._backend.place(self._source.resident)
+            iterator = self._source.iterate(
+                seed=0, capacity=self._operand_capacity
+            )
+            operands = iterator.next_chunk(1).operands
+            expected = self._expected_variables()
+        with noting_reads(self._reads):
+            loop = self._backend.compile_loop(
+                self._step,
+                fetch=self._source.fetch,
+                resident=self._resident,
+                operands=operands,
+                mode=self.mode,
+                losses_in_step=False,
+                variables=expected,
+            )
+        self._add_loop(size, loop)
 
     def _expected_variables(self) -> list[keras.Variable]:
         """Those that the step is sure to use: one trace instead of two.
@@ -121,56 +145,28 @@ class TrainSteps:
             ]
         return []
 
-    def _trace_partial(self, operands: Any) -> None:
-        """Trace the step for the partial batch.
-
-        Args:
-            operands: those of a chunk, for their structure.
-
-        Raises:
-            StepError: it uses variables that full batches do not.
-        """
-        known = set(self._variables)
-        size = self._source.partial_batch_size
-        self._trace(
-            size,
-            keras.tree.map_structure(
-                lambda a: np.zeros((len(a), size, *a.shape[2:]), a.dtype),
-                operands,
-            ),
-        )
-        new = [v.path for k, v in self._variables.items() if k not in known]
-        if new:
+    def _add_loop(self, batch_size: int, loop: CompiledLoop) -> None:
+        name = f"{type(self._task).__name__}.train_step"
+        variables = {id(v): v for v in (*loop.updated, *loop.read_only)}
+        new = [v.path for k, v in variables.items() if k not in self._variables]
+        if self._loops and new:
             # They would be missing in the checkpoints.
             raise StepError(
-                f"The step uses {', '.join(new[:3])} for the partial batch of "
-                f"{size} examples only. Use the same variables for every "
-                "batch."
-            )
-
-    def _trace(self, batch_size: int, operands: Any) -> None:
-        with noting_reads(self._reads):
-            loop = self._backend.compile_loop(
-                self._step,
-                fetch=self._source.fetch,
-                resident=self._resident,
-                operands=operands,
-                mode=self.mode,
-                losses_in_step=False,
-                variables=self.variables,
+                f"{name} uses {', '.join(new[:3])} for the partial batch of "
+                f"{batch_size} examples only. Use the same variables for "
+                "every batch."
             )
         if self._loops and loop.log_names != self.log_names:
             raise StepError(
-                f"{type(self._task).__name__}.train_step returned the logs "
-                f"{self.log_names} for one shape of batch and "
-                f"{loop.log_names} for another. Return the same for all."
+                f"{name} returned the logs {self.log_names} for one shape of "
+                f"batch and {loop.log_names} for another. Return the same for "
+                "all."
             )
         self.mode = loop.mode
         self.log_names = loop.log_names
         self.traces += loop.traces
         self._loops[batch_size] = loop
-        for variable in (*loop.updated, *loop.read_only):
-            self._variables[id(variable)] = variable
+        self._variables |= variables
         self._trainable = [v.trainable for v in self.variables]
 
     def _step(self, batch: Any, step: Any) -> dict[str, Any]:
@@ -204,7 +200,7 @@ class TrainSteps:
             and (self._called or chunk.batch_size == partial)
         ):
             with self._compiling():
-                self._trace_partial(chunk.operands)
+                self.trace(chunk.operands)
         loop = self._loops[chunk.batch_size]
         first = chunk.batch_size not in self._called
         if not first:

@@ -598,7 +598,6 @@ class Stack(Classifier):
         return super().train_step(inputs, model, optimizer, metrics)
 
 
-@pytest.mark.xfail(reason="nine frames; the design says five")
 def test_few_frames_of_ours_are_above_the_users_step(tmp_path):
     frames = []
     train(Stack(frames), tmp_path, train_steps=1)

@@ -14,15 +14,8 @@ import jax
 import keras
 import numpy as np
 
-from legato.backends.jax import gradient
-from legato.backends.jax.loop import JaxLoop
-from legato.backends.protocol import (
-    Backend,
-    CompiledLoop,
-    Fetch,
-    LoopMode,
-    Step,
-)
+from legato.backends.jax import gradient, loop
+from legato.backends.protocol import Backend
 from legato.types import JSON
 
 
@@ -31,26 +24,8 @@ class JaxBackend(Backend):
 
     name = "jax"
 
-    def compile_loop(
-        self,
-        step: Step,
-        *,
-        fetch: Fetch,
-        resident: Any,
-        operands: Any,
-        mode: LoopMode | None,
-        losses_in_step: bool,
-        variables: Sequence[keras.Variable] = (),
-    ) -> CompiledLoop:
-        return JaxLoop(
-            step,
-            fetch=fetch,
-            resident=resident,
-            operands=operands,
-            mode=mode,
-            losses_in_step=losses_in_step,
-            variables=variables,
-        )
+    # Not a method that calls it: see there.
+    compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]
 
     def value_and_grad(
         self,
@@ -111,4 +86,6 @@ class JaxBackend(Backend):
             "x64": bool(config.jax_enable_x64),
             "matmul_precision": str(config.jax_default_matmul_precision),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+            # The number of threads of XLA:CPU.
+            "NPROC": os.environ.get("NPROC", ""),
         }

@@ -29,48 +29,143 @@ _LEAKED = (
 )
 
 
+def compile_loop(
+    step: Step,
+    *,
+    fetch: Fetch,
+    resident: Any,
+    operands: Any,
+    mode: LoopMode | None,
+    losses_in_step: bool,
+    variables: Sequence[keras.Variable] = (),
+) -> "JaxLoop":
+    """See `Backend.compile_loop`.
+
+    It is one function on purpose: few frames of ours should lie above the
+    user's step in a traceback.
+    """
+    known = list(variables)
+    scopes: list[StepScope] = []
+    names: list[str] = []
+
+    def run(
+        values: Any, resident: Any, operands: Any, index: Any, at: Any
+    ) -> Any:
+        scope = StepScope(
+            zip(known, values, strict=True), losses=losses_in_step
+        )
+        with scope:
+            batch = fetch(resident, operands, index)
+            logs = step(batch, at)
+        scopes.append(scope)
+        names[:] = logs
+        row = [jnp.asarray(v).astype(jnp.float32) for v in logs.values()]
+        rows = jnp.stack(row) if row else jnp.zeros((0,), jnp.float32)
+        return [value for _, value in scope.updates()], rows
+
+    count = np.int32(0)
+    for _ in range(_MAX_TRACES):
+        values = [initial_value(v) for v in known]
+        # The outer scope is left after the trace: only then are variables that
+        # were made while tracing initialised, with values and not tracers.
+        with (
+            keras.StatelessScope(),
+            keras_tracing.traced_step(
+                merging_cond, eager=jax.ensure_compile_time_eval
+            ),
+        ):
+            try:
+                closed = jax.make_jaxpr(run)(
+                    values, resident, operands, count, count
+                )
+            except jax.errors.UnexpectedTracerError as error:
+                raise StepError(_LEAKED) from error
+        # What leaked from an inner construct, which has ended, JAX takes for
+        # a constant of the program, and complains when that is compiled.
+        if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+            raise StepError(_LEAKED)
+        unknown = list(scopes[-1].unknown.values())
+        if not unknown:
+            program = StepProgram(closed, known, scopes[-1], names)
+            return JaxLoop(program, resident, operands, mode, len(scopes))
+        known += unknown
+    made = ", ".join(v.path for v in unknown[:3])
+    raise StepError(
+        f"The step makes new variables each time it runs ({made}). Make "
+        "variables, layers, metrics and SeedGenerators once, in the Task's "
+        "__init__ or build_model, and use them in the step."
+    )
+
+
+class StepProgram:
+    """A traced step as a pure function; user code is not called again.
+
+    Args:
+        closed: the trace, of `(values, resident, operands, index, at)`.
+        known: the variables whose values it takes.
+        scope: in which it was traced.
+        log_names: names of the logs.
+    """
+
+    def __init__(
+        self,
+        closed: jax_core.ClosedJaxpr,
+        known: Sequence[keras.Variable],
+        scope: StepScope,
+        log_names: Sequence[str],
+    ) -> None:
+        self.closed = closed
+        self.log_names = list(log_names)
+        self.updated = [v for v, _ in scope.updates()]
+        self.read_only = [
+            v for key, v in scope.read.items() if key not in scope.updated
+        ]
+        self._known = list(known)
+
+    def __call__(
+        self,
+        updated: Any,
+        read_only: Any,
+        resident: Any,
+        operands: Any,
+        index: Any,
+        at: Any,
+    ) -> Any:
+        """New values of `updated`, and the logs, float32 `[names]`."""
+        variables = (*self.updated, *self.read_only)
+        given = dict(
+            zip(map(id, variables), (*updated, *read_only), strict=True)
+        )
+        # A known variable that this step does not use is not passed in.
+        values = [
+            given[id(v)] if id(v) in given else initial_value(v)
+            for v in self._known
+        ]
+        flat = jax.tree.leaves((values, resident, operands, index, at))
+        *new, row = replay(self.closed, *flat)
+        return new, row
+
+
 class JaxLoop(CompiledLoop):
     """See `CompiledLoop`."""
 
     def __init__(
         self,
-        step: Step,
-        *,
-        fetch: Fetch,
+        program: StepProgram,
         resident: Any,
         operands: Any,
         mode: LoopMode | None,
-        losses_in_step: bool,
-        variables: Sequence[keras.Variable],
+        traces: int,
     ) -> None:
+        self.read_only = program.read_only
+        self.updated = program.updated
+        self.log_names = program.log_names
+        self.mode = mode or _choose_mode(program.closed)
+        self.traces = traces
         self._resident = resident
-        self.traces = 0
-        known = list(variables)
-        for _ in range(_MAX_TRACES):
-            trace = _Trace(
-                step, fetch, resident, operands, known, losses_in_step
-            )
-            self.traces += 1
-            if not trace.unknown:
-                break
-            known += trace.unknown
-        else:
-            names = ", ".join(v.path for v in trace.unknown[:3])
-            raise StepError(
-                f"The step makes new variables each time it runs ({names}). "
-                "Make variables, layers, metrics and SeedGenerators once, in "
-                "the Task's __init__ or build_model, and use them in the step."
-            )
-        self.read_only = trace.read_only
-        self.updated = trace.updated
-        self.log_names = trace.log_names
-        self.mode = mode or _choose_mode(trace.closed)
         self._capacity = jax.tree.leaves(operands)[0].shape[0]
-        self._run = (
-            self._fused(trace.run)
-            if self.mode == "fused"
-            else self._stepwise(trace.run)
-        )
+        make = self._fused if self.mode == "fused" else self._stepwise
+        self._run = make(program)
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
         taken: set[int] = set()
@@ -132,92 +227,6 @@ class JaxLoop(CompiledLoop):
             return updated, rows
 
         return call
-
-
-class _Trace:
-    """One trace of a step, and what it taught about the step's variables."""
-
-    def __init__(
-        self,
-        step: Step,
-        fetch: Fetch,
-        resident: Any,
-        operands: Any,
-        known: Sequence[keras.Variable],
-        losses_in_step: bool,
-    ) -> None:
-        scopes: list[StepScope] = []
-        self.log_names: list[str] = []
-
-        def run(
-            values: Any, resident: Any, operands: Any, index: Any, at: Any
-        ) -> Any:
-            scope = StepScope(
-                zip(known, values, strict=True), losses=losses_in_step
-            )
-            with scope:
-                batch = fetch(resident, operands, index)
-                logs = step(batch, at)
-            scopes.append(scope)
-            self.log_names = list(logs)
-            row = [jnp.asarray(v).astype(jnp.float32) for v in logs.values()]
-            rows = jnp.stack(row) if row else jnp.zeros((0,), jnp.float32)
-            return [value for _, value in scope.updates()], rows
-
-        count = np.int32(0)
-        values = [initial_value(v) for v in known]
-        # The outer scope is left after the trace: only then are variables that
-        # were made while tracing initialised, with values and not tracers.
-        with (
-            keras.StatelessScope(),
-            keras_tracing.traced_step(
-                merging_cond, eager=jax.ensure_compile_time_eval
-            ),
-        ):
-            try:
-                self.closed = jax.make_jaxpr(run)(
-                    values, resident, operands, count, count
-                )
-            except jax.errors.UnexpectedTracerError as error:
-                raise StepError(_LEAKED) from error
-        # What leaked from an inner construct, which has ended, JAX takes for
-        # a constant of the program, and complains when that is compiled.
-        if any(isinstance(c, jax.core.Tracer) for c in self.closed.consts):
-            raise StepError(_LEAKED)
-        (scope,) = scopes
-        self.unknown = list(scope.unknown.values())
-        self.updated = [v for v, _ in scope.updates()]
-        self.read_only = [
-            v for key, v in scope.read.items() if key not in scope.updated
-        ]
-        self._known = known
-
-    def run(
-        self,
-        updated: Any,
-        read_only: Any,
-        resident: Any,
-        operands: Any,
-        index: Any,
-        at: Any,
-    ) -> Any:
-        """The step as a pure function; user code is not called again."""
-        given = {
-            id(v): value
-            for v, value in zip(
-                (*self.updated, *self.read_only),
-                (*updated, *read_only),
-                strict=True,
-            )
-        }
-        # A known variable that this step does not use is not passed in.
-        values = [
-            given[id(v)] if id(v) in given else initial_value(v)
-            for v in self._known
-        ]
-        flat = jax.tree.leaves((values, resident, operands, index, at))
-        *new, row = replay(self.closed, *flat)
-        return new, row
 
 
 def _choose_mode(closed: Any) -> LoopMode:

@@ -71,13 +71,14 @@ def _bind(eqn: Any, inputs: list[Any]) -> Any:
 
 def _random_bits(key: Any, eqn: Any) -> Any:
     """As `jax.random.bits` with 32 bits; what is unlike that is left to it."""
+    config: Any = jax.config  # its flags are not typed
     shape = eqn.params["shape"]
     size = math.prod(shape)
     if (
         eqn.params["bit_width"] != 32
         or key.shape != ()
         or str(jax.random.key_impl(key)) != "threefry2x32"
-        or not jax.config.jax_threefry_partitionable
+        or not config.jax_threefry_partitionable
         or not 0 < size < 2**32
     ):
         return _bind(eqn, [key])

@@ -1,0 +1,111 @@
+"""What makes another run of it, what makes it inexact, what is free."""
+
+import keras
+import pytest
+
+from legato import identity
+from legato.config import TrainerConfig
+from legato.errors import RestoreError
+from legato.task import Task
+
+
+class Plain(Task):
+    def __init__(self, width=3, smoothing=0.0):
+        self.width = width
+        self.loss_function = keras.losses.CategoricalCrossentropy(
+            label_smoothing=smoothing
+        )
+
+    def build_losses(self, labels, model_outputs, aux_losses=None):
+        """A docstring is not code."""
+        return self.loss_function(labels, model_outputs)
+
+
+class Recoded(Plain):
+    def build_losses(self, labels, model_outputs, aux_losses=None):
+        return 2 * self.loss_function(labels, model_outputs)
+
+
+def made(task=None, optimizer=None, data=None, **config):
+    return identity.make_identity(
+        task or Plain(),
+        optimizer or keras.optimizers.Adam(0.25),
+        TrainerConfig(**{"train_steps": 5, **config}),
+        data or {"examples": 10},
+    )
+
+
+def compare(saved, present, override=False):
+    return identity.compare(saved, present, override=override)
+
+
+def test_the_same_program_is_the_same_run():
+    assert compare(made(), made()) == []
+    names = keras.optimizers.Adam(0.25, name="another")
+    assert compare(made(), made(optimizer=names)) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_steps": 50},
+        {"checkpoint_interval": 7},
+        {"keep_last": None},
+        {"progress": "none"},
+        {"max_time": "1h"},
+    ],
+)
+def test_what_changes_no_bits_is_free(changes):
+    assert compare(made(), made(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"optimizer": keras.optimizers.SGD(0.01)}, ["'Adam'", "'SGD'"]),
+        ({"optimizer": keras.optimizers.Adam(0.5)}, ["0.25", "0.5"]),
+        ({"task": Plain(width=4)}, ["width", "3", "4"]),
+        ({"task": Plain(smoothing=0.1)}, ["label_smoothing", "0.0", "0.1"]),
+        ({"data": {"examples": 11}}, ["examples", "10", "11"]),
+        ({"seed": 3}, ["seed", "0 -> 3"]),
+    ],
+)
+def test_another_run_is_refused_with_both_values(changes, words):
+    with pytest.raises(RestoreError) as caught:
+        compare(made(), made(**changes))
+    for word in [*words, "run_dir", "override"]:
+        assert word in str(caught.value)
+
+
+def test_override_takes_the_programs_optimizer_but_not_other_data():
+    changed = made(optimizer=keras.optimizers.Adam(0.5))
+    (sentence,) = compare(made(), changed, override=True)
+    assert "learning_rate" in sentence
+    with pytest.raises(RestoreError, match="examples"):
+        compare(made(), made(data={"examples": 1}), override=True)
+
+
+def test_what_keeps_it_from_being_exact_is_named():
+    saved = made()
+    saved["environment"]["jax"] = "0.0.1"
+    saved["environment"]["cpus"] = 512
+    found = " ".join(compare(saved, made(validation_interval=3)))
+    for word in ("jax", "0.0.1", "cpus", "512", "validation_interval"):
+        assert word in found
+
+
+def test_changed_code_of_the_task_is_noticed_and_comments_are_not():
+    assert identity.code_hash(Plain) != identity.code_hash(Recoded)
+    source = "class A:\n def f(self, x):\n  {}return x + {}\n"
+    classes = []
+    for doc, number in (("", 1), ("'''doc'''\n  ", 1), ("", 2)):
+        space: dict = {}
+        exec(source.format(doc, number), space)
+        classes.append(space["A"])
+    hashes = [identity.code_hash(cls) for cls in classes]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_checkpoint_without_one_is_refused():
+    with pytest.raises(RestoreError, match="identity"):
+        compare(None, made())

@@ -1,0 +1,139 @@
+"""Signals, sent to real processes: when they act, and with what status."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from legato.interrupts import Interrupts
+
+_LOOP = """
+import sys, time
+from legato.interrupts import Interrupts
+with Interrupts() as interrupts:
+    print("ready", flush=True)
+    while interrupts.reason is None:
+        time.sleep(0.01)
+    print(interrupts.reason, flush=True)
+    if len(sys.argv) > 1:
+        time.sleep(60)
+"""
+
+_COMPILE = """
+import hashlib
+from legato.interrupts import Interrupts
+with Interrupts(before_exit=lambda: print("written", flush=True)) as interrupts:
+    interrupts.compiling = True
+    print("ready", flush=True)
+    # In C for a minute, without the interpreter's lock, as a compilation.
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**8)
+"""
+
+
+def run(code, *arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_is_a_reason_to_stop(name):
+    process = run(_LOOP)
+    process.send_signal(getattr(signal, name))
+    out, _ = process.communicate(timeout=10)
+    assert out == f"{name}\n" and process.returncode == 0
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    process = run(_LOOP, "wait")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert "KeyboardInterrupt" in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_during_a_compilation_the_process_ends_at_once(name):
+    process = run(_COMPILE)
+    time.sleep(0.1)
+    began = time.monotonic()
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=10)
+    assert time.monotonic() - began < 2
+    assert process.returncode == 75
+    assert out == "written\n" and "while compiling" in err
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with Interrupts():
+        assert signal.getsignal(signal.SIGTERM) not in before
+    after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    assert after == before
+
+
+def test_the_time_is_a_reason_too():
+    now = [100.0]
+    interrupts = Interrupts(max_seconds=5, clock=lambda: now[0])
+    assert interrupts.reason is None
+    now[0] = 105.0
+    assert interrupts.reason == "max_time"
+
+
+_TRAIN = """
+import sys
+import legato
+from legato.tasks.digits import Digits
+config = legato.TrainerConfig(**eval(sys.argv[2]))
+trainer = legato.Trainer(Digits(), run_dir=sys.argv[1], config=config)
+print("ready", flush=True)
+trainer.train()
+"""
+
+
+def test_a_stopped_run_goes_on_exactly(tmp_path):
+    config = {
+        "train_steps": 3000,
+        "validation_interval": 50,
+        "checkpoint_interval": 400,
+        "progress": "none",
+    }
+    for run_dir, stops in (("whole", 0), ("stopped", 3)):
+        for number in range(stops + 1):
+            arguments = str(tmp_path / run_dir), repr(config)
+            process = run(_TRAIN, *arguments)
+            if number < stops:
+                # During a compilation, a validation, or between steps.
+                time.sleep(0.9 + 0.35 * number)
+                process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=120)
+            assert process.returncode in ((75, 0) if number < stops else (0,))
+    for file in ("final/state.safetensors", "metrics.jsonl"):
+        whole, stopped = (
+            (tmp_path / run_dir / file).read_bytes()
+            for run_dir in ("whole", "stopped")
+        )
+        assert whole == stopped, file
+
+
+def test_max_time_ends_with_everything_saved(tmp_path):
+    config = {
+        "train_steps": 10**7,
+        "max_time": 1.5,
+        "checkpoint_interval": 10**6,
+        "progress": "none",
+    }
+    process = run(_TRAIN, str(tmp_path / "run"), repr(config))
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+    names = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    (name,) = names
+    assert int(name[5:]) > 0
