@@ -33,7 +33,9 @@ def main() -> int:
     subprocess.run(command(peaceful), env=environment, check=True)
 
     title(f"2. the same again, killed with SIGKILL after step {KILL_AT_STEP}")
-    process = subprocess.Popen(command(killed), env=environment)
+    # (A live bar that is killed would leave the terminal without a cursor.)
+    plain = "--progress", "plain"
+    process = subprocess.Popen(command(killed, *plain), env=environment)
     while newest_step(killed) < KILL_AT_STEP and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -41,7 +43,6 @@ def main() -> int:
     print(f"\nkilled; its newest checkpoint is of step {newest_step(killed)}")
 
     title("3. the same command, run again")
-    plain = "--progress", "plain"
     subprocess.run(command(killed, *plain), env=environment, check=True)
 
     title("4. both runs, compared")

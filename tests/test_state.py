@@ -68,7 +68,8 @@ task = {"weight": keras.Variable(1.0), "size": 3,
     "noise": keras.random.SeedGenerator(1)}
 stray = keras.Variable(2.0)
 paths = variable_paths({"model": model, "optimizer": optimizer,
-    "metrics": [keras.metrics.AUC()], "task": task}, [stray, model.variables[0]])
+    "metrics": [keras.metrics.AUC()],
+    "task": task}, [stray, model.variables[0]])
 print(*paths, sep="\\n")
 """
 
