@@ -26,12 +26,14 @@ class Recoded(Plain):
         return 2 * self.loss_function(labels, model_outputs)
 
 
-def made(task=None, optimizer=None, data=None, **config):
+def made(task=None, optimizer=None, data=None, validation_data=None, **config):
     return identity.make_identity(
-        task or Plain(),
-        optimizer or keras.optimizers.Adam(0.25),
+        identity.describe_program(
+            task or Plain(), optimizer or keras.optimizers.Adam(0.25)
+        ),
         TrainerConfig(**{"train_steps": 5, **config}),
         data or {"examples": 10},
+        validation_data,
     )
 
 
@@ -89,8 +91,9 @@ def test_what_keeps_it_from_being_exact_is_named():
     saved = made()
     saved["environment"]["jax"] = "0.0.1"
     saved["environment"]["cpus"] = 512
-    found = " ".join(compare(saved, made(validation_interval=3)))
-    for word in ("jax", "0.0.1", "cpus", "512", "validation_interval"):
+    present = made(validation_interval=3, validation_data={"examples": 7})
+    found = " ".join(compare(saved, present))
+    for word in ("jax", "0.0.1", "512", "validation_interval", "examples"):
         assert word in found
 
 

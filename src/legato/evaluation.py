@@ -10,7 +10,7 @@ from legato.backends import CompiledLoop, LoopMode
 from legato.data import Chunk, DataSource
 from legato.errors import StepError
 from legato.metrics import StepMetric, results
-from legato.task import Task
+from legato.task import AttributeReads, Task, noting_reads
 from legato.types import Logs
 
 MAX_CAPACITY = 256
@@ -54,6 +54,7 @@ def check_logs(logs: Any, task: Task, step: str, *, loss: bool) -> dict:
 class TestHooks(Protocol):
     """The callbacks, as validation calls them."""
 
+    test_hooks_active: bool
     test_batch_hooks_active: bool
 
     def on_test_begin(self) -> None:
@@ -108,6 +109,33 @@ class Evaluator:
         self._capacity = loop_capacity(source)
         self._resident: Any = None
         self._loops: dict[int, CompiledLoop] = {}
+        self._reads = AttributeReads()
+
+    @property
+    def source(self) -> DataSource:
+        """The split."""
+        return self._source
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """What validation reads or writes, its metrics apart.
+
+        Metrics are reset before each validation, and are no state.
+        """
+        own = {id(v) for metric in self.metrics for v in metric.variables}
+        found = {
+            id(v): v
+            for loop in self._loops.values()
+            for v in (*loop.updated, *loop.read_only)
+        }
+        return [v for key, v in found.items() if key not in own]
+
+    def _leaves_no_trace(self, hooks: TestHooks) -> bool:
+        """Whether a validation that is broken off can be repeated whole."""
+        own = {id(v) for metric in self.metrics for v in metric.variables}
+        return not hooks.test_hooks_active and all(
+            id(v) in own for loop in self._loops.values() for v in loop.updated
+        )
 
     def __call__(
         self, hooks: TestHooks, stop_requested: Callable[[], bool]
@@ -116,8 +144,10 @@ class Evaluator:
 
         Returns:
             The mean of each log over the examples, and the metrics' results;
-            None if a stop was requested meanwhile: then nothing is to be kept.
+            None if a stop was requested meanwhile, and nothing happened that
+            could not be repeated. (Otherwise it is finished first.)
         """
+        self._reads.check()
         hooks.on_test_begin()
         for metric in self.metrics:
             metric.reset_state()
@@ -127,7 +157,7 @@ class Evaluator:
             seed=self._seed, capacity=self._capacity
         )
         while done < self._num_batches:
-            if stop_requested():
+            if stop_requested() and self._leaves_no_trace(hooks):
                 return None
             most = 1 if hooks.test_batch_hooks_active else self._capacity
             chunk = iterator.next_chunk(min(most, self._num_batches - done))
@@ -171,19 +201,20 @@ class Evaluator:
             backend = backends.current()
             if self._resident is None:
                 self._resident = backend.place(self._source.resident)
-            loop = backend.compile_loop(
-                self._step,
-                fetch=self._source.fetch,
-                resident=self._resident,
-                operands=chunk.operands,
-                mode=self.mode,
-                losses_in_step=True,
-                variables=[
-                    v
-                    for known in self._loops.values()
-                    for v in (*known.updated, *known.read_only)
-                ],
-            )
+            with noting_reads(self._reads):
+                loop = backend.compile_loop(
+                    self._step,
+                    fetch=self._source.fetch,
+                    resident=self._resident,
+                    operands=chunk.operands,
+                    mode=self.mode,
+                    losses_in_step=True,
+                    variables=[
+                        v
+                        for known in self._loops.values()
+                        for v in (*known.updated, *known.read_only)
+                    ],
+                )
             self.mode = loop.mode
             self._loops[chunk.batch_size] = loop
         return loop

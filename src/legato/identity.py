@@ -34,19 +34,46 @@ _FREE = {
 }  # fmt: skip
 
 
+def describe_program(task: Task, optimizers: Optimizers) -> dict[str, JSON]:
+    """What the Task and its optimizers are, before anything is trained.
+
+    Args:
+        task: the task, when all its parts are built.
+        optimizers: what `build_optimizer` returned, not yet trained with.
+    """
+    bases = [base for base in type(task).__mro__ if base not in _ENGINES_OWN]
+    attributes: dict[str, Any] = {}
+    for holder in (*reversed(bases), task):
+        attributes |= {
+            name: described
+            for name, value in vars(holder).items()
+            if not name.startswith("__")
+            and (described := _describe(value)) is not None
+        }
+    return {
+        "task": {
+            "class": type(task).__qualname__,
+            "module": type(task).__module__,
+            "attributes": attributes,
+            "code_sha256": code_hash(type(task)),
+        },
+        "optimizer": _optimizer_config(optimizers),
+    }
+
+
 def make_identity(
-    task: Task,
-    optimizers: Optimizers,
+    program: Mapping[str, JSON],
     config: TrainerConfig,
     data: Mapping[str, JSON],
+    validation_data: Mapping[str, JSON] | None,
 ) -> dict[str, JSON]:
     """Gather everything that a run's bits depend on.
 
     Args:
-        task: the task.
-        optimizers: what `build_optimizer` returned, not yet trained with.
+        program: what `describe_program` returned.
         config: of the trainer.
         data: the identity of the training data.
+        validation_data: that of the validation split.
 
     Returns:
         All but "program", which is known only when the step is traced.
@@ -58,20 +85,24 @@ def make_identity(
             for name, value in config.model_dump(mode="json").items()
             if name not in _FREE
         },
-        "task": {
-            "class": f"{type(task).__module__}.{type(task).__qualname__}",
-            "attributes": {
-                name: described
-                for name, value in sorted(vars(task).items())
-                if (described := _describe(value)) is not None
-            },
-            "code_sha256": code_hash(type(task)),
-        },
-        "optimizer": _optimizer_config(optimizers),
+        **program,
         "data": dict(data),
+        "validation_data": validation_data and dict(validation_data),
     }
     # As a checkpoint will give it back: tuples become lists, for example.
     return json.loads(json.dumps(made, default=str))
+
+
+def rates_that_differ(saved: Any, present: dict[str, Any]) -> set[str]:
+    """The optimizers ("" for a single one) with another learning rate."""
+    found = set()
+    for path, _, _ in _differences(
+        saved.get("optimizer"), present["optimizer"], ()
+    ):
+        if "learning_rate" in path:
+            several = "class" not in present["optimizer"]
+            found.add(path[0] if several else "")
+    return found
 
 
 def compare(
@@ -98,10 +129,12 @@ def compare(
         top = path[0]
         if top == "data" or path[:2] == ("config", "seed"):
             serious.append(sentence)
-        elif top in ("optimizer", "task") and "code_sha256" not in path:
-            (mild if override else serious).append(sentence)
-        elif "code_sha256" in path:
+        elif path == ("task", "code_sha256"):
             mild.append("the code of the Task changed")
+        elif path == ("task", "module"):
+            pass  # a script that was moved is the same program
+        elif top in ("optimizer", "task"):
+            (mild if override else serious).append(sentence)
         elif top != "program":
             mild.append(sentence)
     if serious:
@@ -122,7 +155,7 @@ def _differences(
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}):
             yield from _differences(a.get(key), b.get(key), (*path, key))
-    elif a != b:
+    elif json.dumps(a) != json.dumps(b):  # in which NaN equals itself
         yield path, a, b
 
 
@@ -135,11 +168,17 @@ def _environment() -> dict[str, JSON]:
         "backend": backends.current().name,
         **backends.current().fingerprint(),
         "cpu": _cpu(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": _usable_cpus(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""),
         "floatx": keras.config.floatx(),
         "dtype_policy": keras.config.dtype_policy().name,
     }
+
+
+def _usable_cpus() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu() -> str:
@@ -164,8 +203,14 @@ def _cpu() -> str:
 def _optimizer_config(optimizers: Optimizers) -> JSON:
     if isinstance(optimizers, dict):
         return {k: _optimizer_config(v) for k, v in optimizers.items()}
-    config = _without_names(optimizers.get_config())
-    return {"class": type(optimizers).__name__, **config}
+    name = type(optimizers).__name__
+    try:
+        config = _without_names(optimizers.get_config())
+    except NotImplementedError:
+        # A schedule of the user's own, which `get_config` writes out.
+        rate = getattr(optimizers, "_learning_rate", None)
+        config = {"learning_rate": type(rate).__name__}
+    return {"class": name, **config}
 
 
 def _without_names(config: Any) -> Any:
@@ -188,16 +233,22 @@ def _describe(value: Any) -> Any:
     return None
 
 
+_ENGINES_OWN = (Task, object)
+
+
 def code_hash(cls: type) -> str:
     """A hash of what a class's methods do; comments do not count."""
     digest = hashlib.sha256()
     for base in cls.__mro__:
-        if base is Task or base is object:
-            break
+        if base in _ENGINES_OWN:
+            continue
         for name, value in sorted(vars(base).items()):
+            if isinstance(value, property):
+                value = value.fget
             function = getattr(value, "__func__", value)
             if isinstance(function, types.FunctionType):
-                digest.update(name.encode())
+                defaults = function.__defaults__, function.__kwdefaults__
+                digest.update(f"{name}{_stable(defaults)}".encode())
                 _hash_code(digest, function.__code__)
     return f"{sys.version_info[0]}.{sys.version_info[1]}:{digest.hexdigest()}"
 
@@ -212,4 +263,24 @@ def _hash_code(digest: Any, code: types.CodeType) -> None:
         if isinstance(constant, types.CodeType):
             _hash_code(digest, constant)
         elif number or not has_place:
-            digest.update(repr(constant).encode())
+            digest.update(_stable(constant).encode())
+
+
+def _stable(value: Any) -> str:
+    """A `repr` that is the same in every process.
+
+    Sets are in order, and objects that would show their address show their
+    class.
+    """
+    match value:
+        case frozenset() | set():
+            return f"{{{', '.join(sorted(map(_stable, value)))}}}"
+        case tuple() | list():
+            return f"({', '.join(map(_stable, value))})"
+        case dict():
+            pairs = (f"{_stable(k)}: {_stable(v)}" for k, v in value.items())
+            return f"{{{', '.join(pairs)}}}"
+        case None | bool() | int() | float() | complex() | str() | bytes():
+            return repr(value)
+        case _:
+            return type(value).__qualname__ if value is not ... else "..."

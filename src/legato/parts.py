@@ -5,12 +5,15 @@ from typing import Any
 
 import keras
 
+from legato.compat.keras_names import fresh_names
 from legato.config import TrainerConfig
 from legato.data import DataSource
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
+from legato.identity import describe_program
 from legato.metrics import check_metrics, directions
 from legato.task import ModelGroup, OptimizerGroup, Optimizers, Task
+from legato.types import JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,8 @@ class Parts:
         metrics: the training metrics; empty where they are off.
         source: the training data.
         evaluator: of the validation split; None if there is none.
+        program: what the Task and the optimizers are, to compare runs by.
+        initial_rates: the learning rates before anything was trained.
     """
 
     task: Task
@@ -36,6 +41,8 @@ class Parts:
     metrics: list[keras.metrics.Metric]
     source: DataSource
     evaluator: Evaluator | None
+    program: dict[str, JSON]
+    initial_rates: dict[str, float]
 
     def directions(self) -> dict[str, str]:
         """Whether less or more is better, by log, where that is known."""
@@ -47,10 +54,8 @@ class Parts:
     def learning_rates(self) -> dict[str, float]:
         """The current learning rate of each optimizer, as it is logged."""
         return {
-            "/".join(["learning_rate", name]).rstrip("/"): float(
-                keras.ops.convert_to_numpy(optimizer.learning_rate)  # type: ignore[arg-type]
-            )
-            for name, optimizer in self.optimizers.items()
+            "/".join(["learning_rate", name]).rstrip("/"): rate
+            for name, rate in _rates(self.optimizers).items()
         }
 
     def scales_loss(self) -> bool:
@@ -97,10 +102,7 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
     )
     metrics: list[keras.metrics.Metric] = []
     if config.train_metrics_interval:
-        metrics = check_metrics(
-            task.build_metrics(training=True),
-            f"{name}.build_metrics(training=True)",
-        )
+        metrics = _build_metrics(task, training=True)
     if task.loss in {metric.name for metric in metrics}:
         raise ConfigError(
             f"{name}.build_metrics returned a metric named {task.loss!r}, "
@@ -116,7 +118,30 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
         metrics=metrics,
         source=source,
         evaluator=_build_evaluator(task, model, config),
+        # Described now: callbacks may change them.
+        program=describe_program(task, optimizer),
+        initial_rates=_rates(optimizers),
     )
+
+
+def _rates(
+    optimizers: dict[str, keras.optimizers.Optimizer],
+) -> dict[str, float]:
+    return {
+        name: float(
+            keras.ops.convert_to_numpy(optimizer.learning_rate)  # type: ignore[arg-type]
+        )
+        for name, optimizer in optimizers.items()
+    }
+
+
+def _build_metrics(task: Task, training: bool) -> list[keras.metrics.Metric]:
+    # A metric without a name of its own gets one that counts those before it
+    # in the process: `auc_1` in validation, or in a notebook's second run.
+    with fresh_names():
+        metrics = task.build_metrics(training=training)
+    where = f"{type(task).__name__}.build_metrics(training={training})"
+    return check_metrics(metrics, where)
 
 
 def _build_evaluator(
@@ -129,10 +154,7 @@ def _build_evaluator(
         task,
         model,
         _check_source(task, "validation", source),
-        check_metrics(
-            task.build_metrics(training=False),
-            f"{type(task).__name__}.build_metrics(training=False)",
-        ),
+        _build_metrics(task, training=False),
         seed=config.seed,
         max_batches=config.validation_steps,
     )

@@ -66,7 +66,11 @@ class Recorder:
         self._reporter = reporter
         self._tolerates_nonfinite = tolerates_nonfinite
         self._warned = False
-        self._timed_from = time.perf_counter(), clock.step
+        self._timed_from = time.perf_counter(), 0
+
+    def start(self) -> None:
+        """Training begins, or goes on, at the clock's step."""
+        self._timed_from = time.perf_counter(), self._clock.step
 
     def begin_epoch(self) -> None:
         """Reset the sums and the metrics of the epoch."""
@@ -171,19 +175,15 @@ class Recorder:
     def epoch(self, logs: Logs) -> None:
         """Write the logs of an epoch, with what callbacks added."""
         clock = self._clock
-        values = {
-            # Callbacks may have put anything in.
-            name: value
-            if isinstance(value, int | float | str | list)
-            else float(value)
-            for name, value in logs.items()
-        }
+        # Callbacks may have put anything in.
+        values = {name: _loggable(value) for name, value in logs.items()}
         self._log.write("epoch", clock.step, {"epoch": clock.epoch, **values})
         self._reporter.epoch(clock.epoch + 1, clock.step, logs)
         self.best.consider(
             clock.step,
             {k: v for k, v in logs.items() if k not in clock.validation_logs},
         )
+        self.best.warn_if_unknown(logs)
 
 
 class Best:
@@ -222,6 +222,7 @@ class Best:
         self.step: int | None = None
         self.value = math.nan
         self.is_new = False
+        self._warned = False
 
     def consider(self, step: int, logs: Logs) -> None:
         """Take a value, if the log is among these."""
@@ -233,6 +234,18 @@ class Best:
         )
         if self.step is None or better:
             self.step, self.value, self.is_new = step, value, True
+
+    def warn_if_unknown(self, logs: Logs) -> None:
+        """At an epoch's end: is the log that tells the best among the logs?"""
+        if self.is_kept and self.step is None and not self._warned:
+            self._warned = True
+            if self._name not in logs:
+                warnings.warn(
+                    f"best_metric={self._name!r} is not among the logs of the "
+                    f"epoch ({', '.join(logs)}): no best checkpoint is kept.",
+                    LegatoWarning,
+                    stacklevel=2,
+                )
 
     def get_state(self) -> JSON:
         """For a checkpoint."""
@@ -248,3 +261,16 @@ class Best:
                 return True
             case _:
                 return False
+
+
+def _loggable(value: Any) -> Any:
+    """A value as JSON can hold it, or what it looks like."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_loggable(each) for each in value]
+    try:
+        array = np.asarray(keras.ops.convert_to_numpy(value))
+    except Exception:
+        return repr(value)
+    return repr(value) if array.dtype == object else array.tolist()

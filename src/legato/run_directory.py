@@ -17,14 +17,13 @@ def is_run(run_dir: Path) -> bool:
     return (run_dir / RUN).exists()
 
 
-def open_run_directory(run_dir: Path) -> str:
-    """Make the directory, or recognise a run in it.
+def prepare_run_directory(run_dir: Path) -> None:
+    """Make the directory, or see that it is empty or a run's.
 
-    Returns:
-        The run's id: its checkpoints carry it.
+    To be done before it is locked, which leaves a file in it.
 
     Raises:
-        RunDirError: it cannot be made or written, or holds something else.
+        RunDirError: it cannot be made, or holds something else.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -35,7 +34,7 @@ def open_run_directory(run_dir: Path) -> str:
             f"{error}. Choose another one."
         ) from error
     if RUN in found:
-        return _read_id(run_dir / RUN)
+        return
     # A process killed at its start leaves a lock and temporary files; the
     # command line writes the config first.
     strange = sorted(
@@ -48,6 +47,19 @@ def open_run_directory(run_dir: Path) -> str:
             f"run_dir={str(run_dir)!r} holds something else than a run "
             f"({', '.join(strange[:3])}). Choose an empty or a new directory."
         )
+
+
+def read_run_id(run_dir: Path) -> str:
+    """The run's id, which its checkpoints carry; made for a new run.
+
+    To be done while holding the lock: two processes that begin together must
+    not both make one.
+
+    Raises:
+        RunDirError: it cannot be written, or is damaged.
+    """
+    if is_run(run_dir):
+        return _read_id(run_dir / RUN)
     run_id = str(uuid.uuid4())
     record = json.dumps({"run_id": run_id, "legato": __version__})
     try:

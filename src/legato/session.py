@@ -12,11 +12,11 @@ import numpy as np
 
 from legato import backends, identity, loop, restoring
 from legato.callbacks import CallbackRunner
-from legato.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from legato.checkpoint import Checkpoint, CheckpointStore
 from legato.config import TrainerConfig
 from legato.data import Feed
 from legato.errors import (
-    CheckpointError,
+    DamagedError,
     ExactnessError,
     ExactnessWarning,
     Interrupted,
@@ -29,7 +29,7 @@ from legato.parts import Parts
 from legato.progress import make_reporter
 from legato.recorder import Recorder
 from legato.schedule import Schedule
-from legato.state import Clock, variable_paths
+from legato.state import Clock, layer_paths, variable_paths
 from legato.summaries import RunLog
 from legato.training import TrainSteps
 from legato.types import JSON, AuditEntry, AuditStatus, Logs
@@ -80,6 +80,7 @@ class Session:
         self._last_save = time.monotonic()
         self._variables: dict[str, keras.Variable] = {}
         self._inexact: list[str] = []
+        self._saved_step = 0
         self._references = references
         self._store = CheckpointStore(
             run_dir,
@@ -160,11 +161,11 @@ class Session:
             RestoreError: the checkpoint is another run's.
         """
         parts, config = self._parts, self._config
-        if self._checkpoint is None:
-            parts.task.initialize(parts.model)
-        self._learning_rates = parts.learning_rates()
         self._identity = identity.make_identity(
-            parts.task, parts.optimizer, config, parts.source.identity
+            parts.program,
+            config,
+            parts.source.identity,
+            parts.evaluator and parts.evaluator.source.identity,
         )
         saved: Any = None
         if self._checkpoint is not None:
@@ -172,6 +173,8 @@ class Session:
             self._inexact = identity.compare(
                 saved, self._identity, override=config.resume == "override"
             )
+        else:
+            parts.task.initialize(parts.model)
         # What can change bits was chosen at step 0, and is kept.
         program = saved.get("program", {}) if isinstance(saved, dict) else {}
         self._capacity = program.get("capacity") or loop_capacity(parts.source)
@@ -190,8 +193,11 @@ class Session:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Around what may take long and leaves nothing new to save."""
-        self._interrupts.compiling = True
+        """Around what may take long; a signal ends it at once.
+
+        That is, if nothing new is to be saved.
+        """
+        self._interrupts.compiling = self.clock.step == self._saved_step
         try:
             yield
         finally:
@@ -214,15 +220,7 @@ class Session:
         }
         if parts.evaluator is not None and parts.evaluator.mode is None:
             parts.evaluator.mode = self.steps.mode
-        self._variables = variable_paths(
-            {
-                "model": parts.model,
-                "optimizer": parts.optimizer,
-                "metrics": parts.metrics,
-                "task": vars(parts.task),
-            },
-            self.steps.variables,
-        )
+        self._collect_variables()
         self._recorder = Recorder(
             task=parts.task,
             clock=self.clock,
@@ -295,6 +293,7 @@ class Session:
             if not self._load_final():
                 self._finish()
             return
+        self._recorder.start()
         self._reporter.start(
             self._schedule.train_steps,
             initial_step=clock.step,
@@ -343,11 +342,8 @@ class Session:
 
     def _load_final(self) -> bool:
         """Take the weights that the run ended with, if it came to that."""
-        try:
-            final = load_checkpoint(self._store.final_path)
-        except CheckpointError:
-            return False
-        if final.step != self.clock.step:
+        final = self._store.load_final()
+        if final is None or final.step != self.clock.step:
             return False
         restoring.assign_arrays(self._variables, final)
         return True
@@ -394,7 +390,55 @@ class Session:
 
     # -- state: the parts listed in `state.PARTS` ---------------------------
 
+    def _roots(self) -> dict[str, Any]:
+        parts = self._parts
+        return {
+            "model": parts.model,
+            "optimizer": parts.optimizer,
+            "metrics": parts.metrics,
+            "task": vars(parts.task),
+        }
+
+    def _collect_variables(self) -> None:
+        """Name all variables; again when a step turns out to use more."""
+        evaluator = self._parts.evaluator
+        used = [
+            *self.steps.variables,
+            *(evaluator.variables if evaluator else ()),
+        ]
+        known = {id(variable) for variable in self._variables.values()}
+        if not self._variables or not known.issuperset(map(id, used)):
+            self._variables = variable_paths(self._roots(), used)
+
+    def _frozen(self) -> dict[str, JSON]:
+        """Which layers and variables are not trainable."""
+        layers = layer_paths(self._roots())
+        return {
+            "layers": [k for k, v in layers.items() if not v.trainable],
+            "variables": [
+                path
+                for path, variable in self._variables.items()
+                if path.startswith("model/") and not variable.trainable
+            ],
+        }
+
+    def _freeze(self, saved: JSON) -> None:
+        """Put back what `_frozen` returned; the step is traced again then."""
+        match saved:
+            case {"layers": list(layers), "variables": list(variables)}:
+                pass
+            case _:
+                raise DamagedError("The saved trainable flags are damaged.")
+        # Parents come first, and set their children's.
+        for path, layer in layer_paths(self._roots()).items():
+            if layer.trainable != (path not in layers):
+                layer.trainable = path not in layers
+        for path, variable in self._variables.items():
+            if path.startswith("model/"):
+                variable.trainable = path not in variables
+
     def _read_arrays(self) -> dict[str, np.ndarray]:
+        self._collect_variables()
         values = self._backend.read(list(self._variables.values()))
         return dict(zip(self._variables, values, strict=True))
 
@@ -415,6 +459,7 @@ class Session:
             "random": random,
             "best": best.get_state(),
             "sinks": self._log.get_state(),
+            "trainable": self._frozen(),
             "identity": self._identity,
             "train_steps": self._schedule.train_steps,
         }
@@ -426,10 +471,21 @@ class Session:
             before_commit=self._log.sync,
         )
         best.is_new = False
+        self._saved_step = self.clock.step
         self._last_save = time.monotonic()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         host, parts = checkpoint.host, self._parts
+        unknown = [
+            path
+            for path in checkpoint.arrays
+            if path not in self._variables
+            and not path.startswith(("callbacks/", "random/"))
+        ]
+        if unknown and parts.evaluator:
+            # Perhaps validation uses them, which is traced when it is due.
+            parts.evaluator.build()
+            self._collect_variables()
         override = self._config.resume == "override"
         # Metrics may be switched on or off: the identity told of it.
         lenient = ["metrics", *["optimizer"] * override]
@@ -438,13 +494,12 @@ class Session:
         )
         if override:
             # A schedule is no variable, and was the program's all along.
-            for optimizer, rate in zip(
-                parts.optimizers.values(),
-                self._learning_rates.values(),
-                strict=True,
+            for name in identity.rates_that_differ(
+                host.get("identity"), self._identity
             ):
+                optimizer = parts.optimizers[name]
                 if isinstance(optimizer.learning_rate, keras.Variable):
-                    optimizer.learning_rate = rate
+                    optimizer.learning_rate = parts.initial_rates[name]
         arrays: dict[str, dict[str, np.ndarray]] = {}
         for path, array in checkpoint.arrays.items():
             root, _, name = path.partition("/")
@@ -457,6 +512,7 @@ class Session:
 
         self.audit = audit
         take("clock", self.clock.load)
+        take("trainable", self._freeze)
         take("data", self._feed.set_state)
         self.audit += self._callbacks.set_state(
             host.get("callbacks"), arrays.get("callbacks", {})
@@ -472,6 +528,7 @@ class Session:
         take("sinks", lambda s: self._log.rewind(s, lenient=override))
         self._decide_whether_finished(host.get("train_steps"))
         parts.whole.stop_training = self.clock.stop_training
+        self._saved_step = self.clock.step
         self._reporter.message(
             restoring.audit_table(
                 f"Resumed {self._run_dir} at step {self.clock.step}:",

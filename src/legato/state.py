@@ -7,7 +7,7 @@ steps. Everything else about a run's future is in the parts listed in
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -23,6 +23,7 @@ PARTS = {
     "random": "generators of Python, NumPy, Keras and the backend",
     "best": "best value and its step",
     "sinks": "byte offset or last step of each log",
+    "trainable": "which layers and variables are frozen",
     "identity": "fingerprint, config, data and code of the run",
 }
 """The closed list of what decides a run's future, and so is saved."""
@@ -110,7 +111,7 @@ def _encode(value: Any) -> JSON:
 
 def _decode(value: Any, kind: type) -> Any:
     if kind is dict:
-        return {str(name): float(total) for name, total in value}
+        return {str(name): _numbers(each) for name, each in value}
     if kind is tuple:
         duties = tuple(value)
         if not set(duties) <= set(DUTIES):
@@ -119,6 +120,13 @@ def _decode(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(value)
     return value
+
+
+def _numbers(value: Any) -> Any:
+    """A float, or lists of these, as the results of metrics are."""
+    if isinstance(value, list):
+        return [_numbers(each) for each in value]
+    return float(value)
 
 
 def variable_paths(
@@ -148,6 +156,14 @@ def variable_paths(
     return walker.found
 
 
+def layer_paths(roots: Mapping[str, Any]) -> dict[str, keras.layers.Layer]:
+    """Name every layer reachable from the roots, parents before children."""
+    walker = _Walker()
+    for name, root in roots.items():
+        walker.visit(root, name)
+    return walker.layers
+
+
 _AUTOMATIC = re.compile(r"^(variable|keras_?variable)(_\d+)?$", re.IGNORECASE)
 
 
@@ -160,6 +176,7 @@ class _Walker:
 
     def __init__(self) -> None:
         self.found: dict[str, keras.Variable] = {}
+        self.layers: dict[str, keras.layers.Layer] = {}
         self._paths: dict[int, str] = {}
         # Visited objects are kept alive, so that no id is used twice.
         self._seen: dict[int, Any] = {}
@@ -181,6 +198,8 @@ class _Walker:
             return
         if id(obj) in self._seen:
             return
+        if isinstance(obj, keras.layers.Layer):
+            self.layers[path] = obj
         for name, child in _children(obj):
             self._seen[id(obj)] = obj
             if isinstance(child, keras.Variable):
@@ -254,13 +273,3 @@ def _numbered(obj: Any, attribute: str) -> Iterator[tuple[str, Any]]:
 
 def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-
-
-def missing_and_new(
-    saved: Sequence[str], present: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Names only in the checkpoint, and names only in the program."""
-    return (
-        [name for name in saved if name not in set(present)],
-        [name for name in present if name not in set(saved)],
-    )

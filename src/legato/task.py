@@ -1,7 +1,6 @@
 """What is learned: model, data, losses, metrics and steps in one object."""
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -170,20 +169,18 @@ class AttributeReads:
     """Plain attributes of a Task that a step read while it was traced.
 
     Their values are constants of the compiled program: one that changes
-    later would be ignored in silence.
+    later would be ignored in silence. Numbers, strings, small arrays and
+    containers of these are compared by value, and everything else not at all.
     """
-
-    _PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set,
-              frozenset, np.ndarray, np.generic, type(None))  # fmt: skip
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Task, Any]] = {}
 
     def note(self, task: Task, name: str, value: Any) -> None:
         """Remember a value, if it is plain data."""
-        if isinstance(value, self._PLAIN) and name not in self._seen:
-            with contextlib.suppress(Exception):  # holds what is not plain
-                self._seen[name] = task, copy.deepcopy(value)
+        if name not in self._seen:
+            with contextlib.suppress(_NotPlainError):
+                self._seen[name] = task, _frozen(value)
 
     def check(self) -> None:
         """Compare with the values of now.
@@ -192,21 +189,46 @@ class AttributeReads:
             StepError: one of them changed.
         """
         for name, (task, before) in self._seen.items():
-            now = object.__getattribute__(task, name)
-            if now is not before and not _equal(before, now):
+            value = object.__getattribute__(task, name)
+            try:
+                now = _frozen(value)
+            except _NotPlainError:
+                now = value
+            if now != before:
                 raise StepError(
-                    f"{type(task).__name__}.{name} was {before!r} when the "
-                    f"step was compiled and is {now!r} now: the compiled step "
-                    "would go on with the old value. Make it a keras.Variable "
+                    f"{type(task).__name__}.{name} changed to {value!r:.80} "
+                    "after the step was compiled, which would go on with the "
+                    f"old value ({before!r:.80}). Make it a keras.Variable "
                     "and assign to that."
                 )
 
 
-def _equal(a: Any, b: Any) -> bool:
-    try:
-        return type(a) is type(b) and bool(np.all(a == b))
-    except Exception:
-        return False
+class _NotPlainError(Exception):
+    """A value that is not plain data."""
+
+
+_SMALL_BYTES = 64 * 1024
+
+
+def _frozen(value: Any) -> Any:
+    """A copy that can be compared with `==`; NaN equals itself."""
+    match value:
+        case None | bool() | int() | str() | bytes():
+            return type(value), value
+        case float() | complex():
+            return type(value), repr(value)
+        case np.ndarray() | np.generic() if value.dtype != object:
+            if value.nbytes > _SMALL_BYTES:
+                raise _NotPlainError  # compared at every call: too dear
+            return "array", value.dtype, value.shape, value.tobytes()
+        case list() | tuple():
+            return type(value), [_frozen(each) for each in value]
+        case set() | frozenset():
+            return type(value), sorted(repr(_frozen(each)) for each in value)
+        case dict():
+            return dict, [(repr(k), _frozen(v)) for k, v in value.items()]
+        case _:
+            raise _NotPlainError
 
 
 _reads: AttributeReads | None = None

@@ -1,6 +1,7 @@
 """Trains a Task in a run directory, and resumes it exactly."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,15 @@ from legato import storage
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import CheckpointStore
 from legato.config import TrainerConfig, dump_yaml
-from legato.errors import ConfigError
+from legato.errors import ConfigError, LegatoWarning
 from legato.parts import build_parts
 from legato.restoring import assign_arrays
-from legato.run_directory import CONFIG, is_run, open_run_directory
+from legato.run_directory import (
+    CONFIG,
+    is_run,
+    prepare_run_directory,
+    read_run_id,
+)
 from legato.session import Session
 from legato.state import variable_paths
 from legato.task import Optimizers, Task
@@ -118,7 +124,7 @@ class Trainer:
             ExactnessError: `exact="strict"` and something is not exact.
         """
         self.config.require_length()
-        run_id = open_run_directory(self.run_dir)
+        prepare_run_directory(self.run_dir)
         self._has_trained = True
         with (
             storage.RunLock(self.run_dir),
@@ -126,7 +132,7 @@ class Trainer:
                 self._parts,
                 self.config,
                 self.run_dir,
-                run_id,
+                read_run_id(self.run_dir),
                 self._callbacks,
                 references={"trainer": self, "task": self.task},
             ) as session,
@@ -144,7 +150,7 @@ class Trainer:
         """Measure the model on the validation split.
 
         The variables are those of this process if it has trained; otherwise
-        the newest checkpoint's, if there is one.
+        those that the run ended with, or of its newest checkpoint.
 
         Returns:
             The mean of each of `validation_step`'s logs, and the metrics.
@@ -159,22 +165,34 @@ class Trainer:
                 f"{type(self.task).__name__}.build_inputs('validation') "
                 "returned None: there is nothing to evaluate on."
             )
-        if not self._has_trained and is_run(self.run_dir):
-            evaluator.build()
-            self._load_newest()
+        if not self._has_trained:
+            if is_run(self.run_dir):
+                evaluator.build()
+                self._load_newest()
+            else:
+                warnings.warn(
+                    f"There is no run in {self.run_dir}: the model is measured "
+                    "as build_model made it.",
+                    LegatoWarning,
+                    stacklevel=2,
+                )
         callbacks = CallbackRunner([], model=self._parts.whole, params={})
         logs = evaluator(callbacks, lambda: False)
         assert logs is not None  # nothing asks it to stop
         return logs
 
     def _load_newest(self) -> None:
-        run_id = open_run_directory(self.run_dir)
         with storage.RunLock(self.run_dir):
+            run_id = read_run_id(self.run_dir)
             store = CheckpointStore(self.run_dir, run_id=run_id)
             checkpoint = store.restore()
-        if checkpoint is not None:
-            # The model alone, not what only training needs.
-            assign_arrays(variable_paths({"model": self.model}), checkpoint)
+            final = store.load_final()
+        if checkpoint is None:
+            return
+        if final is not None and final.step == checkpoint.step:
+            checkpoint = final
+        # The model alone, not what only training needs.
+        assign_arrays(variable_paths({"model": self.model}), checkpoint)
 
 
 def _nested(key: str, yaml: str) -> str:

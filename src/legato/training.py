@@ -14,6 +14,7 @@ from legato.data import Chunk, DataSource
 from legato.errors import StepError
 from legato.evaluation import check_logs
 from legato.metrics import StepMetric, run_recorded
+from legato.state import layer_paths
 from legato.task import AttributeReads, Task, noting_reads
 
 
@@ -75,6 +76,7 @@ class TrainSteps:
         self._loops: dict[int, CompiledLoop] = {}
         self._called: set[int] = set()
         self._variables: dict[int, keras.Variable] = {}
+        self._flags: list[keras.Variable | keras.layers.Layer] = []
         self._trainable: list[bool] = []
         self._reads = AttributeReads()
 
@@ -111,18 +113,50 @@ class TrainSteps:
                 seed=0, capacity=self._operand_capacity
             )
             operands = iterator.next_chunk(1).operands
+            self._build_model()
             expected = self._expected_variables()
         with noting_reads(self._reads):
-            loop = self._backend.compile_loop(
-                self._step,
-                fetch=self._source.fetch,
-                resident=self._resident,
-                operands=operands,
-                mode=self.mode,
-                losses_in_step=False,
-                variables=expected,
-            )
+            try:
+                loop = self._backend.compile_loop(
+                    self._step,
+                    fetch=self._source.fetch,
+                    resident=self._resident,
+                    operands=operands,
+                    mode=self.mode,
+                    losses_in_step=False,
+                    variables=expected,
+                )
+            except ValueError as error:
+                # Keras's message goes on with the variable's values.
+                if not str(error).startswith("Unknown variable"):
+                    raise
+                raise StepError(
+                    f"{str(error)[:100]}... is not one that the optimizer was "
+                    "built with, as when a layer is unfrozen during training. "
+                    "Build it with all variables that it will ever update "
+                    "(optimizer.build(model.variables) before freezing)."
+                ) from None
         self._add_loop(size, loop)
+
+    def _build_model(self) -> None:
+        """A model that is built by its first call, is called in the abstract.
+
+        The engine's own step asks for its variables before it calls it.
+        """
+        model = self._model
+        own = type(self._task).train_step is Task.train_step
+        if not own or all(layer.built for layer in self._layers()):
+            return
+        batch = self._source.batch_spec(self._source.full_batch_size)
+        if isinstance(batch, tuple) and len(batch) == 2:
+            features = keras.tree.map_structure(
+                lambda spec: keras.KerasTensor(spec.shape, str(spec.dtype)),
+                batch[0],
+            )
+            model(features)
+
+    def _layers(self) -> list[keras.layers.Layer]:
+        return list(layer_paths({"model": self._model}).values())
 
     def _expected_variables(self) -> list[keras.Variable]:
         """Those that the step is sure to use: one trace instead of two.
@@ -167,7 +201,8 @@ class TrainSteps:
         self.traces += loop.traces
         self._loops[batch_size] = loop
         self._variables |= variables
-        self._trainable = [v.trainable for v in self.variables]
+        self._flags = [*self.variables, *self._layers()]
+        self._trainable = [each.trainable for each in self._flags]
 
     def _step(self, batch: Any, step: Any) -> dict[str, Any]:
         metrics = None
@@ -179,7 +214,15 @@ class TrainSteps:
         if metrics:
             due = keras.ops.equal((step + 1) % self._interval, 0)
             run_recorded(metrics, due)
-        return check_logs(logs, self._task, "train_step", loss=True)
+        check_logs(logs, self._task, "train_step", loss=True)
+        for metric in self._metrics:
+            if metric.name in logs:
+                raise StepError(
+                    f"{type(self._task).__name__}.train_step returned a log "
+                    f"named {metric.name!r}, which is the name of a metric. "
+                    "Give one of them another name."
+                )
+        return logs
 
     def run(self, step: int, chunk: Chunk) -> Any:
         """Begin a chunk's steps on the device.
@@ -189,7 +232,7 @@ class TrainSteps:
                 holds as a constant, changed.
         """
         self._reads.check()
-        if self._trainable != [v.trainable for v in self.variables]:
+        if self._trainable != [each.trainable for each in self._flags]:
             # A callback froze or unfroze layers: the step is another one now.
             self._begin_anew()
             self.trace()

@@ -261,7 +261,6 @@ def test_history_and_progress_bar(capsys):
         lambda model: [
             callbacks.History(),
             callbacks.ProgbarLogger(),
-            callbacks.TerminateOnNaN(),
         ]
     )
     assert runner.callbacks[0].epoch == list(range(PARAMS["epochs"]))

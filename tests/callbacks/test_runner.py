@@ -353,20 +353,6 @@ def test_active_hooks():
     assert old.seen == 18
 
 
-def test_version_counts_what_may_change_variables():
-    runner, model = start(
-        lambda model: [keras.callbacks.History()], resuming=False
-    )
-    finish(runner, model, events())
-    assert runner.version == 0
-    runner, model = start(lambda model: [Leader()], resuming=False)
-    before = runner.version
-    runner.on_epoch_begin(0)
-    assert runner.version == before
-    runner.on_train_batch_end(0, {"loss": 1.0})
-    assert runner.version == before + 1
-
-
 @pytest.mark.parametrize(
     "tree",
     [

@@ -30,13 +30,11 @@ class Adapter:
         derived: attributes that `get` and `set` take care of.
         whole: all other attributes are captured too, also where the class is
             Keras's own and not a subclass of the user's.
-        observes: its hooks change neither the model nor the optimizer.
     """
 
     state: ClassVar[dict[str, type]] = {}
     derived: ClassVar[frozenset[str]] = frozenset()
     whole = False
-    observes = False
 
     @property
     def owned(self) -> frozenset[str]:
@@ -165,7 +163,6 @@ class ModelCheckpointAdapter(MonitorAdapter):
         "_current_epoch": int,
         "_last_batch_seen": object,
     }
-    observes = True
 
     def has_batch_hooks(self, callback: Any) -> bool:
         return callback.save_freq != "epoch"
@@ -182,7 +179,6 @@ class CSVLoggerAdapter(Adapter):
     derived = frozenset(
         {"append_header", "csv_file", "keys", "writer", "append", "filename"}
     )
-    observes = True
 
     def __init__(self) -> None:
         self._synced: dict[tuple[int, int], int] = {}
@@ -268,7 +264,6 @@ class TensorBoardAdapter(Adapter):
             "_writers",
         }
     )
-    observes = True
 
     def check(self, callback: Any) -> str | None:
         if (
@@ -299,7 +294,6 @@ class HistoryAdapter(Adapter):
     """`History`: `on_train_begin` empties only half of it."""
 
     state: ClassVar[dict[str, type]] = {"epoch": list, "history": dict}
-    observes = True
 
     def set(self, callback: Any, state: dict[str, Any]) -> None:
         history = state.get("history", {})
@@ -319,7 +313,6 @@ class ProgbarLoggerAdapter(Adapter):
     derived = frozenset(
         {"seen", "progbar", "target", "verbose", "epochs", "_called_in_fit"}
     )
-    observes = True
 
     def has_batch_hooks(self, callback: Any) -> bool:
         return False
@@ -335,8 +328,6 @@ class TerminateOnNaNAdapter(Adapter):
     Steps that a longer device loop would still have run after it would make
     the end depend on where loops are cut.
     """
-
-    observes = True
 
 
 class SwapEMAWeightsAdapter(Adapter):
@@ -354,8 +345,6 @@ class FunctionsAdapter(Adapter):
 
 class RemoteMonitorAdapter(Adapter):
     """`RemoteMonitor`: nothing to save."""
-
-    observes = True
 
 
 class UserAdapter(Adapter):

@@ -48,7 +48,6 @@ class _Entry:
     adapter: Adapter
     own_state: bool  # it defines get_state and set_state
     captures: bool  # its attributes, as far as the adapter leaves them
-    observes: bool  # its hooks change no variables
     active: frozenset[str]  # the hooks to be called
     # What could not be captured, as it was when training began.
     baseline: Mapping[str, capture.Token] | None = None
@@ -76,7 +75,7 @@ class CallbackRunner:
         callbacks: the callbacks, in order.
         batch_hooks_active: whether some callback acts at each training batch.
         test_batch_hooks_active: the same for validation batches.
-        version: grows whenever a hook ran that may have changed variables.
+        test_hooks_active: whether some callback acts in validation at all.
 
     Raises:
         ConfigError: if one of them is no callback, or cannot be used.
@@ -97,7 +96,6 @@ class CallbackRunner:
                 f"exact={exact!r}: it must be 'strict', 'warn' or 'off'."
             )
         self.callbacks = _flatten(callbacks, "callbacks")
-        self.version = 0
         self._model = model
         self._params = params
         self._exact = exact
@@ -114,6 +112,9 @@ class CallbackRunner:
             entry.callback.set_params(params)
         self.batch_hooks_active = self._acts(_TRAIN_BATCH_HOOKS)
         self.test_batch_hooks_active = self._acts(_TEST_BATCH_HOOKS)
+        self.test_hooks_active = self._acts(
+            (*_TEST_BATCH_HOOKS, "on_test_begin", "on_test_end")
+        )
 
     def _acts(self, hooks: tuple[str, ...]) -> bool:
         return any(e.active.intersection(hooks) for e in self._entries)
@@ -123,7 +124,6 @@ class CallbackRunner:
     def _call(self, hook: str, *args: Any, **kwargs: Any) -> None:
         for entry in self._entries:
             if hook in entry.active:
-                self.version += not entry.observes
                 getattr(entry.callback, hook)(*args, **kwargs)
 
     def on_train_begin(self, *, resuming: bool) -> None:
@@ -139,7 +139,6 @@ class CallbackRunner:
             before = adapter.before_train_begin(callback, resuming=resuming)
             try:
                 if "on_train_begin" in entry.active:
-                    self.version += not entry.observes
                     callback.on_train_begin(logs)
             finally:
                 adapter.after_train_begin(callback, before)
@@ -311,7 +310,6 @@ class CallbackRunner:
         audit += [_audit(key, AuditStatus.MISSING) for key in missing]
         for entry in self._entries:
             entry.adapter.resumed(entry.callback)
-        self.version += 1
         self._take_baselines()
         return audit
 
@@ -402,7 +400,6 @@ def _entry(callback: keras.callbacks.Callback, key: str) -> _Entry:
         adapter=adapter,
         own_state=bool(own),
         captures=(adapter.whole or not kerass_own) and not own,
-        observes=adapter.observes and kerass_own,
         active=frozenset(hooks),
     )
 

@@ -161,10 +161,12 @@ class CheckpointStore:
             )
         )
 
-    @property
-    def final_path(self) -> Path:
-        """Where `save_final` writes."""
-        return self._final
+    def load_final(self) -> Checkpoint | None:
+        """What `save_final` wrote; None if nothing intact is there."""
+        try:
+            return load_checkpoint(self._final, run_id=self._run_id)
+        except CheckpointError:
+            return None
 
     def save_final(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes what a finished run ended with as `final/`, and waits.
