@@ -16,6 +16,7 @@ from legato.checkpoint import Checkpoint, CheckpointStore
 from legato.config import TrainerConfig
 from legato.data import Feed
 from legato.errors import (
+    CheckpointError,
     DamagedError,
     ExactnessError,
     ExactnessWarning,
@@ -23,7 +24,7 @@ from legato.errors import (
     RunDirError,
     Stopped,
 )
-from legato.evaluation import loop_capacity
+from legato.evaluation import MAX_CAPACITY, loop_capacity
 from legato.interrupts import Interrupts
 from legato.parts import Parts
 from legato.progress import make_reporter
@@ -176,8 +177,20 @@ class Session:
         else:
             parts.task.initialize(parts.model)
         # What can change bits was chosen at step 0, and is kept.
-        program = saved.get("program", {}) if isinstance(saved, dict) else {}
-        self._capacity = program.get("capacity") or loop_capacity(parts.source)
+        mode, self._capacity = None, loop_capacity(parts.source)
+        match saved:
+            case {
+                "program": {
+                    "mode": "fused" | "stepwise" as mode,
+                    "capacity": int(capacity),
+                }
+            } if 1 <= capacity <= MAX_CAPACITY:
+                self._capacity = capacity
+            case dict():
+                raise DamagedError(
+                    "The checkpoint does not say how its run's steps reach "
+                    "the device."
+                )
         self.steps = TrainSteps(
             parts.task,
             parts.model,
@@ -185,7 +198,7 @@ class Session:
             parts.source,
             parts.metrics,
             metrics_interval=config.train_metrics_interval,
-            mode=program.get("mode"),
+            mode=mode,
             capacity=self._capacity,
             max_steps=config.steps_per_loop,
             compiling=self.compiling,
@@ -375,11 +388,14 @@ class Session:
         held = f"step {self.clock.step}"
         if self._backend.lost_variables(list(self._variables.values())):
             # A device call had taken its inputs when it failed.
-            self._store.wait()
-            checkpoint = self._store.restore()
-            if checkpoint is None:
-                held = "nothing valid, for there is no checkpoint yet"
-            else:
+            held = "nothing valid, for there is no checkpoint yet"
+            try:
+                self._store.wait()
+                checkpoint = self._store.restore()
+            except CheckpointError as problem:
+                checkpoint = None
+                held = f"nothing valid ({problem})"
+            if checkpoint is not None:
                 restoring.assign_arrays(self._variables, checkpoint)
                 held = f"step {checkpoint.step}, the newest checkpoint"
         error.add_note(
