@@ -174,13 +174,14 @@ class AttributeReads:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[Task, Any]] = {}
+        # The task, its value in comparable form, and as text.
+        self._seen: dict[str, tuple[Task, Any, str]] = {}
 
     def note(self, task: Task, name: str, value: Any) -> None:
         """Remember a value, if it is plain data."""
         if name not in self._seen:
             with contextlib.suppress(_NotPlainError):
-                self._seen[name] = task, _frozen(value)
+                self._seen[name] = task, _frozen(value), f"{value!r:.80}"
 
     def check(self) -> None:
         """Compare with the values of now.
@@ -188,7 +189,7 @@ class AttributeReads:
         Raises:
             StepError: one of them changed.
         """
-        for name, (task, before) in self._seen.items():
+        for name, (task, before, text) in self._seen.items():
             value = object.__getattribute__(task, name)
             try:
                 now = _frozen(value)
@@ -196,10 +197,10 @@ class AttributeReads:
                 now = value
             if now != before:
                 raise StepError(
-                    f"{type(task).__name__}.{name} changed to {value!r:.80} "
-                    "after the step was compiled, which would go on with the "
-                    f"old value ({before!r:.80}). Make it a keras.Variable "
-                    "and assign to that."
+                    f"{type(task).__name__}.{name} was {text} when the step "
+                    f"was compiled and is {value!r:.80} now: the compiled "
+                    "step would go on with the old value. Make it a "
+                    "keras.Variable and assign to that."
                 )
 
 
