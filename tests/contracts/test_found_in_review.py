@@ -258,7 +258,7 @@ def test_an_attribute_that_changes_is_still_found(tmp_path):
             self.task.arrays[1][0, 0] = 7
 
     task = PlainAttributes()
-    with pytest.raises(StepError, match=r"arrays was.* is "):
+    with pytest.raises(StepError, match=r"(?s)arrays was.* is "):
         train(task, tmp_path, Changes(task))
 
 
