@@ -109,8 +109,9 @@ def train_with_kills(
     report = []
     for number in range(kills):
         process = start(name, run_dir, **overrides)
+        # In the first half of what is left, or the run might end before.
         first = min(_newest(checkpoints) + 1, until - 1)
-        target = instants.randint(first, until - 1)
+        target = instants.randint(first, (first + until) // 2)
         while process.exitcode is None and _newest(checkpoints) < target:
             time.sleep(0.0005)
         moment = "after"
@@ -122,7 +123,7 @@ def train_with_kills(
             ):
                 pass
         else:
-            time.sleep(instants.uniform(0, 0.02))
+            time.sleep(instants.uniform(0, 0.01))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
         process.join()
