@@ -35,12 +35,10 @@ def prepare_run_directory(run_dir: Path) -> None:
         ) from error
     if RUN in found:
         return
-    # A process killed at its start leaves a lock and temporary files; the
-    # command line writes the config first.
+    # A process killed at its start leaves a lock and temporary files. (Not a
+    # config: one that is there is the user's, and would be overwritten.)
     strange = sorted(
-        name
-        for name in found
-        if name not in ("lock", CONFIG) and not name.startswith(".")
+        name for name in found if name != "lock" and not name.startswith(".")
     )
     if strange:
         raise RunDirError(

@@ -475,3 +475,11 @@ def test_processes_that_begin_together_agree_on_the_runs_id(tmp_path):
         for thread in threads:
             thread.join()
         assert ids[-1] == ids[-2]
+
+
+def test_a_config_that_the_user_keeps_there_is_not_overwritten(tmp_path):
+    # `legato train exp/config.yaml --run-dir exp`
+    (tmp_path / "config.yaml").write_text("the user's own")
+    with pytest.raises(legato.errors.RunDirError, match=r"config\.yaml"):
+        train(Classifier(), tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "the user's own"
