@@ -122,17 +122,19 @@ class Evaluator:
 
         Metrics are reset before each validation, and are no state.
         """
-        own = {id(v) for metric in self.metrics for v in metric.variables}
-        found = {
-            id(v): v
-            for loop in self._loops.values()
-            for v in (*loop.updated, *loop.read_only)
-        }
+        own = self._metric_variables()
+        found = {id(v): v for v in self._traced_variables()}
         return [v for key, v in found.items() if key not in own]
+
+    def _traced_variables(self) -> list[keras.Variable]:
+        return [v for loop in self._loops.values() for v in loop.variables]
+
+    def _metric_variables(self) -> set[int]:
+        return {id(v) for metric in self.metrics for v in metric.variables}
 
     def _leaves_no_trace(self, hooks: TestHooks) -> bool:
         """Whether a validation that is broken off can be repeated whole."""
-        own = {id(v) for metric in self.metrics for v in metric.variables}
+        own = self._metric_variables()
         return not hooks.test_hooks_active and all(
             id(v) in own for loop in self._loops.values() for v in loop.updated
         )
@@ -209,11 +211,7 @@ class Evaluator:
                     operands=chunk.operands,
                     mode=self.mode,
                     losses_in_step=True,
-                    variables=[
-                        v
-                        for known in self._loops.values()
-                        for v in (*known.updated, *known.read_only)
-                    ],
+                    variables=self._traced_variables(),
                 )
             self.mode = loop.mode
             self._loops[chunk.batch_size] = loop

@@ -181,7 +181,7 @@ class TrainSteps:
 
     def _add_loop(self, batch_size: int, loop: CompiledLoop) -> None:
         name = f"{type(self._task).__name__}.train_step"
-        variables = {id(v): v for v in (*loop.updated, *loop.read_only)}
+        variables = {id(v): v for v in loop.variables}
         new = [v.path for k, v in variables.items() if k not in self._variables]
         if self._loops and new:
             # They would be missing in the checkpoints.

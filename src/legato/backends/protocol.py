@@ -43,6 +43,11 @@ class CompiledLoop(abc.ABC):
     mode: LoopMode
     traces: int
 
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """Every variable that the step reads or writes."""
+        return [*self.updated, *self.read_only]
+
     @abc.abstractmethod
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
         """Run `num_steps` steps, the first with `step_index == step`.
