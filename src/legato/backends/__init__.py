@@ -11,6 +11,7 @@ import keras
 
 from legato.backends.protocol import (
     Backend,
+    Compilation,
     CompiledLoop,
     Fetch,
     LoopMode,
@@ -20,6 +21,7 @@ from legato.errors import BackendError
 
 __all__ = [
     "Backend",
+    "Compilation",
     "CompiledLoop",
     "Fetch",
     "LoopMode",
@@ -34,18 +36,27 @@ def current() -> Backend:
     """The engine's side of the Keras backend that is active.
 
     Raises:
-        BackendError: legato does not support it (yet).
+        BackendError: legato does not support it.
     """
-    name = keras.config.backend()
-    if name == "jax":
-        from legato.backends.jax import JaxBackend
+    match keras.config.backend():
+        case "jax":
+            from legato.backends.jax import JaxBackend
 
-        return JaxBackend()
-    raise BackendError(
-        f'The Keras backend is "{name}": legato runs on "jax" (others '
-        "follow). Set the environment variable KERAS_BACKEND=jax before "
-        "Keras is imported, and install it with: pip install 'legato[jax]'."
-    )
+            return JaxBackend()
+        case "tensorflow":
+            from legato.backends.tensorflow import TensorFlowBackend
+
+            return TensorFlowBackend()
+        case "torch":
+            from legato.backends.torch import TorchBackend
+
+            return TorchBackend()
+        case name:
+            raise BackendError(
+                f'The Keras backend is "{name}": legato trains on "jax", '
+                '"tensorflow" and "torch". Set the environment variable '
+                "KERAS_BACKEND to one of them before Keras is imported."
+            )
 
 
 def value_and_grad(

@@ -14,8 +14,14 @@ import numpy as np
 
 from legato.types import JSON
 
-LoopMode = Literal["fused", "stepwise"]
-"""How steps reach the device: many in one call, or one jitted call each."""
+LoopMode = Literal["fused", "stepwise", "compiled", "eager"]
+"""How steps reach the device: many compiled ones in one call ("fused"), a
+compiled call each ("stepwise", and "compiled" where that is a choice), or
+operation by operation ("eager")."""
+
+Compilation = Literal["auto", "always", "never"]
+"""Whether to compile, for a backend that can also do without and takes long
+to compile: "auto" compiles every step that it can."""
 
 Step = Callable[[Any, Any], Mapping[str, Any]]
 """`step(batch, step_index) -> logs`, called while it is traced. `batch` holds
@@ -65,6 +71,8 @@ class Backend(abc.ABC):
     """The verbs that the engine needs of a Keras backend."""
 
     name: str
+    modes: tuple[LoopMode, ...]
+    """Those that it can run in."""
 
     @abc.abstractmethod
     def compile_loop(
@@ -77,6 +85,7 @@ class Backend(abc.ABC):
         mode: LoopMode | None,
         losses_in_step: bool,
         variables: Sequence[keras.Variable] = (),
+        compilation: Compilation = "never",
     ) -> CompiledLoop:
         """Trace a step into a loop; it is compiled when first called.
 
@@ -88,11 +97,14 @@ class Backend(abc.ABC):
             fetch: how a batch is made from the next two.
             resident: arrays to keep on the device, or None.
             operands: an example of a chunk's operands (shapes and dtypes).
-            mode: None chooses, by a rule that depends only on the traced step
-                and the kind of device; the choice is `CompiledLoop.mode`.
+            mode: None chooses, by a rule that depends only on the traced
+                step, the kind of device and `compilation`; the choice is
+                `CompiledLoop.mode`.
             losses_in_step: whether `model.losses` may be read in the step
                 itself (validation) or only inside `forward` (training).
             variables: those already known to be used, which saves a trace.
+            compilation: whether to compile where that is a choice; asked only
+                if `mode` is None.
 
         Raises:
             StepError: the step broke its contract.

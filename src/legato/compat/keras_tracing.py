@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras.src import backend as keras_backend
 from keras.src.backend.common import global_state
+from keras.src.backend.common.variables import initialize_all_variables
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.random import seed_generator
@@ -33,6 +34,18 @@ _NATIVE_COND: Cond = keras_backend.core.cond
 
 
 @contextlib.contextmanager
+def bound_cond(cond: Cond | None) -> Iterator[None]:
+    """While active: `keras.ops.cond` is `cond`; None keeps the backend's."""
+    before = keras_backend.core.cond
+    if cond is not None:
+        keras_backend.core.cond = cond
+    try:
+        yield
+    finally:
+        keras_backend.core.cond = before
+
+
+@contextlib.contextmanager
 def traced_step(
     cond: Cond | None,
     eager: Callable[[], Any] = contextlib.nullcontext,
@@ -47,58 +60,93 @@ def traced_step(
             the trace.
     """
     old_generator = seed_generator.global_seed_generator
+    old_dropout = keras_backend.random.dropout
     seed_generator.global_seed_generator = _refuse_unseeded
-    if cond is not None:
-        keras_backend.core.cond = cond
+    # PyTorch's asks for no seed where it is given none.
+    keras_backend.random.dropout = _seeded(old_dropout)
     try:
-        with _building_eagerly(eager):
+        with bound_cond(cond), _watching_apply(eager):
             yield
     finally:
-        keras_backend.core.cond = _NATIVE_COND
+        keras_backend.random.dropout = old_dropout
         seed_generator.global_seed_generator = old_generator
 
 
-@contextlib.contextmanager
-def _building_eagerly(eager: Callable[[], Any]) -> Iterator[None]:
-    """`optimizer.apply` builds its optimizer outside of any scope.
+def in_apply() -> bool:
+    """Whether an optimizer's `apply` is under way in a traced step.
 
-    Some (Nadam, Adafactor) make variables from values when they are built,
-    which Keras refuses in a stateless scope.
+    Optimizers change variables in place, so what they read has to be the
+    variables' own memory.
+    """
+    return _apply_depth > 0
+
+
+_apply_depth = 0
+
+
+@contextlib.contextmanager
+def _watching_apply(eager: Callable[[], Any]) -> Iterator[None]:
+    """Notes when `optimizer.apply` runs; it builds outside of any scope.
+
+    Some optimizers (Nadam, Adafactor) make variables from values when they
+    are built, which Keras refuses in a stateless scope.
     """
 
-    def building(apply: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(apply: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(apply)
         def wrapped(
             optimizer: Any, grads: Any, trainable_variables: Any = None
         ) -> Any:
+            global _apply_depth
             if trainable_variables is not None and not optimizer.built:
                 trainable_variables = list(trainable_variables)
-                scope = current_scope()
-                global_state.set_global_attribute("stateless_scope", None)
-                try:
-                    with (
-                        eager(),
-                        keras_backend.name_scope(
-                            optimizer.name, caller=optimizer
-                        ),
-                    ):
-                        optimizer.build(trainable_variables)
-                    optimizer.built = True
-                finally:
-                    global_state.set_global_attribute("stateless_scope", scope)
-            return apply(optimizer, grads, trainable_variables)
+                _build(optimizer, trainable_variables, eager)
+            _apply_depth += 1
+            try:
+                return apply(optimizer, grads, trainable_variables)
+            finally:
+                _apply_depth -= 1
 
         return wrapped
 
     classes: tuple[Any, ...] = (BaseOptimizer, LossScaleOptimizer)
     originals = [cls.apply for cls in classes]
     for cls, apply in zip(classes, originals, strict=True):
-        cls.apply = building(apply)
+        cls.apply = watched(apply)
     try:
         yield
     finally:
         for cls, apply in zip(classes, originals, strict=True):
             cls.apply = apply
+
+
+def _build(
+    optimizer: Any, variables: list[Any], eager: Callable[[], Any]
+) -> None:
+    scope = current_scope()
+    global_state.set_global_attribute("stateless_scope", None)
+    try:
+        with (
+            eager(),
+            keras_backend.name_scope(optimizer.name, caller=optimizer),
+        ):
+            optimizer.build(variables)
+        optimizer.built = True
+    finally:
+        global_state.set_global_attribute("stateless_scope", scope)
+
+
+def initialize_variables() -> None:
+    """Give their values at once to variables made in a stateless scope.
+
+    Keras would do it when the outermost scope is left.
+    """
+    scope = current_scope()
+    global_state.set_global_attribute("stateless_scope", None)
+    try:
+        initialize_all_variables()
+    finally:
+        global_state.set_global_attribute("stateless_scope", scope)
 
 
 def global_seed_state() -> keras.Variable | None:
@@ -121,3 +169,15 @@ def _refuse_unseeded() -> Any:
         "keras.random.SeedGenerator(seed) an attribute of the Task or of a "
         "layer, and pass it as `seed`."
     )
+
+
+def _seeded(dropout: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(dropout)
+    def wrapped(
+        inputs: Any, rate: Any, noise_shape: Any = None, seed: Any = None
+    ) -> Any:
+        if seed is None:
+            _refuse_unseeded()
+        return dropout(inputs, rate, noise_shape=noise_shape, seed=seed)
+
+    return wrapped

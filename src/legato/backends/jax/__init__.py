@@ -23,6 +23,7 @@ class JaxBackend(Backend):
     """See `Backend`."""
 
     name = "jax"
+    modes = ("fused", "stepwise")
 
     # Not a method that calls it: see there.
     compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]

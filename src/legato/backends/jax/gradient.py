@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import keras
 from jax.extend import core as jax_core
 
+from legato.backends.differentiation import (
+    Result,
+    require_reached,
+    require_variables,
+)
 from legato.backends.jax.scope import StepScope, Traced
 from legato.compat import keras_tracing
-from legato.errors import StepError
 
 
 def value_and_grad(
@@ -19,26 +23,21 @@ def value_and_grad(
     optimizer: keras.optimizers.Optimizer | None = None,
 ) -> tuple[Any, list[Any]]:
     """See `legato.value_and_grad`."""
-    variables = list(variables)
-    if not variables:
-        raise StepError(
-            "value_and_grad was given no variables. Give it the trainable "
-            "ones, such as model.trainable_variables; the model must be built "
-            "and not frozen."
-        )
+    variables = require_variables(variables)
     around = keras_tracing.current_scope()
     outer = around if isinstance(around, StepScope) else None
     scope = StepScope(parent=outer, losses=True)
 
+    results: list[Result] = []
+
     def run(*values: Any) -> tuple[Any, Any, Any]:
         for variable, value in zip(variables, values, strict=True):
             scope.state_mapping[id(variable)] = value
-        result = forward()
-        is_pair = isinstance(result, tuple) and len(result) == 2
-        loss, aux = result if is_pair else (result, None)
-        loss = check_loss(loss, "`forward` returned")
+        result = Result(forward())
+        results.append(result)
+        loss, aux = result.loss, result.aux
         scaled = loss if optimizer is None else optimizer.scale_loss(loss)
-        return scaled, loss, (aux if is_pair else _NO_AUX)
+        return scaled, loss, aux
 
     lookup = outer or StepScope()
     values = [lookup.get_current_value(v) for v in variables]
@@ -46,13 +45,7 @@ def value_and_grad(
     reached = reached_inputs(
         traced.closed.jaxpr, traced.closed.jaxpr.outvars[0]
     )
-    if not any(reached):
-        names = ", ".join(v.path for v in variables[:5])
-        raise StepError(
-            f"The loss depends on none of the {len(variables)} variables "
-            f"({names}, ...): every gradient would be None. Compute the loss "
-            "inside `forward` from what the model returned there."
-        )
+    require_reached(variables, reached)
 
     def scaled_loss(chosen: list[Any]) -> tuple[Any, list[Any]]:
         rest = iter(chosen)
@@ -74,37 +67,7 @@ def value_and_grad(
             outer.add_update((variable, value))
     rest = iter(gradients)
     gradients = [next(rest) if r else None for r in reached]
-    return (loss if aux is _NO_AUX else (loss, aux)), gradients
-
-
-class _NoAux:
-    """Marks a `forward` that returned only a loss."""
-
-
-_NO_AUX = _NoAux()
-
-
-def check_loss(loss: Any, what: str) -> Any:
-    """The loss as a float scalar.
-
-    Raises:
-        StepError: it is not one; the message begins with `what`.
-    """
-    if loss is None or isinstance(loss, str | dict):
-        raise StepError(
-            f"{what} {loss!r} as the loss: it must be a scalar tensor."
-        )
-    loss = keras.ops.convert_to_tensor(loss)
-    if loss.shape != ():
-        raise StepError(
-            f"{what} a loss of shape {tuple(loss.shape)}: it must be a "
-            "scalar. Reduce it, for example with keras.ops.mean."
-        )
-    if not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise StepError(
-            f"{what} a loss of dtype {loss.dtype}: it must be a float."
-        )
-    return loss
+    return results[0].like_returned(loss, aux), gradients
 
 
 def reached_inputs(jaxpr: Any, output: Any) -> list[bool]:

@@ -10,9 +10,16 @@ import keras
 import numpy as np
 from jax.extend import core as jax_core
 
-from legato.backends.jax.scope import StepScope, initial_value, merging_cond
+from legato.backends.jax.scope import StepScope, merging_cond
 from legato.backends.jax.unrolled import replay
-from legato.backends.protocol import CompiledLoop, Fetch, LoopMode, Step
+from legato.backends.protocol import (
+    Compilation,
+    CompiledLoop,
+    Fetch,
+    LoopMode,
+    Step,
+)
+from legato.backends.scope import initial_value, refuse_new_variables
 from legato.compat import keras_tracing
 from legato.errors import StepError
 
@@ -38,12 +45,14 @@ def compile_loop(
     mode: LoopMode | None,
     losses_in_step: bool,
     variables: Sequence[keras.Variable] = (),
+    compilation: Compilation = "never",
 ) -> "JaxLoop":
     """See `Backend.compile_loop`.
 
     It is one function on purpose: few frames of ours should lie above the
     user's step in a traceback.
     """
+    del compilation  # nothing runs uncompiled here
     known = list(variables)
     scopes: list[StepScope] = []
     names: list[str] = []
@@ -89,12 +98,7 @@ def compile_loop(
             program = StepProgram(closed, known, scopes[-1], names)
             return JaxLoop(program, resident, operands, mode, len(scopes))
         known += unknown
-    made = ", ".join(v.path for v in unknown[:3])
-    raise StepError(
-        f"The step makes new variables each time it runs ({made}). Make "
-        "variables, layers, metrics and SeedGenerators once, in the Task's "
-        "__init__ or build_model, and use them in the step."
-    )
+    refuse_new_variables(unknown)
 
 
 class StepProgram:

@@ -1,6 +1,6 @@
 """Where the values of variables live while a step is traced on JAX."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -8,17 +8,21 @@ import jax.numpy as jnp
 import keras
 from jax.extend import core as jax_core
 
+from legato.backends.scope import (
+    RecordingScope,
+    initial_value,
+    own_dtype,
+)
 from legato.compat import keras_tracing
 from legato.errors import StepError
 
 
-class StepScope(keras.StatelessScope):
-    """A scope that sees every variable a step reads or writes.
+class StepScope(RecordingScope):
+    """Holds the values of variables; see `RecordingScope`.
 
     The outermost one of a step holds the loop's state, and notes each
     variable that is asked for and not among it: a variable unknown to the
-    loop would be baked into the program as a constant. Inner ones (a
-    `forward`, the branch of a conditional) look up what they do not hold.
+    loop would be baked into the program as a constant.
 
     Args:
         values: variables and their values.
@@ -34,15 +38,9 @@ class StepScope(keras.StatelessScope):
         parent: "StepScope | None" = None,
         losses: bool = False,
     ) -> None:
-        super().__init__(collect_losses=losses, initialize_variables=False)
-        self.parent = parent
-        # Keyed by identity, as in Keras: comparing variables compares values.
+        super().__init__(parent=parent, losses=losses)
         self.state_mapping = {id(v): value for v, value in values}
-        self.read: dict[int, keras.Variable] = {}
-        self.updated: dict[int, keras.Variable] = {}
         self.unknown: dict[int, keras.Variable] = {}
-        if not losses:
-            self.losses = _UndefinedLosses()
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         value = self.state_mapping.get(id(variable))
@@ -62,36 +60,12 @@ class StepScope(keras.StatelessScope):
         self.updated[id(variable)] = variable
         # A weak type (from a Python number) would change the carry's type.
         self.state_mapping[id(variable)] = jax.lax.convert_element_type(
-            value, _dtype(variable)
+            value, own_dtype(variable)
         )
 
     def updates(self) -> list[tuple[keras.Variable, Any]]:
         """Variables assigned in this scope, and their last values."""
         return [(v, self.state_mapping[key]) for key, v in self.updated.items()]
-
-
-class _UndefinedLosses(list):
-    """In the place of a scope's losses where reading them means nothing."""
-
-    def __iter__(self) -> Iterator[Any]:
-        raise StepError(
-            "`model.losses` was read outside of `forward`. The losses of "
-            "`add_loss` and of regularizers belong to one forward pass: read "
-            "them in the function that you give to legato.value_and_grad."
-        )
-
-
-def initial_value(variable: keras.Variable) -> Any:
-    """The concrete value, or for one not yet initialised a stand-in."""
-    # `variable.value` would ask the scope again, and cast.
-    if variable._value is not None:
-        return variable._value
-    return variable._initializer(variable.shape, dtype=_dtype(variable))
-
-
-def _dtype(variable: keras.Variable) -> str:
-    # `variable.dtype` is what autocasting makes of it, in a layer's call.
-    return variable._dtype
 
 
 class Traced:

@@ -1,0 +1,77 @@
+"""What every backend's scopes of a step have in common."""
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import keras
+
+from legato.errors import StepError
+
+
+class RecordingScope(keras.StatelessScope):
+    """A scope that sees every variable a step reads or writes.
+
+    The outermost one of a step notes them; inner ones (a `forward`, the
+    branch of a conditional) look up what they do not hold. What a read gives
+    and where a new value is kept is the backend's business.
+
+    Args:
+        parent: the scope around this one.
+        losses: whether `add_loss` collects here and `model.losses` may be
+            read.
+
+    Attributes:
+        read: variables that were asked for; noted in the outermost scope.
+        updated: variables that were assigned in this scope.
+    """
+
+    def __init__(
+        self, *, parent: "RecordingScope | None" = None, losses: bool = False
+    ) -> None:
+        super().__init__(collect_losses=losses, initialize_variables=False)
+        self.parent = parent
+        # Keyed by identity, as in Keras: comparing variables compares values.
+        self.state_mapping: dict[int, Any] = {}
+        self.read: dict[int, keras.Variable] = {}
+        self.updated: dict[int, keras.Variable] = {}
+        if not losses:
+            self.losses = _UndefinedLosses()
+
+
+class _UndefinedLosses(list):
+    """In the place of a scope's losses where reading them means nothing."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise StepError(
+            "`model.losses` was read outside of `forward`. The losses of "
+            "`add_loss` and of regularizers belong to one forward pass: read "
+            "them in the function that you give to legato.value_and_grad."
+        )
+
+
+def own_dtype(variable: keras.Variable) -> str:
+    """The dtype a variable is stored in."""
+    # `variable.dtype` is what autocasting makes of it, in a layer's call.
+    return variable._dtype
+
+
+def initial_value(variable: keras.Variable) -> Any:
+    """The concrete value, or for one not yet initialised a stand-in."""
+    # `variable.value` would ask the scope again, and cast.
+    if variable._value is not None:
+        return variable._value
+    return variable._initializer(variable.shape, dtype=own_dtype(variable))
+
+
+def refuse_new_variables(made: list[keras.Variable]) -> NoReturn:
+    """Raise for a step that makes variables each time it runs.
+
+    Raises:
+        StepError: always.
+    """
+    names = ", ".join(v.path for v in made[:3])
+    raise StepError(
+        f"The step makes new variables each time it runs ({names}). Make "
+        "variables, layers, metrics and SeedGenerators once, in the Task's "
+        "__init__ or build_model, and use them in the step."
+    )
