@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import keras
 
 from legato import backends
-from legato.backends import CompiledLoop, LoopMode
+from legato.backends import Compilation, CompiledLoop
 from legato.data import Chunk, DataSource
 from legato.errors import StepError
 from legato.metrics import StepMetric, results
@@ -79,12 +79,11 @@ class Evaluator:
         source: the split.
         metrics: what is measured beside the step's own logs.
         seed: of the order, where the source has one.
-        mode: how to run on the device; None chooses as training does.
         max_batches: how many batches; None takes the whole split.
 
     Attributes:
         metrics: as given.
-        mode: as given, or as chosen at the first call.
+        compilation: whether to compile, where that is a choice.
     """
 
     def __init__(
@@ -95,7 +94,6 @@ class Evaluator:
         metrics: Sequence[keras.metrics.Metric],
         *,
         seed: int,
-        mode: LoopMode | None = None,
         max_batches: int | None = None,
     ) -> None:
         self._task = task
@@ -103,7 +101,7 @@ class Evaluator:
         self._source = source
         self.metrics = metrics
         self._seed = seed
-        self.mode: LoopMode | None = mode
+        self.compilation: Compilation = "never"
         whole = source.batches_per_epoch
         self._num_batches = min(max_batches or whole, whole)
         self._capacity = loop_capacity(source)
@@ -209,11 +207,12 @@ class Evaluator:
                     fetch=self._source.fetch,
                     resident=self._resident,
                     operands=chunk.operands,
-                    mode=self.mode,
+                    # By a rule: the same in every process.
+                    mode=None,
                     losses_in_step=True,
                     variables=self._traced_variables(),
+                    compilation=self.compilation,
                 )
-            self.mode = loop.mode
             self._loops[chunk.batch_size] = loop
         return loop
 

@@ -30,7 +30,7 @@ from legato.version import __version__
 _FREE = {
     "train_steps", "epochs", "keep_last", "keep_every", "checkpoint_timeout",
     "checkpoint_interval", "steps_per_loop", "exact", "resume", "max_time",
-    "progress", "best_metric", "best_mode", "nonfinite_loss",
+    "progress", "torch_compile", "best_metric", "best_mode", "nonfinite_loss",
 }  # fmt: skip
 
 
@@ -127,7 +127,10 @@ def compare(
     for path, before, after in _differences(saved, present, ()):
         sentence = f"{'.'.join(path)}: {before!r} -> {after!r}"
         top = path[0]
-        if top == "data" or path[:2] == ("config", "seed"):
+        if top == "data" or path in (
+            ("config", "seed"),
+            ("environment", "backend"),
+        ):
             serious.append(sentence)
         elif path == ("task", "code_sha256"):
             mild.append("the code of the Task changed")

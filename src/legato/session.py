@@ -10,7 +10,7 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from legato import backends, identity, loop, restoring
+from legato import backends, identity, restoring
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import Checkpoint, CheckpointStore
 from legato.config import TrainerConfig
@@ -24,9 +24,9 @@ from legato.errors import (
     RunDirError,
     Stopped,
 )
-from legato.evaluation import MAX_CAPACITY, loop_capacity
 from legato.interrupts import Interrupts
 from legato.parts import Parts
+from legato.program import choose_program
 from legato.progress import make_reporter
 from legato.recorder import Recorder
 from legato.schedule import Schedule
@@ -41,8 +41,9 @@ class Session:
 
     Make one only while holding the lock of the run directory, in a `with`
     statement. Call `identify`, then `steps.trace` within `compiling`, then
-    `begin` and `train`. (The trace is called from the outside so that few
-    frames of ours lie above the user's step in a traceback.)
+    `begin`, then `loop.run` within `training`, or `end` if the clock says
+    that the run is finished. (The trace and the loop are called from the
+    outside so that few frames of ours lie above the user's step.)
 
     Args:
         parts: what the Task built.
@@ -176,21 +177,10 @@ class Session:
             )
         else:
             parts.task.initialize(parts.model)
-        # What can change bits was chosen at step 0, and is kept.
-        mode, self._capacity = None, loop_capacity(parts.source)
-        match saved:
-            case {
-                "program": {
-                    "mode": "fused" | "stepwise" as mode,
-                    "capacity": int(capacity),
-                }
-            } if 1 <= capacity <= MAX_CAPACITY:
-                self._capacity = capacity
-            case dict():
-                raise DamagedError(
-                    "The checkpoint does not say how its run's steps reach "
-                    "the device."
-                )
+        program = choose_program(
+            config, parts.source, self._schedule.train_steps, saved
+        )
+        self._capacity = program.capacity
         self.steps = TrainSteps(
             parts.task,
             parts.model,
@@ -198,8 +188,9 @@ class Session:
             parts.source,
             parts.metrics,
             metrics_interval=config.train_metrics_interval,
-            mode=mode,
-            capacity=self._capacity,
+            mode=program.mode,
+            capacity=program.capacity,
+            compilation=program.compilation,
             max_steps=config.steps_per_loop,
             compiling=self.compiling,
         )
@@ -231,8 +222,8 @@ class Session:
             "mode": self.steps.mode,
             "capacity": self._capacity,
         }
-        if parts.evaluator is not None and parts.evaluator.mode is None:
-            parts.evaluator.mode = self.steps.mode
+        if parts.evaluator is not None and self.steps.mode == "compiled":
+            parts.evaluator.compilation = "auto"
         self._collect_variables()
         self._recorder = Recorder(
             task=parts.task,
@@ -292,42 +283,42 @@ class Session:
 
     # -- training -----------------------------------------------------------
 
-    def train(self) -> None:
-        """Train to the end, unless the run is there already.
+    def for_loop(self) -> dict[str, Any]:
+        """The arguments of `loop.run`."""
+        return {
+            "clock": self.clock,
+            "schedule": self._schedule,
+            "steps": self.steps,
+            "feed": self._feed,
+            "hooks": self._callbacks,
+            "recorder": self._recorder,
+            "validate": self._validate,
+            "save": self._save,
+            "save_is_due": self._save_is_due,
+            "stop_requested": self._stop_requested,
+            "callbacks_stop": lambda: bool(self._parts.whole.stop_training),
+        }
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around `loop.run`: ends the run, and leaves valid variables.
 
         Raises:
             Stopped: a signal or `max_time` ended it; everything is saved.
             Interrupted: Ctrl-C ended it; everything is saved.
             Others: see `Trainer.train`.
         """
-        clock, parts = self.clock, self._parts
-        if clock.finished:
-            # Killed between the last checkpoint and the end: do the rest.
-            if not self._load_final():
-                self._finish()
-            return
+        clock = self.clock
         self._recorder.start()
         self._reporter.start(
             self._schedule.train_steps,
             initial_step=clock.step,
-            description=type(parts.task).__name__,
+            description=type(self._parts.task).__name__,
             epochs=self._config.epochs,
         )
         reason = "failed"
         try:
-            loop.run(
-                clock=clock,
-                schedule=self._schedule,
-                steps=self.steps,
-                feed=self._feed,
-                hooks=self._callbacks,
-                recorder=self._recorder,
-                validate=self._validate,
-                save=self._save,
-                save_is_due=self._save_is_due,
-                stop_requested=self._stop_requested,
-                callbacks_stop=lambda: bool(parts.whole.stop_training),
-            )
+            yield
             self._store.wait()
             reason = self._interrupts.reason or "done"
         except BaseException as error:
@@ -339,6 +330,15 @@ class Session:
         if not clock.finished:
             self._raise_stopped()
         self._finish()
+
+    def end(self) -> None:
+        """In the place of training, where the last step is done already.
+
+        A run that was killed between the last checkpoint and its end does the
+        rest now.
+        """
+        if not self._load_final():
+            self._finish()
 
     def _finish(self) -> None:
         """After the last checkpoint: hooks may put other weights in."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from legato import storage
+from legato import loop, storage
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import CheckpointStore
 from legato.config import TrainerConfig, dump_yaml
@@ -143,7 +143,11 @@ class Trainer:
             session.begin()
             _write_config(self.run_dir / CONFIG, self._config_yaml)
             self.audit = session.audit
-            session.train()
+            if session.clock.finished:
+                session.end()
+            else:
+                with session.training():
+                    loop.run(**session.for_loop())
         return session.history
 
     def evaluate(self) -> Logs:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from legato import backends
-from legato.backends import CompiledLoop, LoopMode
+from legato.backends import Compilation, CompiledLoop, LoopMode
 from legato.data import Chunk, DataSource
 from legato.errors import StepError
 from legato.evaluation import check_logs
@@ -29,6 +29,8 @@ class TrainSteps:
         metrics: the training metrics.
         metrics_interval: steps between their updates; 0 leaves them out.
         mode: how steps reach the device; None chooses.
+        compilation: whether to compile, where that is a choice and `mode`
+            is None.
         capacity: batches in one device call, which is part of the program.
         max_steps: the most to run in one; None for the capacity.
         compiling: a context around a device call that may compile for long.
@@ -51,6 +53,7 @@ class TrainSteps:
         metrics_interval: int,
         mode: LoopMode | None,
         capacity: int,
+        compilation: Compilation = "never",
         max_steps: int | None = None,
         compiling: Callable[
             [], AbstractContextManager[Any]
@@ -59,6 +62,7 @@ class TrainSteps:
         self.capacity = min(capacity, max_steps or capacity)
         self._operand_capacity = capacity
         self.mode: LoopMode | None = mode
+        self._compilation: Compilation = compilation
         self.log_names: list[str] = []
         self.traces = 0
         self._task = task
@@ -125,6 +129,7 @@ class TrainSteps:
                     mode=self.mode,
                     losses_in_step=False,
                     variables=expected,
+                    compilation=self._compilation,
                 )
             except ValueError as error:
                 # Keras's message goes on with the variable's values.

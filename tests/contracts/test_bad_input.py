@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -329,8 +330,12 @@ def test_an_assignment_in_a_while_loop(tmp_path):
         ops.while_loop(lambda i: i < 3, body, (0,))
         return ops.mean(outputs) * count
 
-    with pytest.raises(StepError, match=r"while_loop.*outside"):
-        train(WithStep(loss=loop), tmp_path)
+    if keras.config.backend() == "jax":
+        with pytest.raises(StepError, match=r"while_loop.*outside"):
+            train(WithStep(loss=loop), tmp_path)
+    else:  # whose loops can carry it out
+        train(WithStep(loss=loop), tmp_path, train_steps=4)
+        assert float(count.value) == 4 * 3
 
 
 class Factor(Plain):
@@ -531,7 +536,10 @@ def test_a_directory_that_another_process_is_using(tmp_path):
         try:
             assert select.select([holder.stdout], [], [], 120)[0]
             assert holder.stdout.readline() == "training\n"
-            before = contents(tmp_path / "run")
+            # It goes on writing its checkpoint while it waits.
+            before = None
+            while before != (before := contents(tmp_path / "run")):
+                time.sleep(0.5)
             with pytest.raises(RunDirError) as caught:
                 train(Plain(), tmp_path / "run", train_steps=20)
             assert str(holder.pid) in str(caught.value)

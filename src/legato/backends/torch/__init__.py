@@ -1,0 +1,89 @@
+"""The engine's verbs on PyTorch.
+
+`step` runs one step in a `scope` that holds the values of its variables,
+`gradient` differentiates, `loop` examines a step and runs it many times, and
+`program` compiles it.
+"""
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from legato.backends.protocol import Backend
+from legato.backends.torch import arrays as tensors
+from legato.backends.torch import gradient, loop, randomness
+from legato.types import JSON
+
+
+class TorchBackend(Backend):
+    """See `Backend`."""
+
+    name = "torch"
+    modes = ("eager", "compiled")
+
+    # Not a method that calls it: see there.
+    compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]
+
+    def value_and_grad(
+        self,
+        forward: Callable[[], Any],
+        variables: Sequence[keras.Variable],
+        optimizer: keras.optimizers.Optimizer | None = None,
+    ) -> tuple[Any, list[Any]]:
+        return gradient.value_and_grad(forward, variables, optimizer)
+
+    def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
+        return [tensors.to_numpy(v._value, v._dtype) for v in variables]
+
+    def write(
+        self, variables: Sequence[keras.Variable], values: Sequence[np.ndarray]
+    ) -> None:
+        for variable, value in zip(variables, values, strict=True):
+            memory = variable._value.detach()
+            memory.copy_(tensors.to_tensor(value, memory.device))
+        loop.LOST.remove(variables)
+
+    def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
+        return torch.stack(logs).cpu().numpy()
+
+    def place(self, arrays: Any) -> Any:
+        return tensors.to_tensors(arrays)
+
+    def lost_variables(
+        self, variables: Sequence[keras.Variable]
+    ) -> list[keras.Variable]:
+        return loop.LOST.among(variables)
+
+    def canonical_dtype(self, dtype: np.dtype) -> np.dtype:
+        return tensors.canonical_dtype(dtype)
+
+    def get_random_state(self) -> dict[str, np.ndarray]:
+        return randomness.get_random_state()
+
+    def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
+        randomness.set_random_state(state)
+
+    def fingerprint(self) -> dict[str, JSON]:
+        cuda = torch.cuda.is_available()
+        devices = torch.cuda.device_count() if cuda else 1
+        return {
+            "torch": str(torch.__version__),
+            "device": torch.cuda.get_device_name(0) if cuda else "cpu",
+            "devices": devices,
+            "platform": tensors.current_device().type,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "interop_threads": torch.get_num_interop_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "mkldnn": bool(torch.backends.mkldnn.enabled),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if cuda else None,
+            "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
+            "cudnn_deterministic": bool(torch.backends.cudnn.deterministic),
+        }

@@ -1,0 +1,105 @@
+"""Differentiation of a forward pass on PyTorch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import torch
+
+from legato.backends.differentiation import (
+    Result,
+    require_reached,
+    require_variables,
+)
+from legato.backends.torch.conditional import plain_cond, probing_cond
+from legato.backends.torch.randomness import kept_random_state
+from legato.backends.torch.scope import StepScope
+from legato.compat import keras_tracing
+
+
+def value_and_grad(
+    forward: Callable[[], Any],
+    variables: Sequence[keras.Variable],
+    optimizer: keras.optimizers.Optimizer | None = None,
+) -> tuple[Any, list[Any]]:
+    """See `legato.value_and_grad`."""
+    variables = require_variables(variables)
+    outer = keras_tracing.current_scope()
+    if isinstance(outer, StepScope):
+        return _differentiate(forward, variables, optimizer, outer)
+    # Outside of a step it is one by itself: examined, then run.
+    probe = StepScope(guarded=True)
+    with (
+        torch.no_grad(),
+        keras_tracing.bound_cond(probing_cond),
+        kept_random_state(),
+    ):
+        try:
+            with probe:
+                _differentiate(forward, variables, optimizer, probe)
+        finally:
+            probe.roll_back()
+    scope = StepScope(reached=probe.reached)
+    with torch.no_grad(), keras_tracing.bound_cond(plain_cond):
+        with scope:
+            found = _differentiate(forward, variables, optimizer, scope)
+        scope.commit()
+    return found
+
+
+def _differentiate(
+    forward: Callable[[], Any],
+    variables: list[keras.Variable],
+    optimizer: keras.optimizers.Optimizer | None,
+    outer: StepScope,
+) -> tuple[Any, list[Any]]:
+    # Steps run without autograd, and `forward` with it.
+    is_nested = torch.is_grad_enabled()
+    scope = StepScope(parent=outer, losses=True)
+    with torch.enable_grad(), scope:
+        leaves = [_leaf(scope.get_current_value(v)) for v in variables]
+        for variable, leaf in zip(variables, leaves, strict=True):
+            scope.hold(variable, leaf)
+        result = Result(forward())
+        scaled = result.loss
+        if optimizer is not None:
+            scaled = optimizer.scale_loss(scaled)
+        gradients = _gradients(scaled, leaves, create_graph=is_nested)
+    reached = outer.root.note_reached([g is not None for g in gradients])
+    require_reached(variables, reached)
+    gradients = [
+        torch.zeros_like(leaf) if gradient is None and is_reached else gradient
+        for leaf, gradient, is_reached in zip(
+            leaves, gradients, reached, strict=True
+        )
+    ]
+    if is_nested:
+        scope.commit()
+        return result.like_returned(result.loss, result.aux), gradients
+    scope.commit(detached=True)
+    own = outer.root.own
+    aux = keras.tree.map_structure(own, result.aux)
+    return result.like_returned(own(result.loss), aux), gradients
+
+
+def _leaf(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same memory to differentiate by."""
+    if not value.is_floating_point() and not value.is_complex():
+        return value
+    if value.requires_grad:
+        # Of a `value_and_grad` around this one, which goes on through it.
+        return value.view_as(value)
+    return value.detach().requires_grad_()
+
+
+def _gradients(
+    loss: torch.Tensor, leaves: list[torch.Tensor], *, create_graph: bool
+) -> list[torch.Tensor | None]:
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not wanted or not loss.requires_grad:
+        return [None] * len(leaves)
+    found: Any = torch.autograd.grad(
+        loss, wanted, allow_unused=True, create_graph=create_graph
+    )
+    rest = iter(found)
+    return [next(rest) if leaf.requires_grad else None for leaf in leaves]

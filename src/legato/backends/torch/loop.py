@@ -1,0 +1,130 @@
+"""A step examined once, and run in a loop by Python."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import torch
+
+from legato.backends.lost import LostVariables
+from legato.backends.protocol import (
+    Compilation,
+    CompiledLoop,
+    Fetch,
+    LoopMode,
+    Step,
+)
+from legato.backends.scope import refuse_new_variables
+from legato.backends.torch.arrays import current_device, to_tensors
+from legato.backends.torch.conditional import plain_cond, probing_cond
+from legato.backends.torch.program import StepProgram, capture
+from legato.backends.torch.randomness import kept_random_state
+from legato.backends.torch.scope import StepScope
+from legato.backends.torch.step import ExaminedStep, to_row
+from legato.compat import keras_tracing
+
+# What is made lazily appears in the first run; what still makes new variables
+# in the fourth makes them in every step.
+_MAX_RUNS = 4
+
+LOST = LostVariables()
+"""Those that a failed call left in the midst of a step."""
+
+
+def compile_loop(
+    step: Step,
+    *,
+    fetch: Fetch,
+    resident: Any,
+    operands: Any,
+    mode: LoopMode | None,
+    losses_in_step: bool,
+    variables: Sequence[keras.Variable] = (),
+    compilation: Compilation = "never",
+) -> "TorchLoop":
+    """See `Backend.compile_loop`.
+
+    The step is run on the example batch, both branches of its conditionals
+    too, and everything it changes is put back. It is one function on purpose:
+    few frames of ours should lie above the user's step in a traceback.
+    """
+    del variables  # all are found in the run
+    first = to_tensors(keras.tree.map_structure(lambda a: a[:1], operands))
+    at = torch.zeros((), dtype=torch.int32, device=current_device())
+    found = ExaminedStep(run=step, fetch=fetch, losses_in_step=losses_in_step)
+    for _ in range(_MAX_RUNS):
+        scope = StepScope(losses=losses_in_step, guarded=True)
+        with (
+            # Left last: only then are variables that were made meanwhile
+            # initialised, with values of their own.
+            keras.StatelessScope(),
+            keras_tracing.traced_step(probing_cond),
+            kept_random_state(),
+            torch.no_grad(),
+        ):
+            try:
+                with scope:
+                    logs = step(fetch(resident, first, 0), at)
+                found.copied = scope.to_be_copied()
+            finally:
+                changed = scope.roll_back()
+        found.traces += 1
+        if not scope.made:
+            break
+    else:
+        refuse_new_variables(list(scope.made.values()))
+    changed |= scope.changed_elsewhere
+    found.updated = list(changed.values())
+    found.read_only = [v for k, v in scope.read.items() if k not in changed]
+    found.reached = scope.reached
+    found.log_names = list(logs)
+    program = None
+    if mode == "compiled" or (mode is None and compilation != "never"):
+        required = mode is not None or compilation == "always"
+        program = capture(found, resident, first, required=required)
+    return TorchLoop(found, resident, program)
+
+
+class TorchLoop(CompiledLoop):
+    """See `CompiledLoop`."""
+
+    def __init__(
+        self,
+        step: ExaminedStep,
+        resident: Any,
+        program: StepProgram | None,
+    ) -> None:
+        self.read_only = step.read_only
+        self.updated = step.updated
+        self.log_names = step.log_names
+        self.traces = step.traces
+        self.mode = "eager" if program is None else "compiled"
+        self._step = step
+        self._resident = resident
+        self._program = program
+
+    def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
+        operands = to_tensors(operands)
+        at = torch.arange(
+            step, step + num_steps, dtype=torch.int32, device=current_device()
+        ).unbind()
+        # Without autograd's wrapping: the same memory.
+        values = {id(v): v._value.detach() for v in self.variables}
+        try:
+            with torch.no_grad():
+                if self._program is not None:
+                    return self._program(values, self._resident, operands, at)
+                rows = []
+                fetch, run = self._step.fetch, self._step.run
+                with keras_tracing.traced_step(plain_cond):
+                    for index, now in enumerate(at):
+                        scope = self._step.new_scope(values)
+                        with scope:
+                            batch = fetch(self._resident, operands, index)
+                            rows.append(to_row(run(batch, now)))
+                        scope.commit()
+                return rows
+        except BaseException:
+            # It ended in the midst of a step.
+            LOST.add(self.updated)
+            raise

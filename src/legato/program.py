@@ -1,0 +1,88 @@
+"""How steps reach the device: chosen when a run begins, and kept."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+from legato import backends
+from legato.backends import Compilation, LoopMode
+from legato.config import TrainerConfig
+from legato.data import DataSource
+from legato.errors import DamagedError, LegatoWarning
+from legato.evaluation import MAX_CAPACITY, loop_capacity
+
+# From here on some ten seconds of compilation are worth it.
+_LONG_RUN_STEPS = 5000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What may change bits and is not in the code.
+
+    Attributes:
+        mode: how steps reach the device; None where the traced step decides.
+        capacity: batches in one device call.
+        compilation: whether to compile where that is a choice and `mode` is
+            None.
+    """
+
+    mode: LoopMode | None
+    capacity: int
+    compilation: Compilation
+
+
+def choose_program(
+    config: TrainerConfig, source: DataSource, train_steps: int, saved: Any
+) -> Program:
+    """Take the choices of the run, or make those of a new one.
+
+    Args:
+        config: of the trainer.
+        source: the training data.
+        train_steps: length of the run.
+        saved: the identity in the run's checkpoint; None for a new run.
+
+    Raises:
+        DamagedError: the checkpoint does not tell.
+    """
+    mode, capacity = None, loop_capacity(source)
+    if saved is not None:
+        mode, capacity = _saved_choices(saved)
+        mode = _keep(mode, config)
+    compilation: Compilation
+    match config.torch_compile:
+        case True:
+            compilation = "always"
+        case False:
+            compilation = "never"
+        case _:
+            is_long = train_steps >= _LONG_RUN_STEPS
+            compilation = "auto" if is_long else "never"
+    return Program(mode=mode, capacity=capacity, compilation=compilation)
+
+
+def _saved_choices(saved: Any) -> tuple[LoopMode, int]:
+    match saved:
+        case {"program": {"mode": mode, "capacity": int(capacity)}} if (
+            mode in backends.current().modes and 1 <= capacity <= MAX_CAPACITY
+        ):
+            return mode, capacity
+    raise DamagedError(
+        "The checkpoint does not say how its run's steps reach the device."
+    )
+
+
+def _keep(mode: LoopMode, config: TrainerConfig) -> LoopMode | None:
+    wanted = {True: "compiled", False: "eager"}.get(config.torch_compile)  # type: ignore[arg-type]
+    if wanted in (None, mode) or wanted not in backends.current().modes:
+        return mode
+    if config.resume == "override":
+        return None
+    warnings.warn(
+        f"torch_compile={config.torch_compile}: the steps of this run were "
+        f"{mode} from the beginning, and stay so to be exact. "
+        'resume="override" changes it.',
+        LegatoWarning,
+        stacklevel=4,
+    )
+    return mode

@@ -1,0 +1,403 @@
+"""What the PyTorch backend does that the others need not."""
+
+import warnings
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from keras import layers, ops
+from tests.contracts import runs
+from tests.contracts.scenarios import Classifier
+
+import legato
+from legato import backends
+from legato.backends.torch import arrays
+from legato.errors import LegatoWarning, StepError
+
+
+def host(variable):
+    return ops.convert_to_numpy(variable).copy()
+
+
+def compile_step(step, batches=3, **options):
+    """A loop over `step`, whose batch is the row of some operands."""
+    operands = np.arange(batches * 2, dtype="float32").reshape(batches, 2)
+    loop = backends.current().compile_loop(
+        step,
+        fetch=lambda resident, operands, index: operands[index],
+        resident=None,
+        operands=operands,
+        mode=None,
+        losses_in_step=False,
+        **options,
+    )
+    return loop, operands
+
+
+def rows(loop, operands, num_steps=3, step=0):
+    logs = loop(step, num_steps, operands)
+    return backends.current().to_host(logs, num_steps)
+
+
+# -- arrays ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["float16", "float32", "float64", "int8", "uint8", "int32", "int64",
+     "bool", "complex64", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn,
+     ml_dtypes.float8_e5m2],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(), (0, 2), (3, 4)])
+def test_every_bit_of_an_array_comes_back(dtype, shape):
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if np.dtype(dtype) == bool:
+        array = np.random.default_rng(0).integers(0, 2, shape).astype(bool)
+    else:
+        # All patterns, NaNs with payloads among them.
+        raw = np.random.default_rng(0).bytes(max(count, 1))[:count]
+        array = np.frombuffer(raw, np.dtype(dtype)).reshape(shape)
+    tensor = arrays.to_tensor(array, torch.device("cpu"))
+    back = arrays.to_numpy(tensor, np.dtype(dtype).name)
+    assert back.dtype == array.dtype
+    assert back.shape == array.shape
+    assert back.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_unsigned_integers_are_kept_in_wider_ones(dtype):
+    largest = np.array([0, np.iinfo(dtype).max], dtype)
+    tensor = arrays.to_tensor(largest, torch.device("cpu"))
+    assert tensor.dtype in (torch.int32, torch.int64)
+    np.testing.assert_array_equal(arrays.to_numpy(tensor, dtype), largest)
+    assert arrays.canonical_dtype(np.dtype(dtype)).itemsize > (
+        np.dtype(dtype).itemsize
+    )
+
+
+def test_arrays_that_cannot_be_written_or_run_backwards():
+    array = np.arange(6.0).reshape(2, 3)[:, ::-1]
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tensor = arrays.to_tensor(array, torch.device("cpu"))
+    np.testing.assert_array_equal(tensor.numpy(), array)
+
+
+# -- examining a step --------------------------------------------------------
+
+
+def test_examining_a_step_changes_nothing():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [layers.Input((2,)), layers.BatchNormalization(), layers.Dropout(0.5),
+         layers.Dense(1)]
+    )  # fmt: skip
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build(model.trainable_variables)
+
+    def step(batch, at):
+        loss, gradients = legato.value_and_grad(
+            lambda: ops.mean(model(batch[None], training=True)),
+            model.trainable_variables,
+        )
+        optimizer.apply(gradients, model.trainable_variables)
+        return {"loss": loss}
+
+    variables = [*model.variables, *optimizer.variables]
+    before = [host(v) for v in variables]
+    generator = torch.get_rng_state()
+    loop, operands = compile_step(step)
+    for variable, value in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(host(variable), value)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+    rows(loop, operands)
+    changed = {
+        id(v)
+        for v, value in zip(variables, before, strict=True)
+        if not np.array_equal(host(v), value)
+    }
+    assert changed
+    assert changed <= {id(v) for v in loop.updated}
+    assert {id(v) for v in loop.variables} >= {id(v) for v in variables} - {
+        # Keras's Dropout does not use it on PyTorch.
+        id(v)
+        for v in variables
+        if "seed" in v.path
+    }
+
+
+def test_a_failed_examination_changes_nothing_either():
+    variable = keras.Variable(np.zeros(3))
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build([variable])
+
+    def step(batch, at):
+        optimizer.apply([ops.ones((3,))], [variable])
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        compile_step(step)
+    assert host(variable).tolist() == [0, 0, 0]
+
+
+def test_what_only_the_other_branch_uses_is_found():
+    rare = keras.Variable(0.0, name="rare")
+    metric = keras.metrics.F1Score()  # makes its variables when updated
+
+    def step(batch, at):
+        def rarely():
+            rare.assign_add(1.0)
+            metric.update_state(ops.ones((1, 2)), ops.ones((1, 2)))
+
+        ops.cond(at >= 2, rarely, lambda: None)
+        return {"at": at}
+
+    loop, operands = compile_step(step)
+    used = {id(v) for v in loop.updated}
+    assert used == {id(v) for v in (rare, *metric.variables)}
+    rows(loop, operands)
+    assert float(rare.numpy()) == 1
+
+
+def test_a_branch_not_taken_draws_no_random_numbers():
+    def step(batch, at):
+        noise = ops.cond(at < 0, lambda: torch.rand(()), lambda: ops.zeros(()))
+        return {"noise": noise}
+
+    loop, operands = compile_step(step)
+    before = torch.get_rng_state()
+    rows(loop, operands)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradients_of_the_branch_not_taken_are_zeros_in_a_step():
+    left, right = (keras.Variable(2.0, name=n) for n in ("left", "right"))
+    seen = []
+
+    def step(batch, at):
+        _, gradients = legato.value_and_grad(
+            lambda: ops.cond(
+                at < 2, lambda: left * left, lambda: right * right
+            ),
+            [left, right],
+        )
+        seen.append([None if g is None else float(g) for g in gradients])
+        return {}
+
+    loop, operands = compile_step(step)
+    seen.clear()
+    assert rows(loop, operands).shape == (3, 0)
+    assert seen == [[4, 0], [4, 0], [0, 4]]
+
+
+# -- memory ------------------------------------------------------------------
+
+
+def test_what_was_read_stays_when_the_variable_is_assigned():
+    variable = keras.Variable(1.0)
+
+    def step(batch, at):
+        before = variable.value
+        variable.assign(before * 3)
+        return {"before": before, "after": variable.value}
+
+    loop, operands = compile_step(step)
+    assert rows(loop, operands, 2).tolist() == [[1, 3], [3, 9]]
+
+
+def test_what_was_read_stays_when_an_optimizer_changes_it():
+    variable = keras.Variable(1.0)
+    optimizer = keras.optimizers.SGD(1.0)
+
+    def step(batch, at):
+        before = variable.value
+        optimizer.apply([ops.ones(())], [variable])
+        return {"before": before, "after": variable.value}
+
+    loop, operands = compile_step(step)
+    assert rows(loop, operands, 2).tolist() == [[1, 0], [0, -1]]
+
+
+def test_a_variable_assigned_from_another_has_its_own_memory():
+    slow, fast = keras.Variable(0.0), keras.Variable(1.0)
+    optimizer = keras.optimizers.SGD(1.0)
+
+    def step(batch, at):
+        slow.assign(fast.value)
+        optimizer.apply([ops.ones(())], [fast])
+        return {"slow": slow.value, "fast": fast.value}
+
+    loop, operands = compile_step(step)
+    assert rows(loop, operands, 2).tolist() == [[1, 0], [0, -1]]
+    assert (float(slow.numpy()), float(fast.numpy())) == (0, -1)
+
+
+def test_what_forward_used_may_be_assigned_in_it():
+    # In place, autograd would miss the old value.
+    weight, count = keras.Variable(3.0), keras.Variable(1.0)
+
+    def step(batch, at):
+        def forward():
+            loss = weight * count
+            count.assign(count * 2)
+            return loss
+
+        loss, (gradient,) = legato.value_and_grad(forward, [weight])
+        return {"loss": loss, "gradient": gradient}
+
+    loop, operands = compile_step(step)
+    assert rows(loop, operands, 2).tolist() == [[3, 1], [6, 2]]
+
+
+def test_a_call_that_fails_midway_is_told():
+    variable, other = keras.Variable(1.0), keras.Variable(1.0)
+    fails = []
+
+    def step(batch, at):
+        variable.assign_add(1.0)
+        if fails and int(at) == 1:
+            raise RuntimeError("out of memory")
+        return {"sum": variable + other}
+
+    loop, operands = compile_step(step)
+    backend = backends.current()
+    fails.append(True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop(0, 3, operands)
+    assert backend.lost_variables([variable, other]) == [variable]
+    backend.write([variable], [np.float32(5)])
+    assert backend.lost_variables([variable, other]) == []
+    assert float(variable.numpy()) == 5
+
+
+# -- compiled ----------------------------------------------------------------
+
+
+class Rates(keras.callbacks.Callback):
+    """Another learning rate for every step."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.optimizer.learning_rate = 0.1 / (batch + 1)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_new_learning_rate_compiles_nothing(optimizer, tmp_path):
+    class Rated(Classifier):
+        def build_optimizer(self):
+            return getattr(keras.optimizers, optimizer)(0.1)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    legato.Trainer(
+        Rated(),
+        run_dir=tmp_path,
+        config=legato.TrainerConfig(
+            train_steps=23,
+            torch_compile=True,
+            validation_interval=None,
+            progress="none",
+        ),
+        callbacks=[Rates()],
+    ).train()
+    counted = torch._dynamo.utils.counters
+    # One graph for the full batch and one for the partial one.
+    assert counted["stats"]["unique_graphs"] == 2
+    assert not counted["recompile_limit"], counted
+    assert not counted["graph_break"], counted
+
+
+def test_a_compiled_run_that_was_killed_is_the_run_that_was_not(tmp_path):
+    # Dropout, batch statistics and momentum; metrics in a conditional.
+    options = {
+        "torch_compile": True,
+        "train_steps": 14,
+        "train_metrics_interval": 3,
+        "keep_last": None,
+    }
+    runs.train("plateau", tmp_path / "whole", **options)
+    runs.train_with_kills(
+        "plateau", tmp_path / "killed", kills=2, until=14, seed=1, **options
+    )
+    found, compared = runs.differences(tmp_path / "whole", tmp_path / "killed")
+    assert not found
+    assert compared > 5000
+    identity = runs.host_state(tmp_path / "whole", 4)["identity"]
+    assert identity["program"]["mode"] == "compiled"
+
+
+def test_a_compiled_step_computes_what_the_eager_one_does(tmp_path):
+    losses = {}
+    for compiled in (True, False):
+        trainer = legato.Trainer(
+            Classifier(),
+            run_dir=tmp_path / str(compiled),
+            config=legato.TrainerConfig(
+                epochs=4,
+                torch_compile=compiled,
+                train_metrics_interval=3,
+                progress="none",
+            ),
+        )
+        losses[compiled] = trainer.train().history
+    assert losses[True].keys() == losses[False].keys()
+    for name, values in losses[False].items():
+        assert losses[True][name] == pytest.approx(values, rel=1e-5), name
+
+
+class Noisy(Classifier):
+    def __init__(self):
+        self.noise = keras.random.SeedGenerator(3)
+
+    def build_losses(self, labels, model_outputs, aux_losses=None):
+        noise = keras.random.normal((), seed=self.noise)
+        return super().build_losses(labels, model_outputs) + 0 * noise
+
+
+def short(run_dir, task=None, train_steps=3, **config):
+    trainer = legato.Trainer(
+        task or Classifier(),
+        run_dir=run_dir,
+        config=legato.TrainerConfig(
+            train_steps=train_steps,
+            validation_interval=None,
+            progress="none",
+            **config,
+        ),
+    )
+    trainer.train()
+    return trainer
+
+
+def test_a_step_that_cannot_be_compiled(tmp_path):
+    with pytest.raises(StepError, match=r"SeedGenerator.*torch_compile=False"):
+        short(tmp_path / "asked", Noisy(), torch_compile=True)
+    with pytest.warns(LegatoWarning, match="runs without being compiled"):
+        begin_long(tmp_path / "auto", Noisy())
+
+
+def begin_long(run_dir, task):
+    with pytest.raises(legato.errors.Stopped):
+        short(run_dir, task, train_steps=5000, max_time=1e-6)
+
+
+def test_the_choice_is_kept(tmp_path):
+    short(tmp_path, torch_compile=False)
+    with pytest.warns(LegatoWarning, match="eager from the beginning"):
+        short(tmp_path, train_steps=6, torch_compile=True)
+    # Without a word where nothing else was asked for, however long it is.
+    begin_long(tmp_path, Classifier())
+
+
+def test_dropout_goes_on_with_the_generator_that_was_saved(tmp_path):
+    runs.train("plateau", tmp_path / "whole", train_steps=9)
+    runs.train("plateau", tmp_path / "two", train_steps=4)
+    runs.train("plateau", tmp_path / "two", train_steps=9)
+    whole, two = (
+        (tmp_path / run / "final" / "state.safetensors").read_bytes()
+        for run in ("whole", "two")
+    )
+    assert whole == two
