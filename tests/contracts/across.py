@@ -1,0 +1,77 @@
+"""Trains scenarios from weights that are the same on every backend.
+
+Keras has one backend in a process, so the losses of another one are those
+that `KERAS_BACKEND=... python -m tests.contracts.across losses.json` writes.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+import legato
+from tests.contracts.by_hand import WITH_CALLBACKS
+from tests.contracts.scenarios import SCENARIOS
+
+STEPS = 20
+
+# Each backend draws noise of its own, and two that round float16 differently
+# are 1e-3 apart after one step.
+NAMES = sorted({*SCENARIOS} - {"gan", "vae", "half_precision"})
+
+
+def same_everywhere(model: Any) -> None:
+    """Give a new model weights that NumPy draws, and turn dropout off."""
+    random = np.random.default_rng(6)
+    for variable in model.trainable_variables:
+        inputs = int(np.prod(variable.shape[:-1]))
+        values = random.normal(size=variable.shape) / np.sqrt(inputs)
+        variable.assign(values.astype("float32"))
+    for layer in model.layers:
+        if isinstance(layer, layers.Dropout):
+            layer.rate = 0.0
+        elif isinstance(layer, layers.LSTM):
+            layer.cell.dropout = 0.0
+
+
+def train(name: str, run_dir: Path) -> list[float]:
+    """Train a scenario; the loss of each step."""
+    scenario = SCENARIOS[name]
+    task = scenario.make_task()
+    task.initialize = same_everywhere
+    changes = {
+        "train_steps": STEPS,
+        "summary_interval": 1,
+        "checkpoint_interval": 1000,
+        # Only losses are compared, and everything else is to be compiled.
+        "train_metrics_interval": 0,
+        "validation_interval": None,
+        "best_metric": None,
+    }
+    legato.Trainer(
+        task,
+        run_dir=run_dir,
+        config=legato.TrainerConfig(**{**scenario.config, **changes}),
+        callbacks=scenario.make_callbacks(task)
+        if name in WITH_CALLBACKS
+        else [],
+    ).train()
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [r["loss"] for r in records if r["kind"] == "train"]
+
+
+def main(out: str) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        losses = {name: train(name, Path(directory, name)) for name in NAMES}
+    backend = keras.config.backend()
+    Path(out).write_text(json.dumps({"backend": backend, "losses": losses}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
