@@ -9,7 +9,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BACKENDS ?= jax
+BACKENDS ?= jax tensorflow torch
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -49,5 +49,5 @@ $(VENV)/.demo: $(INPUTS) | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: $(INPUTS) | $(BIN)/python
-	$(PIP) -c constraints.txt -e '.[jax,digits,dev]'
+	$(PIP) -c constraints.txt -e '.[jax,digits,dev]' tensorflow-cpu torch
 	touch $@ $(VENV)/.demo

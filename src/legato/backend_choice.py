@@ -13,8 +13,8 @@ from legato.errors import BackendError
 
 BACKENDS = {
     "jax": 'pip install "legato[jax]"',
-    "tensorflow": "pip install tensorflow-cpu",
-    "torch": "pip install torch",
+    "tensorflow": 'pip install "legato[tensorflow]"',
+    "torch": 'pip install "legato[torch]"',
 }
 """The backends, in order of preference, and how each is installed."""
 

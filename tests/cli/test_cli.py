@@ -232,7 +232,7 @@ def test_the_order_of_choice(monkeypatch, installed):
     ("arguments", "environment", "expected"),
     [
         (["tensorflow"], "", "--backend asks for tensorflow, which is not"),
-        (["tensorflow"], "", "installed: pip install tensorflow-cpu"),
+        (["tensorflow"], "", 'installed: pip install "legato[tensorflow]"'),
         ([], "numpy", "KERAS_BACKEND asks for 'numpy': legato trains on jax"),
         ([None, "tensorflow"], "", "the experiment's 'backend' asks for"),
     ],
