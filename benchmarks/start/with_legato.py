@@ -67,6 +67,7 @@ legato.Trainer(
     config=legato.TrainerConfig(
         train_steps=int(sys.argv[3]),
         checkpoint_interval=10_000,
+        torch_compile=False,
         progress="none",
     ),
     callbacks=[FirstStep()] if sys.argv[4:] == ["first"] else [],

@@ -1,39 +1,99 @@
 """Failures of the machine under training: what is left, and what is said."""
 
+import itertools
+import re
+
+import keras
 import numpy as np
 import pytest
 
 import legato
-from legato.backends.jax.loop import JaxLoop
+from legato.checkpoint import CheckpointStore
+from legato.run_directory import read_run_id
+from legato.state import variable_paths
 from tests.contracts.scenarios import Classifier
 
 
 def trainer(run_dir):
     config = legato.TrainerConfig(
-        train_steps=30, checkpoint_interval=5, progress="none"
+        train_steps=30,
+        checkpoint_interval=5,
+        validation_interval=None,
+        progress="none",
     )
     return legato.Trainer(Classifier(), run_dir=run_dir, config=config)
 
 
-@pytest.fixture
-def failing_device(monkeypatch):
-    """The device runs out of memory at the sixth call.
+FAILURE = "RESOURCE_EXHAUSTED: Out of memory"
 
-    It has taken its inputs by then: their arrays are deleted, as JAX leaves
-    them when a donated call fails.
+
+def fail_on_jax(monkeypatch):
+    """The sixth call fails when it has taken its inputs.
+
+    Their arrays are deleted by then, as JAX leaves them when a donated call
+    fails.
     """
-    calls = [0]
+
+    from legato.backends.jax.loop import JaxLoop
+
+    calls = itertools.count(1)
     real = JaxLoop.__call__
 
     def call(self, step, num_steps, operands):
-        calls[0] += 1
-        if calls[0] == 6:
+        if next(calls) == 6:
             for variable in self.updated:
                 variable._value.delete()
-            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            raise RuntimeError(FAILURE)
         return real(self, step, num_steps, operands)
 
     monkeypatch.setattr(JaxLoop, "__call__", call)
+
+
+def fail_on_tensorflow(monkeypatch):
+    """The sixth call fails when it has changed all variables."""
+    from legato.backends.tensorflow import loop
+
+    calls = itertools.count(1)
+    real = loop._make_loop
+
+    def make_loop(*arguments):
+        run = real(*arguments)
+
+        def call(*inputs):
+            out = run(*inputs)
+            if next(calls) == 6:
+                raise RuntimeError(FAILURE)
+            return out
+
+        return call
+
+    monkeypatch.setattr(loop, "_make_loop", make_loop)
+
+
+def fail_on_torch(monkeypatch):
+    """The 17th step fails when it has changed the weights, but not counted."""
+    from legato.backends.torch import loop
+
+    calls = itertools.count(1)
+    real = loop.to_row
+
+    def to_row(logs):
+        if next(calls) == 17:
+            raise RuntimeError(FAILURE)
+        return real(logs)
+
+    monkeypatch.setattr(loop, "to_row", to_row)
+
+
+@pytest.fixture
+def failing_device(monkeypatch):
+    """The device runs out of memory in mid-run."""
+    fail = {
+        "jax": fail_on_jax,
+        "tensorflow": fail_on_tensorflow,
+        "torch": fail_on_torch,
+    }
+    fail[keras.config.backend()](monkeypatch)
 
 
 def test_after_a_failed_device_call_the_model_is_valid(
@@ -42,7 +102,18 @@ def test_after_a_failed_device_call_the_model_is_valid(
     failed = trainer(tmp_path / "run")
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as caught:
         failed.train()
-    assert "newest checkpoint" in "".join(caught.value.__notes__)
+    note = "".join(caught.value.__notes__)
+    held = re.search(r"hold step (\d+), the newest checkpoint", note)
+    assert held, note
+    saved = CheckpointStore(
+        tmp_path / "run", run_id=read_run_id(tmp_path / "run")
+    ).restore()
+    assert saved.step == int(held[1])
+    variables = variable_paths({"model": failed.model})
+    assert variables
+    for path, variable in variables.items():
+        value = keras.ops.convert_to_numpy(variable)
+        np.testing.assert_array_equal(value, saved.arrays[path])
     assert np.isfinite(failed.model.predict(np.ones((2, 8)), verbose=0)).all()
 
     monkeypatch.undo()
