@@ -91,7 +91,7 @@ def test_dtypes_are_those_that_the_backend_computes_with():
     )
     assert [str(a.dtype) for a in source.resident] == [
         "float32",
-        "int32",
+        "int32" if keras.config.backend() == "jax" else "int64",
         "bool",
         "uint8",
     ]
@@ -105,7 +105,6 @@ def test_dtypes_are_those_that_the_backend_computes_with():
         ({}, 5, ["no array"]),
         ((X, 3), 5, ["scalar 3"]),
         (np.array(["a", "b"]), 5, ["dtype <U1", "numbers"]),
-        (np.array([2**40, 1]), 5, ["int64", "int32"]),
         (X, 0, ["batch_size=0", "at least 1"]),
         (X, 2.5, ["batch_size=2.5", "int"]),
         (X, True, ["batch_size=True", "int"]),

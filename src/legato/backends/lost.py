@@ -1,8 +1,11 @@
 """Variables whose values mean nothing, since a device call failed midway."""
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, MutableMapping
 
 import keras
+
+from legato.errors import BackendError
 
 
 class LostVariables:
@@ -10,11 +13,13 @@ class LostVariables:
 
     def __init__(self) -> None:
         # Keyed by identity, as in Keras: comparing variables compares values.
-        self._lost: dict[int, keras.Variable] = {}
+        self._lost: MutableMapping[int, keras.Variable] = (
+            weakref.WeakValueDictionary()
+        )
 
     def add(self, variables: Iterable[keras.Variable]) -> None:
         """A call that updates these failed."""
-        self._lost |= {id(v): v for v in variables}
+        self._lost.update({id(v): v for v in variables})
 
     def remove(self, variables: Iterable[keras.Variable]) -> None:
         """These have been given values."""
@@ -26,3 +31,15 @@ class LostVariables:
     ) -> list[keras.Variable]:
         """Which of these are lost."""
         return [v for v in variables if id(v) in self._lost]
+
+    def refuse(self, variables: Iterable[keras.Variable]) -> None:
+        """Check that none of these is lost, before they are used.
+
+        Raises:
+            BackendError: one is.
+        """
+        if self._lost and self.among(variables):
+            raise BackendError(
+                "The variables hold no valid values since a device call "
+                "failed. Restore a checkpoint, or build the model anew."
+            )

@@ -66,9 +66,11 @@ def compile_loop(
         with scope:
             batch = fetch(resident, operands, index)
             logs = step(batch, at)
+            row: list[Any] = [
+                keras.ops.convert_to_tensor(v, "float32") for v in logs.values()
+            ]
         scopes.append(scope)
         names[:] = logs
-        row = [jnp.asarray(v).astype(jnp.float32) for v in logs.values()]
         rows = jnp.stack(row) if row else jnp.zeros((0,), jnp.float32)
         return [value for _, value in scope.updates()], rows
 

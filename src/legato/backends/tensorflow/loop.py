@@ -1,0 +1,146 @@
+"""A step traced once, and run many times in one call of a graph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from legato.backends.lost import LostVariables
+from legato.backends.protocol import (
+    Compilation,
+    CompiledLoop,
+    Fetch,
+    LoopMode,
+    Step,
+)
+from legato.backends.tensorflow.effects import find_effects
+from legato.backends.tensorflow.scope import StepScope
+from legato.compat import keras_tracing
+from legato.errors import StepError
+
+_PYTHON_VALUE = (
+    "The step asks for the value of a tensor in Python (by `if`, `while`, "
+    "`for` or `bool()`), but it is traced once for all batches, and there is "
+    "no value yet. Use keras.ops.cond, keras.ops.where, "
+    "keras.ops.while_loop or keras.ops.scan."
+)
+
+LOST = LostVariables()
+"""Those that a failed call left in the midst of a step."""
+
+
+def compile_loop(
+    step: Step,
+    *,
+    fetch: Fetch,
+    resident: Any,
+    operands: Any,
+    mode: LoopMode | None,
+    losses_in_step: bool,
+    variables: Sequence[keras.Variable] = (),
+    compilation: Compilation = "never",
+) -> "TensorFlowLoop":
+    """See `Backend.compile_loop`.
+
+    It is one function on purpose: few frames of ours should lie above the
+    user's step in a traceback.
+    """
+    del mode, compilation  # there is one way to run
+    del variables  # those that exist are found in the first trace
+    scopes: list[StepScope] = []
+    names: list[str] = []
+    leaves = keras.tree.flatten(operands)
+
+    def run(index: Any, at: Any, *flat: Any) -> Any:
+        # What is made lazily is made in the first trace; what is made in the
+        # second is made anew in every step.
+        scope = StepScope(losses=losses_in_step, may_make=not scopes)
+        scopes.append(scope)
+        with scope:
+            batch = fetch(
+                resident, keras.tree.pack_sequence_as(operands, flat), index
+            )
+            logs = step(batch, at)
+            names[:] = logs
+            row = [keras.ops.cast(log, "float32") for log in logs.values()]
+            return tf.stack(row) if row else tf.zeros((0,))
+
+    count = tf.TensorSpec((), tf.int32)
+    specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves]
+    # The outer scope is left after the trace: only then is what was made while
+    # tracing, and not used, given its value.
+    with (
+        keras.StatelessScope(),
+        keras_tracing.traced_step(None, eager=lambda: scopes[-1].building()),
+    ):
+        try:
+            # A trace that makes variables is repeated by TensorFlow.
+            traced = tf.function(run, autograph=False).get_concrete_function(
+                count, count, *specs
+            )
+        except tf.errors.OperatorNotAllowedInGraphError as error:
+            raise StepError(_PYTHON_VALUE) from error
+    return TensorFlowLoop(traced, scopes[-1], names, leaves, len(scopes))
+
+
+class TensorFlowLoop(CompiledLoop):
+    """See `CompiledLoop`."""
+
+    def __init__(
+        self,
+        traced: Any,
+        scope: StepScope,
+        names: list[str],
+        leaves: list[Any],
+        traces: int,
+    ) -> None:
+        effects = find_effects(
+            traced, scope.read.values(), scope.updated.values()
+        )
+        self.updated = effects.updated
+        self.read_only = effects.read_only
+        self.log_names = list(names)
+        self.mode = "fused"
+        self.traces = traces
+        self._run = _make_loop(traced, leaves, len(names))
+
+    def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
+        LOST.refuse(self.variables)
+        flat = [tf.constant(leaf) for leaf in keras.tree.flatten(operands)]
+        try:
+            return self._run(
+                tf.constant(step, tf.int32),
+                tf.constant(num_steps, tf.int32),
+                *flat,
+            )
+        except BaseException:
+            # It may have stopped between any two assignments.
+            LOST.add(self.updated)
+            raise
+
+
+def _make_loop(traced: Any, leaves: list[Any], num_logs: int) -> Any:
+    """A graph that runs a step a number of times that is given with a call."""
+    capacity = leaves[0].shape[0]
+    count = tf.TensorSpec((), tf.int32)
+    specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    def loop(step: Any, num_steps: Any, *flat: Any) -> Any:
+        def body(index: Any, rows: Any) -> Any:
+            row = traced(index, step + index, *flat)
+            if num_logs:
+                rows = tf.tensor_scatter_nd_update(rows, [[index]], [row])
+            return index + 1, rows
+
+        _, rows = tf.while_loop(
+            lambda index, rows: index < num_steps,
+            body,
+            (tf.constant(0), tf.zeros((capacity, num_logs))),
+            parallel_iterations=1,
+        )
+        return rows
+
+    return tf.function(loop, autograph=False).get_concrete_function(
+        count, count, *specs
+    )
