@@ -10,7 +10,7 @@ from legato.backends import Compilation, CompiledLoop
 from legato.data import Chunk, DataSource
 from legato.errors import StepError
 from legato.metrics import StepMetric, results
-from legato.task import AttributeReads, Task, noting_reads
+from legato.task import AttributeReads, Task, tracing
 from legato.types import Logs
 
 MAX_CAPACITY = 256
@@ -201,7 +201,7 @@ class Evaluator:
             backend = backends.current()
             if self._resident is None:
                 self._resident = backend.place(self._source.resident)
-            with noting_reads(self._reads):
+            with tracing(self._reads):
                 loop = backend.compile_loop(
                     self._step,
                     fetch=self._source.fetch,

@@ -4,10 +4,11 @@ What is keyed needs no saving: the order of any epoch can be computed at any
 position, in any process, by any number of workers, and is the same.
 """
 
+import contextlib
 import hashlib
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -150,3 +151,13 @@ def set_host_state(state: Any, arrays: Mapping[str, np.ndarray]) -> None:
         raise DamagedError(
             f"The saved random state is not one: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def kept_host_state() -> Iterator[None]:
+    """What is drawn inside leaves the generators as they were."""
+    state = get_host_state()
+    try:
+        yield
+    finally:
+        set_host_state(*state)

@@ -11,6 +11,7 @@ from legato.backends import value_and_grad
 from legato.data import DataSource
 from legato.errors import ConfigError, StepError
 from legato.metrics import StepMetric
+from legato.rng import kept_host_state
 
 Optimizers = keras.optimizers.Optimizer | dict[str, keras.optimizers.Optimizer]
 
@@ -170,7 +171,8 @@ class AttributeReads:
 
     Their values are constants of the compiled program: one that changes
     later would be ignored in silence. Numbers, strings, small arrays and
-    containers of these are compared by value, and everything else not at all.
+    containers of these are compared by value, tensors by identity, and
+    everything else not at all.
     """
 
     def __init__(self) -> None:
@@ -198,10 +200,23 @@ class AttributeReads:
             if now != before:
                 raise StepError(
                     f"{type(task).__name__}.{name} was {text} when the step "
-                    f"was compiled and is {value!r:.80} now: the compiled "
-                    "step would go on with the old value. Make it a "
-                    "keras.Variable and assign to that."
+                    f"was traced and is {value!r:.80} now: a compiled step "
+                    "would go on with the old value, and a checkpoint holds "
+                    "none of it. Make it a keras.Variable and assign to that."
                 )
+
+
+class _Same:
+    """Equal to what holds the same object, and keeps it alive."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 class _NotPlainError(Exception):
@@ -222,6 +237,8 @@ def _frozen(value: Any) -> Any:
             if value.nbytes > _SMALL_BYTES:
                 raise _NotPlainError  # compared at every call: too dear
             return "array", value.dtype, value.shape, value.tobytes()
+        case _ if keras.ops.is_tensor(value):
+            return "tensor", _Same(value)
         case list() | tuple():
             return type(value), [_frozen(each) for each in value]
         case set() | frozenset():
@@ -236,12 +253,17 @@ _reads: AttributeReads | None = None
 
 
 @contextlib.contextmanager
-def noting_reads(reads: AttributeReads) -> Iterator[None]:
-    """While a step is traced: note which attributes of Tasks it reads."""
+def tracing(reads: AttributeReads) -> Iterator[None]:
+    """While a step is traced: note which attributes of Tasks it reads.
+
+    When that is, a resumed run may differ from one that was not killed, so
+    nothing that it draws from Python's or NumPy's generators counts.
+    """
     global _reads
     before, _reads = _reads, reads
     try:
-        yield
+        with kept_host_state():
+            yield
     finally:
         _reads = before
 

@@ -15,7 +15,7 @@ from legato.errors import StepError
 from legato.evaluation import check_logs
 from legato.metrics import StepMetric, run_recorded
 from legato.state import layer_paths
-from legato.task import AttributeReads, Task, noting_reads
+from legato.task import AttributeReads, Task, tracing
 
 
 class TrainSteps:
@@ -119,7 +119,7 @@ class TrainSteps:
             operands = iterator.next_chunk(1).operands
             self._build_model()
             expected = self._expected_variables()
-        with noting_reads(self._reads):
+        with tracing(self._reads):
             try:
                 loop = self._backend.compile_loop(
                     self._step,
@@ -154,11 +154,17 @@ class TrainSteps:
             return
         batch = self._source.batch_spec(self._source.full_batch_size)
         if isinstance(batch, tuple) and len(batch) == 2:
-            features = keras.tree.map_structure(
-                lambda spec: keras.KerasTensor(spec.shape, str(spec.dtype)),
-                batch[0],
-            )
-            model(features)
+            for make in (keras.KerasTensor, keras.ops.zeros):
+                features = keras.tree.map_structure(
+                    lambda spec, make=make: make(spec.shape, str(spec.dtype)),
+                    batch[0],
+                )
+                try:
+                    model(features)
+                    return
+                except NotImplementedError:
+                    # A layer that cannot tell the shape of what it returns.
+                    continue
 
     def _layers(self) -> list[keras.layers.Layer]:
         return list(layer_paths({"model": self._model}).values())

@@ -483,3 +483,49 @@ def test_a_config_that_the_user_keeps_there_is_not_overwritten(tmp_path):
     with pytest.raises(legato.errors.RunDirError, match=r"config\.yaml"):
         train(Classifier(), tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "the user's own"
+
+
+class Counts(Classifier):
+    """A variable itself among the logs, and what was before an update."""
+
+    def build_optimizer(self):
+        return keras.optimizers.SGD(0.1)
+
+    def train_step(self, inputs, model, optimizer, metrics=None):
+        bias = model.layers[-1].bias
+        before = keras.ops.stop_gradient(bias)
+        logs = super().train_step(inputs, model, optimizer, metrics)
+        moved = keras.ops.sum(keras.ops.abs(bias - before))
+        return {**logs, "count": optimizer.iterations, "moved": moved}
+
+
+def test_variables_among_the_logs_and_values_from_before(tmp_path):
+    train(Counts(), tmp_path, epochs=None, train_steps=4, summary_interval=1)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    records = [r for r in records if r["kind"] == "train"]
+    assert [r["count"] for r in records] == [1, 2, 3, 4]
+    assert all(r["moved"] > 0 for r in records)
+
+
+class DrawsInPython(Classifier):
+    """Its step draws from NumPy: once in a trace, or at each step."""
+
+    def __init__(self):
+        self.draw = np.random.rand
+
+    def build_losses(self, labels, model_outputs, aux_losses=None):
+        loss = super().build_losses(labels, model_outputs)
+        return loss * (1 + 0 * self.draw())
+
+
+class LogsADraw(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        logs["drawn"] = np.random.rand()
+
+
+def test_tracing_draws_nothing_from_the_hosts_generators(tmp_path):
+    # A partial batch is traced when training goes on: later in a resumed run.
+    same_after_a_stop(
+        DrawsInPython, tmp_path, make_callbacks=lambda: [LogsADraw()]
+    )

@@ -401,3 +401,182 @@ def test_dropout_goes_on_with_the_generator_that_was_saved(tmp_path):
         for run in ("whole", "two")
     )
     assert whole == two
+
+
+# -- found in review ---------------------------------------------------------
+
+
+def aliasing_step():
+    """A step in which nearly all values are copies of others."""
+    a, b, c, fast, slow, doubled = (
+        keras.Variable(float(i), name=f"v{i}") for i in range(6)
+    )
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer.build([fast, doubled])
+
+    def step(batch, at):
+        first, second, third = a.value, b.value, c.value
+        a.assign(second)
+        b.assign(third)
+        c.assign(first)
+        slow.assign(ops.stop_gradient(fast))
+        new = doubled * 2.0
+        doubled.assign(new)
+        before = fast.value
+        optimizer.apply([ops.ones(()), ops.ones(())], [fast, doubled])
+        return {
+            "a": a, "b": b, "c": c, "slow": slow, "before": before,
+            "fast": fast, "new": new, "doubled": doubled,
+        }  # fmt: skip
+
+    return step
+
+
+EXPECTED = [
+    [1, 2, 0, 3, 3, 2, 10, 9],
+    [2, 0, 1, 2, 2, 1, 18, 17],
+    [0, 1, 2, 1, 1, 0, 34, 33],
+]
+
+
+@pytest.mark.parametrize("compilation", ["never", "always"])
+def test_copies_of_variables_are_copies(compilation):
+    loop, operands = compile_step(aliasing_step(), compilation=compilation)
+    assert rows(loop, operands).tolist() == EXPECTED
+
+
+def test_what_forward_gives_away_is_no_variables_memory():
+    weight = keras.Variable(2.0)
+    optimizer = keras.optimizers.SGD(1.0)
+
+    def step(batch, at):
+        def forward():
+            return weight * weight, ops.stop_gradient(weight)
+
+        (_, aux), gradients = legato.value_and_grad(forward, [weight])
+        optimizer.apply(gradients, [weight])
+        return {"aux": aux}
+
+    loop, operands = compile_step(step)
+    assert rows(loop, operands, 2).tolist() == [[2], [-2]]
+
+
+def test_a_change_in_place_is_refused():
+    weight = keras.Variable(2.0, name="weight")
+
+    def step(batch, at):
+        weight.value.clamp_(-1, 1)
+        return {}
+
+    with pytest.raises(StepError, match=r"'weight' in place.*assign"):
+        compile_step(step)
+
+
+def test_differentiating_in_branches():
+    a, b, c = (keras.Variable(2.0, name=n) for n in "abc")
+    seen = []
+
+    def gradients_of(*variables):
+        _, gradients = legato.value_and_grad(
+            lambda: variables[0] * variables[0], variables
+        )
+        seen.append([None if g is None else float(g) for g in gradients])
+        return ops.zeros(())
+
+    def step(batch, at):
+        ops.cond(
+            at % 2 == 0, lambda: gradients_of(a), lambda: gradients_of(b, c)
+        )
+        gradients_of(c, a)
+        return {}
+
+    loop, operands = compile_step(step)
+    seen.clear()
+    rows(loop, operands)
+    assert seen == [
+        [4], [4, None],
+        [4, None], [4, None],
+        [4], [4, None],
+    ]  # fmt: skip
+
+
+def test_a_variable_that_was_not_examined_is_refused():
+    often, seldom = (keras.Variable(0.0, name=n) for n in ("often", "seldom"))
+
+    def step(batch, at):
+        often.assign_add(1.0)
+        if int(at) == 1:
+            seldom.assign_add(1.0)
+        return {}
+
+    loop, operands = compile_step(step)
+    with pytest.raises(StepError, match=r"used seldom.*keras.ops.cond"):
+        loop(0, 3, operands)
+
+
+def test_autograd_of_the_users_own_is_refused():
+    weight = keras.Variable(2.0)
+
+    def step(batch, at):
+        (weight * weight).backward()
+        return {}
+
+    with pytest.raises(StepError, match=r"legato.value_and_grad"):
+        compile_step(step)
+
+
+class Wrapped(Classifier):
+    """A module of PyTorch's between Keras layers."""
+
+    def __init__(self, module):
+        self.make_module = lambda: module
+
+    def build_model(self):
+        return keras.Sequential(
+            [
+                layers.Input((8,)),
+                layers.Dense(4),
+                keras.layers.TorchModuleWrapper(self.make_module()),
+                layers.Dense(3),
+            ]
+        )
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_module_of_pytorchs_is_trained(compiled, tmp_path):
+    module = torch.nn.Linear(4, 4)
+    before = module.weight.detach().clone()
+    short(tmp_path, Wrapped(module), torch_compile=compiled)
+    assert not torch.equal(module.weight.detach(), before)
+
+
+def test_a_module_with_buffers_is_refused(tmp_path):
+    with pytest.raises(StepError, match=r"buffers \(running_mean"):
+        short(tmp_path, Wrapped(torch.nn.BatchNorm1d(4)))
+
+
+class Mean(Classifier):
+    """Keeps a mean in a plain attribute."""
+
+    def __init__(self):
+        self.mean = torch.zeros(())
+
+    def train_step(self, inputs, model, optimizer, metrics=None):
+        self.mean = self.mean + ops.mean(inputs[0])
+        return super().train_step(inputs, model, optimizer, metrics)
+
+
+def test_a_tensor_that_changes_on_the_task_is_refused(tmp_path):
+    with pytest.raises(StepError, match=r"Mean.mean.*keras.Variable"):
+        short(tmp_path, Mean())
+
+
+def test_without_a_compiler_a_long_run_is_eager(tmp_path, monkeypatch):
+    def compile_(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: no g++")
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    with pytest.warns(LegatoWarning, match="InvalidCxxCompiler"):
+        begin_long(tmp_path, Classifier())
+    with pytest.raises(StepError, match=r"no g\+\+.*torch_compile=False"):
+        short(tmp_path / "asked", torch_compile=True)

@@ -21,7 +21,13 @@ Branch = Callable[[], Any]
 
 def plain_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
     """Run the branch that is taken."""
-    return _run(true_fn if pred else false_fn)
+    taken = bool(pred)
+    scope = keras_tracing.current_scope()
+    branch = true_fn if taken else false_fn
+    if not isinstance(scope, StepScope):
+        return _run(branch)
+    with scope.root.branch(scope.root.meet("cond"), taken):
+        return _run(branch)
 
 
 def probing_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
@@ -33,16 +39,20 @@ def probing_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
     outer = keras_tracing.current_scope()
     if not isinstance(outer, StepScope):
         return plain_cond(pred, true_fn, false_fn)
-    taken, other = (true_fn, false_fn) if pred else (false_fn, true_fn)
+    root = outer.root
+    place = root.meet("cond")
+    is_true = bool(pred)
+    taken, other = (true_fn, false_fn) if is_true else (false_fn, true_fn)
     scope = StepScope(parent=outer, losses=outer.collect_losses, guarded=True)
     with kept_random_state():
         try:
-            with scope:
+            with root.branch(place, not is_true), scope:
                 unused = _run(other)
         finally:
             changed = scope.roll_back()
-    outer.root.changed_elsewhere |= changed
-    used = _run(taken)
+    root.changed_elsewhere |= changed
+    with root.branch(place, is_true):
+        used = _run(taken)
     _check_structures(used, unused)
     return keras.tree.map_structure(_connected, used, unused)
 
@@ -62,12 +72,13 @@ def merging_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
         return plain_cond(pred, true_fn, false_fn)
     if torch.is_grad_enabled():
         raise NotImplementedError("keras.ops.cond is used inside `forward`")
+    place = outer.root.meet("cond")
     results, scopes = [], []
-    for branch in (true_fn, false_fn):
+    for taken, branch in ((True, true_fn), (False, false_fn)):
         scope = StepScope(
             parent=outer, losses=outer.collect_losses, isolated=True
         )
-        with scope:
+        with outer.root.branch(place, taken), scope:
             results.append(_run(branch))
         scopes.append(scope)
     _check_structures(*results)
@@ -76,13 +87,11 @@ def merging_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
     def select(a: Any, b: Any) -> Any:
         return torch.where(pred, a, b) if isinstance(a, torch.Tensor) else a
 
-    first, second = (scope.state_mapping for scope in scopes)
-    for key in first | second:
-        variable = outer.root.read[key]
+    first, second = scopes
+    for key, variable in (first.changed() | second.changed()).items():
         value = outer.get_current_value(variable)
-        outer.add_update(
-            (variable, select(first.get(key, value), second.get(key, value)))
-        )
+        values = [s.state_mapping.get(key, value) for s in scopes]
+        outer.add_update((variable, select(*values)))
     return keras.tree.map_structure(select, *results)
 
 

@@ -55,7 +55,7 @@ def _differentiate(
 ) -> tuple[Any, list[Any]]:
     # Steps run without autograd, and `forward` with it.
     is_nested = torch.is_grad_enabled()
-    scope = StepScope(parent=outer, losses=True)
+    scope = StepScope(parent=outer, losses=True, in_forward=True)
     with torch.enable_grad(), scope:
         leaves = [_leaf(scope.get_current_value(v)) for v in variables]
         for variable, leaf in zip(variables, leaves, strict=True):

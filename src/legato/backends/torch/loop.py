@@ -17,15 +17,23 @@ from legato.backends.protocol import (
 from legato.backends.scope import refuse_new_variables
 from legato.backends.torch.arrays import current_device, to_tensors
 from legato.backends.torch.conditional import plain_cond, probing_cond
+from legato.backends.torch.modules import scoped_modules
 from legato.backends.torch.program import StepProgram, capture
 from legato.backends.torch.randomness import kept_random_state
 from legato.backends.torch.scope import StepScope
 from legato.backends.torch.step import ExaminedStep, to_row
 from legato.compat import keras_tracing
+from legato.errors import StepError
 
 # What is made lazily appears in the first run; what still makes new variables
 # in the fourth makes them in every step.
 _MAX_RUNS = 4
+
+_NO_AUTOGRAD = (
+    "The step differentiates by itself (`backward()` or torch.autograd.grad), "
+    "but only what is in the function given to legato.value_and_grad is "
+    "followed by autograd. Use that: it works on every backend."
+)
 
 LOST = LostVariables()
 """Those that a failed call left in the midst of a step."""
@@ -59,13 +67,19 @@ def compile_loop(
             # initialised, with values of their own.
             keras.StatelessScope(),
             keras_tracing.traced_step(probing_cond),
+            scoped_modules(),
             kept_random_state(),
             torch.no_grad(),
         ):
             try:
                 with scope:
                     logs = step(fetch(resident, first, 0), at)
+                scope.check_given()
                 found.copied = scope.to_be_copied()
+            except RuntimeError as error:
+                if "does not require grad" in str(error):
+                    raise StepError(_NO_AUTOGRAD) from error
+                raise
             finally:
                 changed = scope.roll_back()
         found.traces += 1
@@ -100,11 +114,15 @@ class TorchLoop(CompiledLoop):
         self.traces = step.traces
         self.mode = "eager" if program is None else "compiled"
         self._step = step
+        self._known = {id(v) for v in self.variables}
         self._resident = resident
         self._program = program
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
-        operands = to_tensors(operands)
+        LOST.refuse(self.variables)
+        operands = to_tensors(
+            keras.tree.map_structure(lambda a: a[:num_steps], operands)
+        )
         at = torch.arange(
             step, step + num_steps, dtype=torch.int32, device=current_device()
         ).unbind()
@@ -116,15 +134,28 @@ class TorchLoop(CompiledLoop):
                     return self._program(values, self._resident, operands, at)
                 rows = []
                 fetch, run = self._step.fetch, self._step.run
-                with keras_tracing.traced_step(plain_cond):
+                with keras_tracing.traced_step(plain_cond), scoped_modules():
                     for index, now in enumerate(at):
                         scope = self._step.new_scope(values)
                         with scope:
                             batch = fetch(self._resident, operands, index)
                             rows.append(to_row(run(batch, now)))
+                        self._check_variables(scope)
                         scope.commit()
                 return rows
         except BaseException:
             # It ended in the midst of a step.
             LOST.add(self.updated)
             raise
+
+    def _check_variables(self, scope: StepScope) -> None:
+        if len(scope.read) <= len(self._known):
+            return
+        new = [v.path for k, v in scope.read.items() if k not in self._known]
+        if new:
+            raise StepError(
+                f"The step used {', '.join(new[:3])}, which it did not use "
+                "when it was examined: it would be missing in checkpoints. "
+                "What depends on the value of a tensor belongs into "
+                "keras.ops.cond, not into Python's `if` or ops.switch."
+            )

@@ -6,6 +6,7 @@ program of it. It holds no Python: nothing about the user's objects can make
 it compile again.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from legato.backends.torch.arrays import current_device
 from legato.backends.torch.conditional import merging_cond
+from legato.backends.torch.modules import scoped_modules
 from legato.backends.torch.randomness import kept_random_state
 from legato.backends.torch.step import ExaminedStep, to_row
 from legato.compat import keras_tracing
 from legato.errors import LegatoWarning, StepError
+
+
+@torch.library.custom_op("legato::own", mutates_args=())
+def _own(value: torch.Tensor) -> torch.Tensor:
+    """A copy that the compiler must make.
+
+    Inductor (2.13) drops a clone of an input also where the input is changed
+    in place later on, and the clone is read after that.
+    """
+    return value.clone()
+
+
+_own.register_fake(torch.empty_like)
 
 
 class StepProgram:
@@ -60,7 +75,7 @@ class StepProgram:
 def capture(
     step: ExaminedStep, resident: Any, operands: Any, *, required: bool
 ) -> StepProgram | None:
-    """Capture a step.
+    """Capture a step, and compile it.
 
     Args:
         step: the step.
@@ -69,12 +84,57 @@ def capture(
         required: whether it is an error if that cannot be done.
 
     Returns:
-        The program; None, with a warning, for a step that cannot be captured.
+        The program; None, with a warning, for a step that cannot be compiled.
 
     Raises:
-        StepError: it cannot be captured, and is required to be.
+        StepError: it cannot be compiled, and is required to be.
     """
     variables = [*step.updated, *step.read_only]
+    values = {id(v): v._value.detach() for v in variables}
+    at = torch.zeros((), dtype=torch.int32, device=current_device())
+    try:
+        with kept_random_state(), torch.no_grad():
+            graph = _record(step, variables, values, resident, operands, at)
+            program = StepProgram(graph, variables)
+            # Compiles it now: before step 0 there is still a choice.
+            before = [values[id(v)].to("cpu", copy=True) for v in step.updated]
+            try:
+                program(values, resident, operands, [at])
+            finally:
+                for variable, value in zip(step.updated, before, strict=True):
+                    values[id(variable)].copy_(value)
+    except Exception as error:
+        # The step has just run without being compiled: it is sound.
+        message = (
+            f"The step cannot be compiled by PyTorch: {_reason(error)}. Most "
+            "often Python needs the value of a tensor, as keras.random with a "
+            "SeedGenerator, keras.ops.cond inside `forward` and some "
+            "optimizers (Nadam) do on PyTorch; or there is no C++ compiler."
+        )
+        if required:
+            raise StepError(
+                f"{message} Train it with torch_compile=False (and with "
+                'resume="override", if the run was compiled from the '
+                "beginning)."
+            ) from error
+        warnings.warn(
+            f"{message} It runs without being compiled.",
+            LegatoWarning,
+            stacklevel=2,
+        )
+        return None
+    return program
+
+
+def _record(
+    step: ExaminedStep,
+    variables: list[keras.Variable],
+    values: dict[int, torch.Tensor],
+    resident: Any,
+    operands: Any,
+    at: torch.Tensor,
+) -> torch.fx.GraphModule:
+    """What the step does to tensors; see `StepProgram`."""
 
     def run(
         values: list[torch.Tensor], resident: Any, operands: Any, at: Any
@@ -88,35 +148,21 @@ def capture(
             raise NotImplementedError("it uses other variables each time")
         return row
 
-    at = torch.zeros((), dtype=torch.int32, device=current_device())
-    arguments = [v._value.detach() for v in variables], resident, operands, at
-    try:
-        with (
-            keras_tracing.traced_step(merging_cond),
-            kept_random_state(),
-            torch.no_grad(),
-        ):
-            graph = make_fx(
-                run, tracing_mode="fake", _allow_non_fake_inputs=True
-            )(*arguments)
-    except Exception as error:
-        # The step has just run: it is the capture that failed.
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) <= 160 else f"{reason[:160]}..."
-        message = (
-            "The step cannot be compiled by PyTorch, because Python needs "
-            f"values of tensors in it ({type(error).__name__}: {reason}). On "
-            "PyTorch keras.random with a SeedGenerator, and keras.ops.cond "
-            "inside `forward`, are of that kind."
+    with keras_tracing.traced_step(merging_cond), scoped_modules():
+        graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
+            [values[id(v)] for v in variables], resident, operands, at
         )
-        if required:
-            raise StepError(
-                f"{message} Train it with torch_compile=False."
-            ) from error
-        warnings.warn(
-            f"{message} It runs without being compiled.",
-            LegatoWarning,
-            stacklevel=2,
-        )
-        return None
-    return StepProgram(graph, variables)
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.clone.default:
+            node.target, node.kwargs = torch.ops.legato.own.default, {}
+    graph.recompile()
+    return graph
+
+
+def _reason(error: Exception) -> str:
+    """The first words of an error, without colours and line breaks."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    # Keras says first in which layer it was.
+    text = re.sub(r"^Exception encountered when calling [^\n]*\n", "", text)
+    words = " ".join(text.split())[:160]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

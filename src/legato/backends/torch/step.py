@@ -8,7 +8,7 @@ import keras
 import torch
 
 from legato.backends.protocol import Fetch, Step
-from legato.backends.torch.scope import StepScope
+from legato.backends.torch.scope import Reached, StepScope
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class ExaminedStep:
     updated: list[keras.Variable] = dataclasses.field(default_factory=list)
     log_names: list[str] = dataclasses.field(default_factory=list)
     copied: frozenset[int] = frozenset()
-    reached: list[list[bool]] = dataclasses.field(default_factory=list)
+    reached: Reached = dataclasses.field(default_factory=dict)
 
     def new_scope(self, values: dict[int, torch.Tensor]) -> StepScope:
         """A scope to run it in.
