@@ -127,6 +127,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
 def test_max_time_ends_with_everything_saved(tmp_path):
     config = {
         "train_steps": 10**7,
+        "torch_compile": False,  # it takes longer than that
         "max_time": 1.5,
         "checkpoint_interval": 10**6,
         "progress": "none",

@@ -34,7 +34,10 @@ def variables_of(model):
 
 
 def values_of(model):
-    return [np.array(variable.value) for variable in variables_of(model)]
+    return [
+        np.array(keras.ops.convert_to_numpy(variable))
+        for variable in variables_of(model)
+    ]
 
 
 def logs_of(epoch, batch=0):
