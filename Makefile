@@ -33,7 +33,9 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.dev
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	set -e; for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/engine.py; \
+	done
 
 docs: $(VENV)/.dev
 	$(BIN)/pytest tests/test_docs.py

@@ -237,6 +237,12 @@ class Session:
             reporter=self._reporter,
             tolerates_nonfinite=self._tolerates_nonfinite(),
         )
+        unrepeatable = self._backend.unrepeatable()
+        if unrepeatable:
+            self._name_inexact(
+                "This run may differ from itself, killed or not: "
+                f"{'; '.join(unrepeatable)}"
+            )
         self._feed = Feed(
             parts.source.iterate(
                 seed=self._config.seed, capacity=self._capacity

@@ -14,8 +14,13 @@ import numpy as np
 import pytest
 
 import legato
-from legato import identity
-from legato.errors import LegatoWarning, StepError
+from legato import backends, identity
+from legato.errors import (
+    ExactnessError,
+    ExactnessWarning,
+    LegatoWarning,
+    StepError,
+)
 from legato.run_directory import prepare_run_directory, read_run_id
 from legato.storage import RunLock
 from tests.contracts.scenarios import Classifier
@@ -529,3 +534,15 @@ def test_tracing_draws_nothing_from_the_hosts_generators(tmp_path):
     same_after_a_stop(
         DrawsInPython, tmp_path, make_callbacks=lambda: [LogsADraw()]
     )
+
+
+def test_a_device_that_does_not_repeat_itself_is_named(tmp_path, monkeypatch):
+    backend = type(backends.current())
+    monkeypatch.setattr(
+        backend, "unrepeatable", lambda self: ["its sums vary: set FLAG=1"]
+    )
+    with pytest.raises(ExactnessError, match=r"sums vary: set FLAG=1.*strict"):
+        train(Classifier(), tmp_path / "strict", exact="strict")
+    with pytest.warns(ExactnessWarning, match="may differ from itself"):
+        train(Classifier(), tmp_path / "warn")
+    train(Classifier(), tmp_path / "off", exact="off")

@@ -159,5 +159,12 @@ class Backend(abc.ABC):
         """Put back what `get_random_state` returned."""
 
     @abc.abstractmethod
+    def unrepeatable(self) -> list[str]:
+        """What keeps this process from computing the same bits twice.
+
+        A sentence each, with the remedy.
+        """
+
+    @abc.abstractmethod
     def fingerprint(self) -> dict[str, JSON]:
         """What can change bits: versions, devices, threads, flags."""

@@ -74,6 +74,16 @@ class JaxBackend(Backend):
     def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
         del state
 
+    def unrepeatable(self) -> list[str]:
+        flag = "--xla_gpu_deterministic_ops=true"
+        flags = os.environ.get("XLA_FLAGS", "")
+        if jax.default_backend() != "gpu" or flag in flags:
+            return []
+        return [
+            "on a GPU XLA may use operations whose results vary: set the "
+            f"environment variable XLA_FLAGS={flag} before Python starts"
+        ]
+
     def fingerprint(self) -> dict[str, JSON]:
         devices = jax.local_devices()
         config: Any = jax.config  # its flags are not typed

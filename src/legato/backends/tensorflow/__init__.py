@@ -74,6 +74,15 @@ class TensorFlowBackend(Backend):
     def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
         del state
 
+    def unrepeatable(self) -> list[str]:
+        on_gpu = tf.config.list_logical_devices("GPU")
+        if not on_gpu or private_config.is_op_determinism_enabled():
+            return []
+        return [
+            "on a GPU TensorFlow uses operations whose results vary: call "
+            "tf.config.experimental.enable_op_determinism() at the start"
+        ]
+
     def fingerprint(self) -> dict[str, JSON]:
         threads = tf.config.threading
         devices = tf.config.list_logical_devices()

@@ -67,6 +67,16 @@ class TorchBackend(Backend):
     def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
         randomness.set_random_state(state)
 
+    def unrepeatable(self) -> list[str]:
+        on_cpu = tensors.current_device().type == "cpu"
+        if on_cpu or torch.are_deterministic_algorithms_enabled():
+            return []
+        return [
+            "on a GPU PyTorch uses operations whose results vary: call "
+            "torch.use_deterministic_algorithms(True), and set the environment "
+            "variable CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+        ]
+
     def fingerprint(self) -> dict[str, JSON]:
         cuda = torch.cuda.is_available()
         devices = torch.cuda.device_count() if cuda else 1

@@ -13,6 +13,8 @@ import torch
 def get_random_state() -> dict[str, np.ndarray]:
     """The state of each device's generator: uint8 arrays by device."""
     state = {"cpu": torch.get_rng_state().numpy().copy()}
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state().numpy().copy()
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             state[f"cuda{i}"] = torch.cuda.get_rng_state(i).numpy().copy()
@@ -29,6 +31,9 @@ def set_random_state(state: Mapping[str, np.ndarray]) -> None:
         tensor = torch.from_numpy(np.array(array, np.uint8))
         if name == "cpu":
             torch.set_rng_state(tensor)
+        elif name == "mps":
+            if torch.backends.mps.is_available():
+                torch.mps.set_rng_state(tensor)
         elif int(name.removeprefix("cuda")) < torch.cuda.device_count():
             torch.cuda.set_rng_state(tensor, int(name.removeprefix("cuda")))
 
