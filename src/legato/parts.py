@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from legato.compat.keras_names import fresh_names
+from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig
 from legato.data import DataSource
 from legato.errors import ConfigError
@@ -74,7 +75,7 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
         DataError: the data are wrong.
     """
     # Everything random that follows is a function of the seed.
-    keras.utils.set_random_seed(config.seed)
+    set_random_seed(config.seed)
     name = type(task).__name__
     model = task.build_model()
     models = list(model.values()) if isinstance(model, dict) else [model]

@@ -13,6 +13,7 @@ import numpy as np
 from legato import backends, identity, restoring
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import Checkpoint, CheckpointStore
+from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig
 from legato.data import Feed
 from legato.errors import (
@@ -273,7 +274,7 @@ class Session:
     def _begin_new(self) -> None:
         self._log.rewind(None)
         # What happened since the model was built does not count.
-        keras.utils.set_random_seed(self._config.seed)
+        set_random_seed(self._config.seed)
         self._parts.whole.stop_training = False
         self._callbacks.on_train_begin(resuming=False)
 
