@@ -9,7 +9,7 @@ from legato import backends
 from legato.backends import Compilation, CompiledLoop
 from legato.data import Chunk, DataSource
 from legato.errors import StepError
-from legato.metrics import StepMetric, results
+from legato.metrics import Results, StepMetric
 from legato.task import AttributeReads, Task, tracing
 from legato.types import Logs
 
@@ -100,6 +100,7 @@ class Evaluator:
         self._model = model
         self._source = source
         self.metrics = metrics
+        self._results = Results(metrics)
         self._seed = seed
         self.compilation: Compilation = "never"
         whole = source.batches_per_epoch
@@ -178,7 +179,7 @@ class Evaluator:
                 )
         iterator.close()
         logs = {name: total / examples for name, total in sums.items()}
-        logs.update(results(self.metrics))
+        logs.update(self._results())
         hooks.on_test_end(logs)
         return logs
 

@@ -12,7 +12,7 @@ import numpy as np
 from legato.config import TrainerConfig
 from legato.data import Chunk
 from legato.errors import ConfigError, LegatoWarning, NonFiniteLossError
-from legato.metrics import results
+from legato.metrics import Results
 from legato.progress import ProgressReporter
 from legato.state import Clock
 from legato.summaries import RunLog
@@ -60,6 +60,7 @@ class Recorder:
         self._task = task
         self._clock = clock
         self._metrics = metrics
+        self._results = Results(metrics)
         self._log_names = log_names
         self._learning_rates = learning_rates
         self._log = log
@@ -142,7 +143,7 @@ class Recorder:
             name: total / clock.interval_steps
             for name, total in clock.interval_logs.items()
         }
-        values.update(results(self._metrics))
+        values.update(self._results())
         values.update(self._learning_rates())
         self._log.write("train", clock.step, values)
         clock.interval_logs, clock.interval_steps = {}, 0
@@ -168,7 +169,7 @@ class Recorder:
             name: total / clock.epoch_examples
             for name, total in clock.epoch_logs.items()
         }
-        logs.update(results(self._metrics))
+        logs.update(self._results())
         logs.update(clock.validation_logs)
         return logs
 

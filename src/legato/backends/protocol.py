@@ -133,6 +133,15 @@ class Backend(abc.ABC):
         """Assign host arrays, bit for bit."""
 
     @abc.abstractmethod
+    def compile_reading(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+        """Something computed from variables, as one call of the device.
+
+        Args:
+            compute: returns nested tensors, from variables alone, and changes
+                nothing.
+        """
+
+    @abc.abstractmethod
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
         """The logs of a loop call: float32 `[num_steps, names]`; waits."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from legato import backends
 from legato.errors import ConfigError, StepError
 
 
@@ -104,16 +105,50 @@ def check_metrics(metrics: Any, where: str) -> list[keras.metrics.Metric]:
     return found
 
 
-def results(metrics: Sequence[keras.metrics.Metric]) -> dict[str, Any]:
-    """Current results on the host: floats, or lists for arrays."""
-    out: dict[str, Any] = {}
-    for metric in metrics:
-        value = metric.result()
-        named = value if isinstance(value, dict) else {metric.name: value}
-        for name, each in named.items():
-            array = np.asarray(keras.ops.convert_to_numpy(each))
-            out[name] = float(array) if array.ndim == 0 else array.tolist()
-    return out
+class Results:
+    """The current results of metrics, on the host.
+
+    Those of Keras's own metrics are computed in one call of the device. What
+    another metric's `result` looks at is not known, so it simply runs.
+
+    Args:
+        metrics: the metrics.
+    """
+
+    def __init__(self, metrics: Sequence[keras.metrics.Metric]) -> None:
+        self._metrics = metrics
+        self._kerass = [m for m in metrics if _is_kerass_own(m)]
+        self._compute: Callable[[], list[Any]] | None = None
+        self._num_variables = 0
+
+    def __call__(self) -> dict[str, Any]:
+        """Results by name: floats, or lists for arrays."""
+        computed = iter(self._of_kerass())
+        out: dict[str, Any] = {}
+        for metric in self._metrics:
+            own = any(metric is each for each in self._kerass)
+            value = next(computed) if own else metric.result()
+            named = value if isinstance(value, dict) else {metric.name: value}
+            for name, each in named.items():
+                array = np.asarray(keras.ops.convert_to_numpy(each))
+                out[name] = float(array) if array.ndim == 0 else array.tolist()
+        return out
+
+    def _of_kerass(self) -> list[Any]:
+        # Some make their variables when they are first updated.
+        present = sum(len(metric.variables) for metric in self._kerass)
+        if self._compute is None or present != self._num_variables:
+            self._num_variables = present
+            self._compute = backends.current().compile_reading(
+                lambda: [metric.result() for metric in self._kerass]
+            )
+        return self._compute() if self._kerass else []
+
+
+def _is_kerass_own(metric: Any) -> bool:
+    return type(metric).__module__.startswith("keras.") and all(
+        map(_is_kerass_own, metric._metrics)
+    )
 
 
 def directions(metrics: Sequence[keras.metrics.Metric]) -> dict[str, str]:

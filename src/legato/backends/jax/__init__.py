@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from legato.backends.jax import gradient, loop
+from legato.backends.jax.scope import StepScope
 from legato.backends.protocol import Backend
 from legato.types import JSON
 
@@ -51,6 +52,18 @@ class JaxBackend(Backend):
             # caller's memory. Not `jnp.array(copy=True)`, which compiles a
             # program for each new shape (15 ms).
             variable._value = jax.device_put(value, may_alias=False)
+
+    def compile_reading(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+        with StepScope() as scope:
+            compute()  # tells what it reads
+        variables = list(scope.read.values())
+
+        @jax.jit
+        def run(values: list[Any]) -> Any:
+            with StepScope(zip(variables, values, strict=True)):
+                return compute()
+
+        return lambda: run([v._value for v in variables])
 
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
         if isinstance(logs, list):

@@ -41,7 +41,8 @@ class TensorFlowBackend(Backend):
         return gradient.value_and_grad(forward, variables, optimizer)
 
     def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
-        return [v._value.numpy() for v in variables]
+        # (`numpy()` would copy.)
+        return [np.asarray(v._value.read_value()) for v in variables]
 
     def write(
         self, variables: Sequence[keras.Variable], values: Sequence[np.ndarray]
@@ -51,6 +52,9 @@ class TensorFlowBackend(Backend):
             # a variable, overwrite the caller's memory.
             variable._value.assign(tf.constant(value))
         loop.LOST.remove(variables)
+
+    def compile_reading(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+        return tf.function(compute, autograph=False)
 
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
         return logs.numpy()[:num_steps]

@@ -47,6 +47,13 @@ class TorchBackend(Backend):
             memory.copy_(tensors.to_tensor(value, memory.device))
         loop.LOST.remove(variables)
 
+    def compile_reading(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.no_grad():
+                return compute()
+
+        return run
+
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
         return torch.stack(logs).cpu().numpy()
 
