@@ -12,7 +12,7 @@ import keras
 import torch
 
 from legato.backends.torch.randomness import kept_random_state
-from legato.backends.torch.scope import StepScope
+from legato.backends.torch.scope import ExaminingScope, IsolatedScope, StepScope
 from legato.compat import keras_tracing
 from legato.errors import StepError
 
@@ -43,14 +43,15 @@ def probing_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
     place = root.meet("cond")
     is_true = bool(pred)
     taken, other = (true_fn, false_fn) if is_true else (false_fn, true_fn)
-    scope = StepScope(parent=outer, losses=outer.collect_losses, guarded=True)
+    scope = ExaminingScope(parent=outer, losses=outer.collect_losses)
     with kept_random_state():
         try:
             with root.branch(place, not is_true), scope:
                 unused = _run(other)
         finally:
             changed = scope.roll_back()
-    root.changed_elsewhere |= changed
+    if isinstance(root, ExaminingScope):
+        root.changed_elsewhere |= changed
     with root.branch(place, is_true):
         used = _run(taken)
     _check_structures(used, unused)
@@ -75,9 +76,7 @@ def merging_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
     place = outer.root.meet("cond")
     results, scopes = [], []
     for taken, branch in ((True, true_fn), (False, false_fn)):
-        scope = StepScope(
-            parent=outer, losses=outer.collect_losses, isolated=True
-        )
+        scope = IsolatedScope(outer)
         with outer.root.branch(place, taken), scope:
             results.append(_run(branch))
         scopes.append(scope)

@@ -12,8 +12,9 @@ from legato.backends.differentiation import (
     require_variables,
 )
 from legato.backends.torch.conditional import plain_cond, probing_cond
+from legato.backends.torch.modules import scoped_modules
 from legato.backends.torch.randomness import kept_random_state
-from legato.backends.torch.scope import StepScope
+from legato.backends.torch.scope import ExaminingScope, StepScope
 from legato.compat import keras_tracing
 
 
@@ -28,10 +29,11 @@ def value_and_grad(
     if isinstance(outer, StepScope):
         return _differentiate(forward, variables, optimizer, outer)
     # Outside of a step it is one by itself: examined, then run.
-    probe = StepScope(guarded=True)
+    probe = ExaminingScope()
     with (
         torch.no_grad(),
         keras_tracing.bound_cond(probing_cond),
+        scoped_modules(),
         kept_random_state(),
     ):
         try:
@@ -40,7 +42,11 @@ def value_and_grad(
         finally:
             probe.roll_back()
     scope = StepScope(reached=probe.reached)
-    with torch.no_grad(), keras_tracing.bound_cond(plain_cond):
+    with (
+        torch.no_grad(),
+        keras_tracing.bound_cond(plain_cond),
+        scoped_modules(),
+    ):
         with scope:
             found = _differentiate(forward, variables, optimizer, scope)
         scope.commit()

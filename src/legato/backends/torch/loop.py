@@ -1,7 +1,7 @@
 """A step examined once, and run in a loop by Python."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import torch
@@ -18,12 +18,14 @@ from legato.backends.scope import refuse_new_variables
 from legato.backends.torch.arrays import current_device, to_tensors
 from legato.backends.torch.conditional import plain_cond, probing_cond
 from legato.backends.torch.modules import scoped_modules
-from legato.backends.torch.program import StepProgram, capture
 from legato.backends.torch.randomness import kept_random_state
-from legato.backends.torch.scope import StepScope
+from legato.backends.torch.scope import ExaminingScope, StepScope
 from legato.backends.torch.step import ExaminedStep, to_row
 from legato.compat import keras_tracing
 from legato.errors import StepError
+
+if TYPE_CHECKING:
+    from legato.backends.torch.program import StepProgram
 
 # What is made lazily appears in the first run; what still makes new variables
 # in the fourth makes them in every step.
@@ -61,7 +63,7 @@ def compile_loop(
     at = torch.zeros((), dtype=torch.int32, device=current_device())
     found = ExaminedStep(run=step, fetch=fetch, losses_in_step=losses_in_step)
     for _ in range(_MAX_RUNS):
-        scope = StepScope(losses=losses_in_step, guarded=True)
+        scope = ExaminingScope(losses=losses_in_step)
         with (
             # Left last: only then are variables that were made meanwhile
             # initialised, with values of their own.
@@ -87,13 +89,15 @@ def compile_loop(
             break
     else:
         refuse_new_variables(list(scope.made.values()))
-    changed |= scope.changed_elsewhere
     found.updated = list(changed.values())
     found.read_only = [v for k, v in scope.read.items() if k not in changed]
     found.reached = scope.reached
     found.log_names = list(logs)
     program = None
     if mode == "compiled" or (mode is None and compilation != "never"):
+        # What it needs of PyTorch takes seconds to import.
+        from legato.backends.torch.program import capture
+
         required = mode is not None or compilation == "always"
         program = capture(found, resident, first, required=required)
     return TorchLoop(found, resident, program)
@@ -106,7 +110,7 @@ class TorchLoop(CompiledLoop):
         self,
         step: ExaminedStep,
         resident: Any,
-        program: StepProgram | None,
+        program: "StepProgram | None",
     ) -> None:
         self.read_only = step.read_only
         self.updated = step.updated

@@ -32,22 +32,18 @@ class StepScope(RecordingScope):
     Args:
         parent: the scope around this one.
         losses: whether `add_loss` collects here.
-        values: tensors that stand for variables, by id.
+        values: memory of the variables, by id; filled as they are read.
         copied: ids of variables that a step both reads by itself and lets an
             optimizer change: what it reads is a copy.
-        guarded: keep a copy of all that is read, for `roll_back`.
-        isolated: give copies of all that is read, so that nothing outside
-            changes.
         in_forward: whether it is that of a forward pass.
-        reached: what the loss of each `value_and_grad` depends on, as a
-            guarded scope found it.
+        reached: what the loss of each `value_and_grad` depends on, if that is
+            known.
 
     Attributes:
         root: the outermost scope of the step.
         in_forward: whether it is in a forward pass.
-        reached: as given, or as found.
+        reached: as given.
         made: variables that did not have a value yet.
-        changed_elsewhere: variables changed in a branch not taken.
     """
 
     parent: "StepScope | None"
@@ -59,8 +55,6 @@ class StepScope(RecordingScope):
         losses: bool = False,
         values: dict[int, torch.Tensor] | None = None,
         copied: frozenset[int] = frozenset(),
-        guarded: bool = False,
-        isolated: bool = False,
         in_forward: bool = False,
         reached: Reached | None = None,
     ) -> None:
@@ -69,45 +63,31 @@ class StepScope(RecordingScope):
         self.in_forward: bool = in_forward or (
             parent is not None and parent.in_forward
         )
+        self.reached: Reached = {} if reached is None else reached
+        self.made: dict[int, keras.Variable] = {}
         self._values = {} if values is None else values
         self._copied = copied
-        self._guarded = guarded
-        self._isolated = isolated
-        # (variable, copy of it, its version), by the variable's id.
-        self._isolates: dict[int, tuple[Any, torch.Tensor, int]] = {}
-        self.reached: Reached = {} if reached is None else reached
         # Where in the step's conditionals it is, and what was met there.
         self._branch: tuple[Any, ...] = ()
         self._met: collections.Counter[Any] = collections.Counter()
-        self.made: dict[int, keras.Variable] = {}
-        self.changed_elsewhere: dict[int, keras.Variable] = {}
-        # (tensor, its version, its value), by the variable's id.
-        self._before: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
-        self._read_by_step: set[int] = set()
-        # (variable, copy of it, its version): what the step itself was given.
-        self._given: list[tuple[keras.Variable, torch.Tensor, int]] = []
         # Memory that was handed out or is held; kept alive until the end, so
         # that no other can have its address.
         self._handled: dict[int, torch.Tensor] = {}
 
+    # -- reading ------------------------------------------------------------
+
     def get_current_value(self, variable: keras.Variable) -> torch.Tensor:
-        key = id(variable)
-        value = self.state_mapping.get(key)
-        is_live = value is None and self.parent is None
-        if value is None:
-            if self.parent is not None:
-                value = self.parent.get_current_value(variable)
-            else:
-                value = self._read(variable)
-            if self._isolated:
-                value = value.clone()
-                self._isolates[key] = variable, value, value._version
-                self.hold(variable, value)
-        if self._guarded and key not in self._before:
-            # On the host: a device may not have room for all of it twice.
-            copy = value.detach().to("cpu", copy=True)
-            self._before[key] = value, value._version, copy
-        return self._for_the_step(variable, value) if is_live else value
+        value = self.state_mapping.get(id(variable))
+        if value is None and self.parent is not None:
+            value = self.parent.get_current_value(variable)
+        elif value is None:
+            value = self._read(variable)
+            scope: Any = keras_tracing.current_scope()
+            if not (
+                keras_tracing.in_apply() or getattr(scope, "in_forward", False)
+            ):
+                return self.read_by_step(variable, value)
+        return value
 
     def _read(self, variable: keras.Variable) -> torch.Tensor:
         """The memory of a variable, for the outermost scope."""
@@ -120,41 +100,16 @@ class StepScope(RecordingScope):
             # Detached: what autograd follows is `value_and_grad`'s to say.
             value = initial_value(variable).detach()
             self._values[key] = value
-        self._note_memory(value)
+        self.root._handled[_memory(value)] = value
         return value
 
-    def _for_the_step(
+    def read_by_step(
         self, variable: keras.Variable, value: torch.Tensor
     ) -> torch.Tensor:
-        """A copy, where an optimizer will change what the step itself read."""
-        scope: Any = keras_tracing.current_scope()
-        if keras_tracing.in_apply() or getattr(scope, "in_forward", False):
-            return value
-        self._read_by_step.add(id(variable))
-        if self._guarded:
-            value = value.clone()
-            self._given.append((variable, value, value._version))
-        elif id(variable) in self._copied:
-            value = value.clone()
-        return value
+        """What the step itself gets: not a forward pass, not an optimizer."""
+        return value.clone() if id(variable) in self._copied else value
 
-    def _note_memory(self, value: torch.Tensor) -> None:
-        self.root._handled[_memory(value)] = value
-
-    def check_given(self) -> None:
-        """Check that the step did not change what it read in place.
-
-        Raises:
-            StepError: it did, and the change would be lost.
-        """
-        for variable, copy, version in self._given:
-            if copy._version != version:
-                raise StepError(
-                    f"The step changed the tensor of {variable.path!r} in "
-                    "place. Assign to the variable instead: "
-                    "variable.assign(keras.ops.clip(variable, -1, 1)), for "
-                    "example."
-                )
+    # -- assigning ----------------------------------------------------------
 
     def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
         variable, value = update
@@ -166,10 +121,11 @@ class StepScope(RecordingScope):
 
     def hold(self, variable: keras.Variable, value: torch.Tensor) -> None:
         """Give this tensor to whoever reads the variable in this scope."""
-        self.root.read.setdefault(id(variable), variable)
+        root = self.root
+        root.read.setdefault(id(variable), variable)
         if variable._value is None:
-            self.root.made[id(variable)] = variable
-        self._note_memory(value)
+            root.made[id(variable)] = variable
+        root._handled[_memory(value)] = value
         self.state_mapping[id(variable)] = value
 
     def own(self, value: Any) -> Any:
@@ -182,6 +138,28 @@ class StepScope(RecordingScope):
     def _is_shared(self, value: torch.Tensor) -> bool:
         """Whether it is memory of a variable, which may change."""
         return _memory(value) in self._handled
+
+    def commit(self, *, detached: bool = False) -> None:
+        """Move what was assigned into the scope around, or the variables.
+
+        No two of the values share memory, so that their order is free.
+
+        Args:
+            detached: without autograd's graph.
+        """
+        for key, variable in self.updated.items():
+            value = self.state_mapping[key]
+            if detached:
+                value = value.detach()
+            if self.parent is not None:
+                self.parent.updated[key] = variable
+                self.parent.hold(variable, value)
+            elif key in self._values:
+                self._values[key].copy_(value)
+            else:
+                variable._value.detach().copy_(value)
+
+    # -- places in the step -------------------------------------------------
 
     def meet(self, what: str) -> tuple[Any, ...]:
         """A name for this place in the step, the same in every run.
@@ -208,30 +186,70 @@ class StepScope(RecordingScope):
         Args:
             found: what it reached in the branches that were run.
         """
-        place = self.meet("value_and_grad")
-        if self._guarded:
-            self.reached[place] = found
-        return self.reached.get(place, found)
+        return self.reached.get(self.meet("value_and_grad"), found)
 
-    def commit(self, *, detached: bool = False) -> None:
-        """Move what was assigned into the scope around, or the variables.
 
-        Args:
-            detached: without autograd's graph.
+class ExaminingScope(StepScope):
+    """For a first run, which finds out what a step does and is undone.
+
+    What is read is copied to the host, for `roll_back`: a device may not have
+    room for all of it twice.
+
+    Attributes:
+        changed_elsewhere: variables changed in branches not taken.
+    """
+
+    def __init__(
+        self, *, parent: StepScope | None = None, losses: bool = False
+    ) -> None:
+        super().__init__(parent=parent, losses=losses)
+        self.changed_elsewhere: dict[int, keras.Variable] = {}
+        # (tensor, its version, its value), by the variable's id.
+        self._before: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        # (variable, copy of it, its version): what the step itself read.
+        self._given: list[tuple[keras.Variable, torch.Tensor, int]] = []
+
+    def get_current_value(self, variable: keras.Variable) -> torch.Tensor:
+        value = super().get_current_value(variable)
+        self._guard(variable, value)
+        return value
+
+    def _guard(self, variable: keras.Variable, value: torch.Tensor) -> None:
+        if id(variable) not in self._before:
+            copy = value.detach().to("cpu", copy=True)
+            self._before[id(variable)] = value, value._version, copy
+
+    def read_by_step(
+        self, variable: keras.Variable, value: torch.Tensor
+    ) -> torch.Tensor:
+        self._guard(variable, value)
+        copy = value.clone()
+        self._given.append((variable, copy, copy._version))
+        return copy
+
+    def note_reached(self, found: list[bool]) -> list[bool]:
+        self.reached[self.meet("value_and_grad")] = found
+        return found
+
+    def check_given(self) -> None:
+        """Check that the step did not change what it read in place.
+
+        Raises:
+            StepError: it did, and the change would be lost.
         """
-        for key, variable in self.updated.items():
-            value = self.state_mapping[key]
-            if detached:
-                value = value.detach()
-            if self.parent is not None:
-                self.parent.updated[key] = variable
-                self.parent.hold(variable, value)
-            else:
-                self._values_of(variable).copy_(value)
+        for variable, copy, version in self._given:
+            if copy._version != version:
+                raise StepError(
+                    f"The step changed the tensor of {variable.path!r} in "
+                    "place. Assign to the variable instead: "
+                    "variable.assign(keras.ops.clip(variable, -1, 1)), for "
+                    "example."
+                )
 
-    def _values_of(self, variable: keras.Variable) -> torch.Tensor:
-        value = self._values.get(id(variable))
-        return variable._value.detach() if value is None else value
+    def to_be_copied(self) -> frozenset[int]:
+        """What `copied` should be for this step; asked before `roll_back`."""
+        read = {id(variable) for variable, _, _ in self._given}
+        return frozenset(read & self._changed_in_place())
 
     def roll_back(self) -> dict[int, keras.Variable]:
         """Undo all changes in place, and drop what was assigned.
@@ -239,8 +257,8 @@ class StepScope(RecordingScope):
         Returns:
             The variables that were changed in one way or the other.
         """
-        changed = dict(self.updated)
-        for key in self.changed_in_place():
+        changed = self.updated | self.changed_elsewhere
+        for key in self._changed_in_place():
             tensor, _, copy = self._before[key]
             changed[key] = self.root.read[key]
             with torch.no_grad():
@@ -248,26 +266,39 @@ class StepScope(RecordingScope):
         self._before.clear()
         return changed
 
-    def changed(self) -> dict[int, keras.Variable]:
-        """The variables that were changed in this isolated scope."""
-        in_place = {
-            key: variable
-            for key, (variable, copy, version) in self._isolates.items()
-            if copy._version != version
-        }
-        return self.updated | in_place
-
-    def changed_in_place(self) -> set[int]:
-        """Ids of variables whose memory an optimizer changed."""
+    def _changed_in_place(self) -> set[int]:
         return {
             key
             for key, (tensor, version, _) in self._before.items()
             if tensor._version != version
         }
 
-    def to_be_copied(self) -> frozenset[int]:
-        """What `copied` should be for this step; asked before `roll_back`."""
-        return frozenset(self._read_by_step & self.changed_in_place())
+
+class IsolatedScope(StepScope):
+    """For one of several branches that are all run: it reads copies."""
+
+    parent: StepScope
+
+    def __init__(self, parent: StepScope) -> None:
+        super().__init__(parent=parent, losses=parent.collect_losses)
+        # (variable, copy of it, its version), by the variable's id.
+        self._copies: dict[int, tuple[Any, torch.Tensor, int]] = {}
+
+    def get_current_value(self, variable: keras.Variable) -> torch.Tensor:
+        if id(variable) not in self.state_mapping:
+            copy = self.parent.get_current_value(variable).clone()
+            self._copies[id(variable)] = variable, copy, copy._version
+            self.hold(variable, copy)
+        return self.state_mapping[id(variable)]
+
+    def changed(self) -> dict[int, keras.Variable]:
+        """The variables that were assigned or changed in place in it."""
+        in_place = {
+            key: variable
+            for key, (variable, copy, version) in self._copies.items()
+            if copy._version != version
+        }
+        return self.updated | in_place
 
 
 def _memory(value: torch.Tensor) -> int:
