@@ -25,7 +25,12 @@ from legato.storage import strict_json
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["legato.trainer", "tests.contracts.scenarios", "sklearn.datasets"]
+        [
+            "legato.trainer",
+            "tests.contracts.scenarios",
+            "sklearn.datasets",
+            "tensorboardX",  # imports PyTorch, where that is installed
+        ]
     )
     return context
 
