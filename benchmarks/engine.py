@@ -380,8 +380,10 @@ def start(rounds: int) -> list[Row]:
 def run_script(name: str, *arguments: str) -> str:
     """Runs a script of `start/` and returns what it printed."""
     command = [sys.executable, str(HERE / "start" / name), *arguments]
+    # Compiled once, as installed packages are.
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     return subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True
+        command, check=True, stdout=subprocess.PIPE, text=True, env=env
     ).stdout
 
 
