@@ -215,9 +215,6 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self._value is other._value
 
-    def __hash__(self) -> int:
-        return id(self._value)
-
 
 class _NotPlainError(Exception):
     """A value that is not plain data."""

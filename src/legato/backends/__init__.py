@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from legato.backends.differentiation import require_variables
 from legato.backends.protocol import (
     Backend,
     Compilation,
@@ -87,4 +88,5 @@ def value_and_grad(
         StepError: the loss is not a scalar, no variable is given, or the loss
             reaches none of them.
     """
-    return current().value_and_grad(forward, variables, optimizer)
+    given = require_variables(variables)
+    return current().value_and_grad(forward, given, optimizer)

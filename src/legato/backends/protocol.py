@@ -114,10 +114,10 @@ class Backend(abc.ABC):
     def value_and_grad(
         self,
         forward: Callable[[], Any],
-        variables: Sequence[keras.Variable],
+        variables: list[keras.Variable],
         optimizer: keras.optimizers.Optimizer | None = None,
     ) -> tuple[Any, list[Any]]:
-        """See `legato.value_and_grad`."""
+        """See `legato.value_and_grad`, which checks that there are any."""
 
     @abc.abstractmethod
     def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:

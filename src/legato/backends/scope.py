@@ -7,6 +7,11 @@ import keras
 
 from legato.errors import StepError
 
+# A trace that finds variables it did not know of is repeated with them. What
+# is made lazily appears in the first one; what still makes new variables in
+# the fourth makes them in every step.
+MAX_TRACES = 4
+
 
 class RecordingScope(keras.StatelessScope):
     """A scope that sees every variable a step reads or writes.

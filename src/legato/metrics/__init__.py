@@ -1,5 +1,6 @@
 """Metrics inside a compiled step: updated when they are due, never read."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,32 +118,32 @@ class Results:
 
     def __init__(self, metrics: Sequence[keras.metrics.Metric]) -> None:
         self._metrics = metrics
-        self._kerass = [m for m in metrics if _is_kerass_own(m)]
+        self._is_own = [_is_kerass_own(metric) for metric in metrics]
+        self._own = list(itertools.compress(metrics, self._is_own))
         self._compute: Callable[[], list[Any]] | None = None
         self._num_variables = 0
 
     def __call__(self) -> dict[str, Any]:
         """Results by name: floats, or lists for arrays."""
-        computed = iter(self._of_kerass())
+        computed = iter(self._of_own() if self._own else [])
         out: dict[str, Any] = {}
-        for metric in self._metrics:
-            own = any(metric is each for each in self._kerass)
-            value = next(computed) if own else metric.result()
+        for metric, is_own in zip(self._metrics, self._is_own, strict=True):
+            value = next(computed) if is_own else metric.result()
             named = value if isinstance(value, dict) else {metric.name: value}
             for name, each in named.items():
                 array = np.asarray(keras.ops.convert_to_numpy(each))
                 out[name] = float(array) if array.ndim == 0 else array.tolist()
         return out
 
-    def _of_kerass(self) -> list[Any]:
+    def _of_own(self) -> list[Any]:
         # Some make their variables when they are first updated.
-        present = sum(len(metric.variables) for metric in self._kerass)
+        present = sum(len(metric.variables) for metric in self._own)
         if self._compute is None or present != self._num_variables:
             self._num_variables = present
             self._compute = backends.current().compile_reading(
-                lambda: [metric.result() for metric in self._kerass]
+                lambda: [metric.result() for metric in self._own]
             )
-        return self._compute() if self._kerass else []
+        return self._compute()
 
 
 def _is_kerass_own(metric: Any) -> bool:

@@ -26,16 +26,9 @@ class JaxBackend(Backend):
     name = "jax"
     modes = ("fused", "stepwise")
 
-    # Not a method that calls it: see there.
+    # Not methods that call these: few frames should lie above the user's.
     compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]
-
-    def value_and_grad(
-        self,
-        forward: Callable[[], Any],
-        variables: Sequence[keras.Variable],
-        optimizer: keras.optimizers.Optimizer | None = None,
-    ) -> tuple[Any, list[Any]]:
-        return gradient.value_and_grad(forward, variables, optimizer)
+    value_and_grad = staticmethod(gradient.value_and_grad)  # pyright: ignore[reportAssignmentType]
 
     def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
         values = [v._value for v in variables]

@@ -1,6 +1,6 @@
 """Differentiation of a stateful-looking forward pass on JAX."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ from jax.extend import core as jax_core
 from legato.backends.differentiation import (
     Result,
     require_reached,
-    require_variables,
 )
 from legato.backends.jax.scope import StepScope, Traced
 from legato.compat import keras_tracing
@@ -19,11 +18,10 @@ from legato.compat import keras_tracing
 
 def value_and_grad(
     forward: Callable[[], Any],
-    variables: Sequence[keras.Variable],
+    variables: list[keras.Variable],
     optimizer: keras.optimizers.Optimizer | None = None,
 ) -> tuple[Any, list[Any]]:
     """See `legato.value_and_grad`."""
-    variables = require_variables(variables)
     around = keras_tracing.current_scope()
     outer = around if isinstance(around, StepScope) else None
     scope = StepScope(parent=outer, losses=True)

@@ -19,14 +19,13 @@ from legato.backends.protocol import (
     LoopMode,
     Step,
 )
-from legato.backends.scope import initial_value, refuse_new_variables
+from legato.backends.scope import (
+    MAX_TRACES,
+    initial_value,
+    refuse_new_variables,
+)
 from legato.compat import keras_tracing
 from legato.errors import StepError
-
-# Tracing finds variables that it did not know of, and is then repeated with
-# them. Lazily made things appear in the first trace; what still makes new
-# variables in the fourth makes them in every step.
-_MAX_TRACES = 4
 
 _LEAKED = (
     "A variable was assigned inside a construct that cannot carry it out "
@@ -75,7 +74,7 @@ def compile_loop(
         return [value for _, value in scope.updates()], rows
 
     count = np.int32(0)
-    for _ in range(_MAX_TRACES):
+    for _ in range(MAX_TRACES):
         values = [initial_value(v) for v in known]
         # The outer scope is left after the trace: only then are variables that
         # were made while tracing initialised, with values and not tracers.

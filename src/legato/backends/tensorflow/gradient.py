@@ -1,6 +1,6 @@
 """Differentiation of a stateful-looking forward pass on TensorFlow."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,7 +9,6 @@ import tensorflow as tf
 from legato.backends.differentiation import (
     Result,
     require_reached,
-    require_variables,
 )
 from legato.backends.scope import own_dtype
 from legato.backends.tensorflow.reached import reached_handles
@@ -19,11 +18,10 @@ from legato.compat import keras_tracing
 
 def value_and_grad(
     forward: Callable[[], Any],
-    variables: Sequence[keras.Variable],
+    variables: list[keras.Variable],
     optimizer: keras.optimizers.Optimizer | None = None,
 ) -> tuple[Any, list[Any]]:
     """See `legato.value_and_grad`."""
-    variables = require_variables(variables)
     if tf.executing_eagerly():
         return _in_a_graph(forward, variables, optimizer)
     around = keras_tracing.current_scope()

@@ -1,6 +1,6 @@
 """Differentiation of a forward pass on PyTorch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,7 +9,6 @@ import torch
 from legato.backends.differentiation import (
     Result,
     require_reached,
-    require_variables,
 )
 from legato.backends.torch.conditional import plain_cond, probing_cond
 from legato.backends.torch.modules import scoped_modules
@@ -20,11 +19,10 @@ from legato.compat import keras_tracing
 
 def value_and_grad(
     forward: Callable[[], Any],
-    variables: Sequence[keras.Variable],
+    variables: list[keras.Variable],
     optimizer: keras.optimizers.Optimizer | None = None,
 ) -> tuple[Any, list[Any]]:
     """See `legato.value_and_grad`."""
-    variables = require_variables(variables)
     outer = keras_tracing.current_scope()
     if isinstance(outer, StepScope):
         return _differentiate(forward, variables, optimizer, outer)

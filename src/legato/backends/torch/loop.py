@@ -14,7 +14,7 @@ from legato.backends.protocol import (
     LoopMode,
     Step,
 )
-from legato.backends.scope import refuse_new_variables
+from legato.backends.scope import MAX_TRACES, refuse_new_variables
 from legato.backends.torch.arrays import current_device, to_tensors
 from legato.backends.torch.conditional import plain_cond, probing_cond
 from legato.backends.torch.modules import scoped_modules
@@ -26,10 +26,6 @@ from legato.errors import StepError
 
 if TYPE_CHECKING:
     from legato.backends.torch.program import StepProgram
-
-# What is made lazily appears in the first run; what still makes new variables
-# in the fourth makes them in every step.
-_MAX_RUNS = 4
 
 _NO_AUTOGRAD = (
     "The step differentiates by itself (`backward()` or torch.autograd.grad), "
@@ -62,7 +58,7 @@ def compile_loop(
     first = to_tensors(keras.tree.map_structure(lambda a: a[:1], operands))
     at = torch.zeros((), dtype=torch.int32, device=current_device())
     found = ExaminedStep(run=step, fetch=fetch, losses_in_step=losses_in_step)
-    for _ in range(_MAX_RUNS):
+    for _ in range(MAX_TRACES):
         scope = ExaminingScope(losses=losses_in_step)
         with (
             # Left last: only then are variables that were made meanwhile

@@ -154,10 +154,8 @@ class StepScope(RecordingScope):
             if self.parent is not None:
                 self.parent.updated[key] = variable
                 self.parent.hold(variable, value)
-            elif key in self._values:
-                self._values[key].copy_(value)
             else:
-                variable._value.detach().copy_(value)
+                self._read(variable).copy_(value)
 
     # -- places in the step -------------------------------------------------
 
