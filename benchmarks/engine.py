@@ -74,9 +74,9 @@ def speed(rounds: int) -> list[Row]:
     several = []
     if backend == "jax":
         contestants["by hand"] = by_hand_speed()
-    if backend == "torch":  # on which fit takes one step at a time
-        contestants["legato, eager"] = legato_speed(torch_compile=False)
-    else:
+    if backend != "jax":  # which compiles always
+        contestants["legato, not compiled"] = legato_speed(torch_compile=False)
+    if backend != "torch":  # on which fit takes one step at a time
         for steps in BEST_STEPS_PER_EXECUTION:
             several.append(f"fit, {steps} steps per execution")
             contestants[several[-1]] = fit_speed(steps)

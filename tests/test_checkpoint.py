@@ -15,7 +15,12 @@ import numpy as np
 import pytest
 
 from legato import storage
-from legato.checkpoint import CheckpointStore, load_checkpoint
+from legato.checkpoint import (
+    CheckpointStore,
+    find_checkpoint,
+    load_checkpoint,
+    watch_checkpoints,
+)
 from legato.errors import (
     CheckpointError,
     ConfigError,
@@ -849,3 +854,442 @@ def test_ctrl_c_at_random_instants_harms_nothing(tmp_path):
     step += 1
     save(store, step)
     assert_is(store.restore(), step)
+
+
+# Reading beside a writer.
+
+
+def begin_run(path, run_id="run", **kwargs):
+    path.mkdir(exist_ok=True)
+    record = json.dumps({"run_id": run_id, "legato": "0.1.0"})
+    (path / "run.json").write_text(record)
+    return open_store(path, run_id=run_id, keep_last=None, **kwargs)
+
+
+def save_final(store, step, mark=0.0):
+    store.save_final(step, {"x": np.full(3, mark)})
+
+
+def spoil(path):
+    delete(path / "host.json", None)
+
+
+def snapshot(path):
+    """Every name under a directory, and when it was last changed."""
+    return {
+        str(each.relative_to(path)): each.lstat().st_mtime_ns
+        for each in [path, *path.rglob("*")]
+    }
+
+
+def test_the_latest_is_what_the_run_ended_with(tmp_path):
+    store = begin_run(tmp_path)
+    save(store, 1, 2)
+    for which in (None, "latest"):
+        assert_is(find_checkpoint(tmp_path, which), 2)
+    save_final(store, 2, 0.5)
+    found = find_checkpoint(tmp_path)
+    assert (found.step, found.path) == (2, tmp_path / "final")
+    assert found.arrays["x"].tolist() == [0.5] * 3
+    save(store, 3)  # the run was made longer
+    assert_is(find_checkpoint(str(tmp_path)), 3)
+    for step in store.steps():  # only final/ was kept
+        storage.remove_directory(store.path(step))
+    assert find_checkpoint(tmp_path).path == tmp_path / "final"
+
+
+def test_a_step_is_found_also_where_only_the_best_holds_it(tmp_path):
+    store = begin_run(tmp_path)
+    save(store, 1, 2, 3, best={2})
+    assert_is(find_checkpoint(tmp_path, 1), 1)
+    assert_is(find_checkpoint(tmp_path, np.int64(2)), 2)
+    storage.remove_directory(store.path(2))
+    found = find_checkpoint(tmp_path, 2)
+    assert_is(found, 2)
+    assert found.path == tmp_path / "best"
+
+
+def test_the_best_is_found_also_where_a_kill_kept_it_from_its_place(tmp_path):
+    store = begin_run(tmp_path)
+    save(store, 1, 2, 3, best={1})
+    assert_is(find_checkpoint(tmp_path, "best"), 1)
+    os.rename(tmp_path / "best", tmp_path / "older")
+    save(store, 4, 5, best={4})
+    storage.remove_directory(tmp_path / "best")
+    os.rename(tmp_path / "older", tmp_path / "best")
+    before = snapshot(tmp_path)
+    assert_is(find_checkpoint(tmp_path, "best"), 4)
+    assert snapshot(tmp_path) == before
+    spoil(store.path(4))
+    assert_is(find_checkpoint(tmp_path, "best"), 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [("checkpoints/step_00000002", 2), ("best", 1), ("final", 2)],
+)
+def test_a_checkpoint_is_found_by_its_own_directory(
+    tmp_path, monkeypatch, place, step
+):
+    store = begin_run(tmp_path)
+    save(store, 1, 2, best={1})
+    save_final(store, 2)
+    path = tmp_path / place
+    assert find_checkpoint(path).step == step
+    assert find_checkpoint(f"{path}/").path == path
+    monkeypatch.chdir(path)
+    assert find_checkpoint(".").path == path
+    with pytest.raises(ConfigError, match="own directory"):
+        find_checkpoint(path, "latest")
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        find_checkpoint(tmp_path / "link")
+    spoil(path)
+    with pytest.raises(CheckpointError, match=r"host\.json: missing.*1"):
+        find_checkpoint(path)
+
+
+def test_what_was_copied_or_set_aside_is_found_by_its_directory(tmp_path):
+    store = begin_run(tmp_path / "run")
+    save(store, 1, 2)
+    store.rewind(1)
+    aside = tmp_path / "run/checkpoints/aside-step_00000002-1"
+    assert_is(find_checkpoint(aside), 2)
+    os.rename(store.path(1), tmp_path / "mine")
+    assert_is(find_checkpoint(tmp_path / "mine"), 1)
+
+
+def test_finding_takes_no_lock_and_changes_nothing(tmp_path):
+    store = begin_run(tmp_path)
+    save(store, 1, 2, 3, best={1})
+    spoil(store.path(3))
+    with storage.RunLock(tmp_path):
+        before = snapshot(tmp_path)
+        with pytest.warns(LegatoWarning, match="host.json: missing.*step 2 is"):
+            assert_is(find_checkpoint(tmp_path), 2)
+        assert_is(find_checkpoint(tmp_path, "best"), 1)
+        with pytest.raises(CheckpointError):
+            find_checkpoint(tmp_path, 3)
+        assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("which", "error", "expected"),
+    [
+        (7, CheckpointError, "no checkpoint of step 7. There are checkpoints "),
+        (7, CheckpointError, "of the steps: 1, 2, 3; the best is of step 1."),
+        (3, CheckpointError, "step_00000003/host.json: missing. There are "),
+        (-1, ConfigError, 'which=-1: it must be "latest", "best" or the'),
+        ("newest", ConfigError, "which='newest': it must be"),
+        ("final", ConfigError, "which='final': it must be"),
+        ("2", ConfigError, "which='2': it must be"),
+        (2.0, ConfigError, "which=2.0: it must be"),
+        (True, ConfigError, "which=True: it must be"),
+    ],
+)
+def test_what_is_not_found_is_named_with_what_there_is(
+    tmp_path, which, error, expected
+):
+    store = begin_run(tmp_path)
+    save(store, 1, 2, 3, best={1})
+    spoil(store.path(3))
+    with pytest.raises(error) as caught:
+        find_checkpoint(tmp_path, which)
+    assert expected in str(caught.value)
+    if error is CheckpointError:
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_a_run_without_checkpoints(tmp_path):
+    store = begin_run(tmp_path)
+    for which in (None, "latest", "best", 1):
+        with pytest.raises(CheckpointError, match="no checkpoint yet: train"):
+            find_checkpoint(tmp_path, which)
+    save(store, *range(30))
+    with pytest.raises(CheckpointError, match=r"no best.*best_metric"):
+        find_checkpoint(tmp_path, "best")
+    with pytest.raises(CheckpointError, match="30 of them, the newest 10, 11,"):
+        find_checkpoint(tmp_path, 99)
+
+
+@pytest.mark.parametrize("place", ["best", "checkpoints/step_00000005"])
+def test_a_checkpoints_directory_that_is_not_there(tmp_path, place):
+    save(begin_run(tmp_path), 1)
+    with pytest.raises(CheckpointError, match=r"steps: 1\."):
+        find_checkpoint(tmp_path / place)
+
+
+def test_none_intact_names_each(tmp_path):
+    store = begin_run(tmp_path)
+    save(store, 1, 2)
+    spoil(store.path(1))
+    spoil(store.path(2))
+    with pytest.raises(
+        CheckpointError, match=r"(?s)none.*intact.*_00000002.*_00000001"
+    ):
+        find_checkpoint(tmp_path)
+    save_final(store, 2)
+    assert find_checkpoint(tmp_path).path == tmp_path / "final"
+
+
+def test_a_damaged_final_or_best_is_told(tmp_path):
+    store = begin_run(tmp_path)
+    save(store, 1, 2, best={1})
+    save_final(store, 2)
+    flip(tmp_path / "final/state.safetensors", random.Random(0))
+    with pytest.warns(LegatoWarning, match="final.*It is left out"):
+        assert_is(find_checkpoint(tmp_path), 2)
+    flip(tmp_path / "best/manifest.json", random.Random(0))
+    with pytest.raises(CheckpointError, match=r"best/manifest\.json.*1, 2"):
+        find_checkpoint(tmp_path, "best")
+
+
+@pytest.mark.parametrize("name", ["", "empty", "file", "gone", "link"])
+def test_no_run_and_no_checkpoint(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunDirError) as caught:
+        find_checkpoint(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "Give" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: p.unlink(),
+        lambda p: (p.unlink(), os.mkfifo(p)),
+        lambda p: (p.unlink(), p.mkdir()),
+        lambda p: (p.rename(f"{p}.x"), p.symlink_to(f"{p}.x")),
+        lambda p: p.write_bytes(b"[" * 10**7),
+        lambda p: p.write_bytes(b"{}"),
+        lambda p: p.write_bytes(b'{"run_id": 5}'),
+        lambda p: p.write_bytes(b"\x80"),
+    ],
+)
+def test_a_hostile_run_json_is_refused(tmp_path, damage):
+    save(begin_run(tmp_path), 1)
+    damage(tmp_path / "run.json")
+    with pytest.raises(RunDirError, match=r"run\.json is not that of a run"):
+        find_checkpoint(tmp_path)
+
+
+def test_what_lies_outside_of_the_run_is_not_read(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    store, other = begin_run(ours), begin_run(theirs, "another")
+    save(store, 1)
+    save(other, 2, best={2})
+    save_final(other, 2)
+    for name in ("final", "best"):
+        (ours / name).symlink_to(theirs / name)
+    store.path(3).symlink_to(other.path(2))
+    os.rename(other.path(2), store.path(2))
+    with pytest.warns(LegatoWarning) as caught:
+        assert_is(find_checkpoint(ours), 1)
+    said = " ".join(str(each.message) for each in caught)
+    for part in ("final", "step_00000003", "another run"):
+        assert part in said
+    with pytest.raises(CheckpointError):
+        find_checkpoint(ours, "best")
+    with pytest.raises(CheckpointError, match="another run"):
+        find_checkpoint(ours, 2)
+    os.rename(ours / "checkpoints", ours / "elsewhere")
+    (ours / "checkpoints").symlink_to(ours / "elsewhere")
+    with pytest.raises(RunDirError, match="symbolic link"):
+        find_checkpoint(ours)
+
+
+def test_a_passing_trouble_is_no_damage_to_a_reader(tmp_path, monkeypatch):
+    save(begin_run(tmp_path), 1, 2)
+
+    def too_many(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "readv", too_many)
+    with pytest.raises(CheckpointError, match="Too many open files"):
+        find_checkpoint(tmp_path)
+
+
+def vanishing(monkeypatch, store, *steps):
+    """These go when they are about to be read, as by retention."""
+    gone = set(steps)
+    read = storage.read_directory
+
+    def read_or_lose(place):
+        for step in list(gone):
+            if place == store.path(step):
+                gone.discard(step)
+                storage.remove_directory(place)
+        return read(place)
+
+    monkeypatch.setattr(storage, "read_directory", read_or_lose)
+
+
+def test_a_checkpoint_that_goes_while_it_is_read(tmp_path, monkeypatch):
+    store = begin_run(tmp_path)
+    save(store, 1, 2, 3)
+    vanishing(monkeypatch, store, 3)
+    assert_is(find_checkpoint(tmp_path), 2)  # without a warning
+    save(store, 3)
+    vanishing(monkeypatch, store, 3)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
+        find_checkpoint(tmp_path, 3)
+
+
+def test_all_that_were_listed_go_and_others_have_come(tmp_path, monkeypatch):
+    store = begin_run(tmp_path)
+    save(store, 1)
+    read = storage.read_directory
+
+    def go_on(place):
+        if place == store.path(1) and place.exists():
+            save(store, 2)
+            storage.remove_directory(place)
+        return read(place)
+
+    monkeypatch.setattr(storage, "read_directory", go_on)
+    assert_is(find_checkpoint(tmp_path), 2)
+
+
+def test_a_reader_finds_the_latest_and_the_best_at_any_instant(tmp_path):
+    begin_run(tmp_path)
+    store = open_store(tmp_path, keep_last=1)
+    save(store, 0, best={0})
+    seen, failures, done = [], [], threading.Event()
+
+    def read():
+        while not done.is_set():
+            try:
+                latest = find_checkpoint(tmp_path)
+                assert_is(latest, latest.step)
+                seen.append(latest.step)
+                best = find_checkpoint(tmp_path, "best")
+                assert_is(best, best.step)
+            except BaseException as e:
+                failures.append(e)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reader = threading.Thread(target=read)
+        reader.start()
+        for step in range(1, 80):
+            store.save(step, *state(step), best=step % 3 == 0)
+        store.close()
+        done.set()
+        reader.join()
+    assert not failures and seen == sorted(seen) and len(set(seen)) > 3
+
+
+class Watch:
+    """What `watch_checkpoints` yields; time goes on only while it waits."""
+
+    def __init__(self, run_dir, **kwargs):
+        self.now, self.stop, self.waiting = 0.0, False, lambda now: None
+        self.watched = watch_checkpoints(
+            run_dir,
+            stop_requested=lambda: self.stop,
+            clock=lambda: self.now,
+            sleep=self._sleep,
+            **kwargs,
+        )
+
+    def _sleep(self, seconds):
+        assert 0 < seconds <= 1
+        self.now += seconds
+        self.waiting(self.now)
+
+    def take(self, count):
+        return [next(self.watched) for _ in range(count)]
+
+    def rest(self):
+        return [(each.step, each.path.name) for each in self.watched]
+
+
+def test_each_checkpoint_is_watched_once_until_the_run_has_ended(tmp_path):
+    store = begin_run(tmp_path)
+    save(store, 1, 2)
+    watch = Watch(tmp_path)
+    for found, step in zip(watch.take(2), (1, 2), strict=True):
+        assert_is(found, step)
+
+    def go_on(now):
+        if store.steps() == [1, 2] and now > 100:
+            save(store, 3, 4)
+        if store.steps() == [1, 2, 3, 4] and now > 200:
+            save_final(store, 4)
+
+    watch.waiting = go_on
+    assert watch.rest() == [
+        (3, "step_00000003"),
+        (4, "step_00000004"),
+        (4, "final"),
+    ]
+    assert watch.now > 200
+
+
+def test_a_final_that_the_run_went_on_from_is_no_end(tmp_path):
+    store = begin_run(tmp_path)
+    save(store, 1)
+    save_final(store, 1)
+    save(store, 2)
+    watch = Watch(tmp_path, timeout_secs=50)
+    assert watch.rest() == [(1, "step_00000001"), (2, "step_00000002")]
+
+
+def test_watching_begins_before_the_run_and_ends_after_the_timeout(tmp_path):
+    watch = Watch(tmp_path / "run", timeout_secs=50)
+
+    def begin(now):
+        if now > 40 and not (tmp_path / "run").exists():
+            save(begin_run(tmp_path / "run"), 1)
+
+    watch.waiting = begin
+    assert watch.rest() == [(1, "step_00000001")]
+    assert 90 < watch.now < 93
+    watch = Watch(tmp_path / "none", timeout_secs=50)
+    assert watch.rest() == [] and watch.now == pytest.approx(50)
+    watch = Watch(tmp_path / "run", timeout_secs=0)
+    assert watch.rest() == [(1, "step_00000001")] and watch.now == 0
+
+
+def test_watching_ends_when_asked(tmp_path):
+    store = begin_run(tmp_path)
+    save(store, 1, 2)
+    watch = Watch(tmp_path)
+    watch.take(1)
+    watch.stop = True
+    assert watch.rest() == []
+    watch = Watch(tmp_path)
+    watch.take(2)
+    watch.waiting = lambda now: setattr(watch, "stop", now > 3)
+    assert watch.rest() == [] and 3 < watch.now < 3.2
+
+
+def test_what_cannot_be_read_is_not_watched(tmp_path, monkeypatch):
+    store = begin_run(tmp_path)
+    save(store, 1, 2, 3, 4)
+    spoil(store.path(2))
+    vanishing(monkeypatch, store, 3)
+    watch = Watch(tmp_path, timeout_secs=20)
+    with pytest.warns(LegatoWarning, match="step_00000002.*left out") as caught:
+        assert [each.step for each in watch.take(2)] == [1, 4]
+
+        def write_anew(now):
+            if now > 10 and not (store.path(2) / "host.json").exists():
+                storage.remove_directory(store.path(2))
+                save(store, 2)
+
+        watch.waiting = write_anew
+        assert watch.rest() == [(2, "step_00000002")]
+    assert len(caught) == 1
+
+
+def test_a_run_that_is_begun_anew_is_watched_from_its_beginning(tmp_path):
+    run = tmp_path / "run"
+    save(begin_run(run), 1, 2)
+    watch = Watch(run, timeout_secs=20)
+    watch.take(2)
+    os.rename(run, tmp_path / "old")
+    save(begin_run(run, "another"), 1)
+    assert watch.rest() == [(1, "step_00000001")]

@@ -327,6 +327,9 @@ class FakeTrainer:
     def evaluate(self):
         return "evaluated", self
 
+    def evaluate_continuously(self):
+        return "watched", self
+
 
 def test_run_experiment(project, monkeypatch):
     module = types.ModuleType("legato.trainer")
@@ -345,6 +348,8 @@ def test_run_experiment(project, monkeypatch):
     endless = experiment.replace(trainer=TrainerConfig(), run_dir="there")
     done, trainer = run_experiment(endless, mode="eval")
     assert (done, trainer.made[1]) == ("evaluated", "there")
+    done, trainer = run_experiment(endless, mode="continuous_eval")
+    assert (done, trainer.made[1]) == ("watched", "there")
     assert (
         "length of the run is missing"
         in (problems_of(run_experiment, endless)[0])
@@ -352,5 +357,21 @@ def test_run_experiment(project, monkeypatch):
     assert "got 'tarin'." in problems_of(run_experiment, endless, "tarin")[0]
     assert (
         "(not yet)"
-        in (problems_of(run_experiment, endless, "continuous_eval")[0])
+        in (problems_of(run_experiment, endless, "train_and_post_eval")[0])
     )
+
+
+def test_callbacks_are_made_only_to_train(project, monkeypatch):
+    module = types.ModuleType("legato.trainer")
+    module.Trainer = FakeTrainer
+    monkeypatch.setitem(sys.modules, "legato.trainer", module)
+    experiment = Experiment(
+        task=f"{project}:Mine",
+        trainer=TrainerConfig(train_steps=3),
+        callbacks=[CallbackSpec(type="not_there:Callback")],
+    )
+    for mode in ("eval", "continuous_eval"):
+        _, trainer = run_experiment(experiment, mode)
+        assert trainer.made[2] == []
+    for mode in ("train", "train_and_eval"):
+        assert "not_there" in problems_of(run_experiment, experiment, mode)[0]

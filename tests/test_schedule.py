@@ -23,6 +23,18 @@ def stops(schedule, step=0):
     return found
 
 
+def validations(schedule):
+    return [
+        step
+        for step in range(31)
+        if schedule.validation_is_due(
+            step,
+            (step - 1) // schedule.steps_per_epoch,
+            epoch_ends=schedule.epoch_ends(step),
+        )
+    ]
+
+
 def test_it_stops_wherever_anything_is_due():
     assert stops(make()) == [5, 8, 10, 12, 15, 16, 20, 24, 25, 30]
     schedule = make()
@@ -34,7 +46,7 @@ def test_it_stops_wherever_anything_is_due():
         25,
         30,
     ]
-    assert [s for s in range(31) if schedule.validation_is_due(s)] == [12, 24]
+    assert validations(schedule) == [12, 24]
     assert [s for s in range(31) if schedule.epoch_ends(s)] == [12, 24]
     assert [s for s in range(31) if schedule.summary_is_due(s)] == [8, 16, 24]
 
@@ -44,10 +56,9 @@ def test_what_is_off_is_never_due():
         validation_interval=None, checkpoint_interval=None, summary_interval=0
     )
     assert stops(schedule) == [12, 24, 30]
+    assert not validations(schedule)
     assert not any(
-        schedule.validation_is_due(s)
-        or schedule.checkpoint_is_due(s)
-        or schedule.summary_is_due(s)
+        schedule.checkpoint_is_due(s) or schedule.summary_is_due(s)
         for s in range(31)
     )
 
@@ -56,3 +67,12 @@ def test_it_does_not_depend_on_where_it_is_asked_from():
     schedule = make()
     for step in range(30):
         assert stops(schedule, step) == [s for s in stops(schedule) if s > step]
+
+
+def test_some_epochs_are_not_validated():
+    schedule = make(steps_per_epoch=5, validation_freq=2)
+    assert validations(schedule) == [10, 20, 30]
+    schedule = make(steps_per_epoch=5, validation_freq=frozenset({1, 4, 9}))
+    assert validations(schedule) == [5, 20]
+    schedule = make(steps_per_epoch=5, validation_interval=7, validation_freq=2)
+    assert validations(schedule) == [7, 14, 21, 28]

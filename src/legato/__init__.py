@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from legato.config import TrainerConfig
     from legato.data import ArraySource, DataIterator, DataSource
     from legato.experiment import Experiment, run_experiment
+    from legato.fitting import evaluate, fit
+    from legato.metrics import Every, Sample
     from legato.task import Task
     from legato.trainer import Trainer
 
@@ -22,12 +24,16 @@ __all__ = [
     "ArraySource",
     "DataIterator",
     "DataSource",
+    "Every",
     "Experiment",
+    "Sample",
     "Task",
     "Trainer",
     "TrainerConfig",
     "__version__",
     "errors",
+    "evaluate",
+    "fit",
     "run_experiment",
     "value_and_grad",
 ]
@@ -36,10 +42,14 @@ _HOMES = {
     "ArraySource": "legato.data",
     "DataIterator": "legato.data",
     "DataSource": "legato.data",
+    "Every": "legato.metrics",
     "Experiment": "legato.experiment",
+    "Sample": "legato.metrics",
     "Task": "legato.task",
     "Trainer": "legato.trainer",
     "TrainerConfig": "legato.config",
+    "evaluate": "legato.fitting",
+    "fit": "legato.fitting",
     "run_experiment": "legato.experiment",
     "value_and_grad": "legato.backends",
 }

@@ -7,11 +7,11 @@ import keras
 
 from legato import backends
 from legato.backends import Compilation, CompiledLoop
-from legato.data import Chunk, DataSource
+from legato.data import Chunk, DataSource, Shapes, shapes_of
 from legato.errors import StepError
-from legato.metrics import Results, StepMetric
+from legato.metrics import Every, Results, StepMetric
 from legato.task import AttributeReads, Task, tracing
-from legato.types import Logs
+from legato.types import Logs, LogStyle
 
 MAX_CAPACITY = 256
 _CHUNK_BYTES = 64 * 2**20
@@ -56,6 +56,12 @@ class TestHooks(Protocol):
 
     test_hooks_active: bool
     test_batch_hooks_active: bool
+    wants_test_batch_logs: bool
+
+    @property
+    def stop_evaluating(self) -> bool:
+        """Whether one of them asked to end it."""
+        ...
 
     def on_test_begin(self) -> None:
         """Validation begins."""
@@ -107,7 +113,7 @@ class Evaluator:
         self._num_batches = min(max_batches or whole, whole)
         self._capacity = loop_capacity(source)
         self._resident: Any = None
-        self._loops: dict[int, CompiledLoop] = {}
+        self._loops: dict[Shapes, CompiledLoop] = {}
         self._reads = AttributeReads()
 
     @property
@@ -153,6 +159,7 @@ class Evaluator:
         for metric in self.metrics:
             metric.reset_state()
         sums: Logs = {}
+        last: Logs = {}
         examples = done = 0
         iterator = self._source.iterate(
             seed=self._seed, capacity=self._capacity
@@ -172,32 +179,45 @@ class Evaluator:
                 sums[name] = total
             examples += chunk.num_batches * chunk.batch_size
             done += chunk.num_batches
-            if hooks.test_batch_hooks_active:
-                hooks.on_test_batch_end(
-                    done - 1,
-                    dict(zip(names, rows[-1].tolist(), strict=True)),
-                )
+            last = dict(zip(names, rows[-1].tolist(), strict=True))
+            if hooks.wants_test_batch_logs:
+                logs = last
+                if self._task.validation_logs is LogStyle.RUNNING:
+                    logs = self._logs(sums, examples, last)
+                hooks.on_test_batch_end(done - 1, dict(sorted(logs.items())))
+            if hooks.stop_evaluating:
+                break
         iterator.close()
-        logs = {name: total / examples for name, total in sums.items()}
-        logs.update(self._results())
+        logs = self._logs(sums, examples, last)
         hooks.on_test_end(logs)
         return logs
 
+    def _logs(self, sums: Logs, examples: int, last: Logs) -> Logs:
+        """Means and metrics, or what the last batch's own step reported."""
+        results = self._results()
+        match self._task.validation_logs:
+            case LogStyle.OWN:
+                own = results if results.keys() == last.keys() else last
+                return dict(sorted(own.items()))
+            case style:
+                logs = {name: total / examples for name, total in sums.items()}
+                logs.update(results)
+                running = style is LogStyle.RUNNING
+                return dict(sorted(logs.items())) if running else logs
+
     def build(self) -> None:
         """Trace the step, so that lazily made variables exist."""
-        iterator = self._source.iterate(
-            seed=self._seed, capacity=self._capacity
-        )
-        self._loop(iterator.next_chunk(1))
+        self._loop(self._source.example(self._capacity))
 
     def _run(self, step: int, chunk: Chunk) -> tuple[list[str], Any]:
-        loop = self._loop(chunk)
+        loop = self._loop(chunk.operands)
         logs = loop(step, chunk.num_batches, chunk.operands)
         rows = backends.current().to_host(logs, chunk.num_batches)
         return loop.log_names, rows
 
-    def _loop(self, chunk: Chunk) -> CompiledLoop:
-        loop = self._loops.get(chunk.batch_size)
+    def _loop(self, operands: Any) -> CompiledLoop:
+        shapes = shapes_of(operands)
+        loop = self._loops.get(shapes)
         if loop is None:
             backend = backends.current()
             if self._resident is None:
@@ -207,18 +227,19 @@ class Evaluator:
                     self._step,
                     fetch=self._source.fetch,
                     resident=self._resident,
-                    operands=chunk.operands,
+                    operands=operands,
                     # By a rule: the same in every process.
                     mode=None,
                     losses_in_step=True,
                     variables=self._traced_variables(),
                     compilation=self.compilation,
+                    native=self._task.validation_logs is LogStyle.OWN,
                 )
-            self._loops[chunk.batch_size] = loop
+            self._loops[shapes] = loop
         return loop
 
     def _step(self, batch: Any, step: Any) -> dict[str, Any]:
         del step
-        metrics = [StepMetric(metric, 1) for metric in self.metrics]
+        metrics = [StepMetric(metric, Every(1)) for metric in self.metrics]
         logs = self._task.validation_step(batch, self._model, metrics)
         return check_logs(logs, self._task, "validation_step", loss=False)

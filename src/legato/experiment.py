@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import keras
 
     from legato.task import Task
+    from legato.trainer import Trainer
 
 _OBJECT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -241,44 +242,71 @@ def run_experiment(
 
     Args:
         experiment: what to run.
-        mode: "train_and_eval", "train" (no validation), or "eval" (the
-            newest checkpoint on the validation data).
+        mode: "train_and_eval", "train" (no validation), "eval" (the newest
+            checkpoint on the validation data), or "continuous_eval" (each
+            checkpoint, while another process trains).
         run_dir: the directory of the run; None takes the experiment's, or
             `runs/` and the task's name.
 
     Returns:
-        What `Trainer.train` or `Trainer.evaluate` returns.
+        What `Trainer.train`, `Trainer.evaluate` or
+        `Trainer.evaluate_continuously` returns.
 
     Raises:
         ConfigError: if the mode is not known or the experiment is not valid.
     """
-    modes = ("train_and_eval", "train", "eval")
-    if mode not in modes:
+    trainer = build_trainer(experiment, mode, run_dir)
+    match mode:
+        case "eval":
+            return trainer.evaluate()
+        case "continuous_eval":
+            return trainer.evaluate_continuously()
+        case _:
+            return trainer.train()
+
+
+_MODES = ("train_and_eval", "train", "eval", "continuous_eval")
+_LATER_MODES = ("train_and_post_eval",)
+
+
+def build_trainer(
+    experiment: Experiment,
+    mode: str = "train_and_eval",
+    run_dir: str | os.PathLike[str] | None = None,
+) -> "Trainer":
+    """Makes the experiment's trainer, and what it needs for a mode.
+
+    Args:
+        experiment: what to run.
+        mode: see `run_experiment`. Callbacks are made only to train.
+        run_dir: see `run_experiment`.
+
+    Raises:
+        ConfigError: if the mode is not known or the experiment is not valid.
+    """
+    if mode not in _MODES:
         meant = " (not yet)" if mode in _LATER_MODES else ""
         raise ConfigError(
-            f"mode must be one of {', '.join(modes)}; got {mode!r}{meant}."
+            f"mode must be one of {', '.join(_MODES)}; got {mode!r}{meant}."
         )
     from legato.trainer import Trainer
 
     config = experiment.trainer
     if mode == "train":
         config = config.replace(validation_interval=None)
-    if mode != "eval":
+    trains = mode in ("train", "train_and_eval")
+    if trains:
         config.require_length()
     if run_dir is None:
         task_name = experiment.task.rpartition(":")[2].lower()
         run_dir = experiment.run_dir or f"runs/{task_name}"
-    trainer = Trainer(
+    return Trainer(
         build_task(experiment),
         run_dir=run_dir,
         config=config,
-        callbacks=build_callbacks(experiment),
+        callbacks=build_callbacks(experiment) if trains else [],
         config_yaml=dump_yaml(experiment),
     )
-    return trainer.evaluate() if mode == "eval" else trainer.train()
-
-
-_LATER_MODES = ("continuous_eval", "train_and_post_eval")
 
 
 def _built_in_directory() -> Any:
@@ -303,7 +331,7 @@ def _load_object(text: str) -> dict[str, Any]:
         raise ConfigError(
             f"{text}: must be of the form package.module:experiment."
         )
-    found = _import_object(text, text)
+    found = import_object(text, text)
     if callable(found) and not isinstance(found, Experiment):
         found = found()
     if not isinstance(found, Experiment):
@@ -329,7 +357,7 @@ def _build(
     config_at: tuple[str | int, ...],
 ) -> Any:
     where = _where(experiment, at)
-    factory = _import_object(name, where)
+    factory = import_object(name, where)
     if not callable(factory):
         raise ConfigError(f"{where}: {name} is not a class or a function.")
     arguments = _check_arguments(factory, config, experiment, config_at)
@@ -403,11 +431,22 @@ def _annotation(parameter: inspect.Parameter, namespace: dict) -> Any:
     return annotation
 
 
-def _import_object(name: str, where: str) -> Any:
+def import_object(name: str, where: str) -> Any:
     """Imports `package.module:Name`, from the working directory too.
 
     An error inside the module is the user's own and is let through.
+
+    Args:
+        name: what to import.
+        where: the name was given, for messages.
+
+    Raises:
+        ConfigError: if there is no such object.
     """
+    if not _OBJECT.fullmatch(name):
+        raise ConfigError(
+            f"{where}: must be of the form package.module:Name (got {name!r})."
+        )
     module_name, _, attributes = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -41,13 +41,14 @@ def describe_program(task: Task, optimizers: Optimizers) -> dict[str, JSON]:
         task: the task, when all its parts are built.
         optimizers: what `build_optimizer` returned, not yet trained with.
     """
-    bases = [base for base in type(task).__mro__ if base not in _ENGINES_OWN]
+    bases = [base for base in type(task).__mro__ if not _is_engines_own(base)]
     attributes: dict[str, Any] = {}
     for holder in (*reversed(bases), task):
         attributes |= {
             name: described
             for name, value in vars(holder).items()
             if not name.startswith("__")
+            and name != "order_seed"  # a resumed run takes its own
             and (described := _describe(value)) is not None
         }
     return {
@@ -58,6 +59,7 @@ def describe_program(task: Task, optimizers: Optimizers) -> dict[str, JSON]:
             "code_sha256": code_hash(type(task)),
         },
         "optimizer": _optimizer_config(optimizers),
+        "definition": task.describe(),
     }
 
 
@@ -129,6 +131,8 @@ def compare(
         top = path[0]
         if top == "data" or path in (
             ("config", "seed"),
+            ("config", "initial_epoch"),
+            ("config", "steps_per_epoch"),
             ("environment", "backend"),
         ):
             serious.append(sentence)
@@ -136,7 +140,7 @@ def compare(
             mild.append("the code of the Task changed")
         elif path == ("task", "module"):
             pass  # a script that was moved is the same program
-        elif top in ("optimizer", "task"):
+        elif top in ("definition", "optimizer", "task"):
             (mild if override else serious).append(sentence)
         elif top != "program":
             mild.append(sentence)
@@ -158,7 +162,8 @@ def _differences(
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}):
             yield from _differences(a.get(key), b.get(key), (*path, key))
-    elif json.dumps(a) != json.dumps(b):  # in which NaN equals itself
+    elif json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
+        # (In which NaN equals itself.)
         yield path, a, b
 
 
@@ -223,6 +228,39 @@ def _without_names(config: Any) -> Any:
     return config
 
 
+def describe_value(value: Any) -> JSON:
+    """Anything a model is compiled with, or made of, to compare by.
+
+    What two processes might write differently, as addresses and automatic
+    names, is left out.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {
+            str(key): describe_value(each)
+            for key, each in value.items()
+            if key not in _MEAN_NOTHING
+        }
+    if isinstance(value, list | tuple):
+        return [describe_value(each) for each in value]
+    if isinstance(value, keras.layers.Layer | keras.losses.Loss):
+        try:
+            config = describe_value(value.get_config())
+        except Exception:
+            config = None  # a class of the user's without one
+        return {"class": type(value).__name__, "config": config}
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+# Keras counts names up in each process, and draws some seeds; the rest says
+# how a model is stored. How layers are connected is named by these names.
+_MEAN_NOTHING = (
+    "build_config", "inbound_nodes", "input_layers", "module", "name",
+    "output_layers", "registered_name", "seed", "shared_object_id",
+)  # fmt: skip
+
+
 def _describe(value: Any) -> Any:
     """A value to compare by; None for what cannot be compared."""
     if isinstance(value, bool | int | float | str):
@@ -236,14 +274,19 @@ def _describe(value: Any) -> Any:
     return None
 
 
-_ENGINES_OWN = (Task, object)
+def _is_engines_own(cls: type) -> bool:
+    """Whether a class is no part of a user's program."""
+    return cls is object or cls.__module__ in (
+        "legato.task",
+        "legato.compiled",
+    )
 
 
 def code_hash(cls: type) -> str:
     """A hash of what a class's methods do; comments do not count."""
     digest = hashlib.sha256()
     for base in cls.__mro__:
-        if base in _ENGINES_OWN:
+        if _is_engines_own(base) or _is_librarys(base):
             continue
         for name, value in sorted(vars(base).items()):
             if isinstance(value, property):
@@ -254,6 +297,12 @@ def code_hash(cls: type) -> str:
                 digest.update(f"{name}{_stable(defaults)}".encode())
                 _hash_code(digest, function.__code__)
     return f"{sys.version_info[0]}.{sys.version_info[1]}:{digest.hexdigest()}"
+
+
+def _is_librarys(cls: type) -> bool:
+    """Whether a class is Keras's or its backend's: versions tell of these."""
+    package = cls.__module__.partition(".")[0]
+    return package in ("keras", "torch", "tensorflow", "abc")
 
 
 def _hash_code(digest: Any, code: types.CodeType) -> None:

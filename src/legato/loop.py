@@ -37,6 +37,7 @@ class Hooks(Protocol):
     """The callbacks."""
 
     batch_hooks_active: bool
+    wants_batch_logs: bool
 
     def on_epoch_begin(self, epoch: int) -> None:
         """An epoch begins."""
@@ -57,8 +58,11 @@ class Recorder(Protocol):
     def begin_epoch(self) -> None:
         """Reset what counts within an epoch."""
 
-    def steps(self, chunk: Chunk, rows: np.ndarray) -> Logs:
-        """Take the logs of completed steps; returns those of the last."""
+    def steps(self, chunk: Chunk, rows: np.ndarray) -> None:
+        """Take the logs of completed steps."""
+
+    def batch_logs(self) -> Logs:
+        """What batch hooks see after the last step."""
         ...
 
     def summary(self) -> None:
@@ -120,7 +124,8 @@ def run(
         # ORDER MATTERS from here to the end of the loop: a checkpoint must
         # hold either all or nothing of what belongs to a step.
         _do_duties(clock, hooks, recorder, validate)
-        clock.stop_training = clock.stop_training or callbacks_stop()
+        if clock.step > 0:  # else as in Keras: after one batch
+            clock.stop_training = clock.stop_training or callbacks_stop()
         ended = clock.step >= schedule.train_steps or clock.stop_training
         clock.finished = ended and not clock.duties
         stops = clock.finished or stop_requested()
@@ -152,16 +157,18 @@ def run(
 
         clock.step += chunk.num_batches
         clock.step_in_epoch += chunk.num_batches
-        last = recorder.steps(chunk, rows)
-        if hooks.batch_hooks_active:
-            hooks.on_train_batch_end(clock.step_in_epoch - 1, last)
+        recorder.steps(chunk, rows)
+        if hooks.wants_batch_logs:
+            hooks.on_train_batch_end(
+                clock.step_in_epoch - 1, recorder.batch_logs()
+            )
         if schedule.summary_is_due(clock.step):
             recorder.summary()
         # As in Keras, a stop in mid-epoch still ends the epoch.
         clock.stop_training = callbacks_stop()
         epoch_ends = schedule.epoch_ends(clock.step) or clock.stop_training
-        validates = schedule.validation_is_due(clock.step) or (
-            epoch_ends and schedule.validation_interval == "epoch"
+        validates = schedule.validation_is_due(
+            clock.step, clock.epoch, epoch_ends=epoch_ends
         )
         clock.duties = ("validation",) * validates + (
             ("epoch_end",) * epoch_ends

@@ -12,9 +12,9 @@ from legato.data import DataSource
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
 from legato.identity import describe_program
-from legato.metrics import check_metrics, directions
+from legato.metrics import Every, When, check_metrics, directions
 from legato.task import ModelGroup, OptimizerGroup, Optimizers, Task
-from legato.types import JSON
+from legato.types import JSON, LogStyle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class Parts:
         whole: all models as one, with `optimizer`, for callbacks.
         optimizer: what `build_optimizer` returned.
         optimizers: the same by name; "" for a single one.
-        metrics: the training metrics; empty where they are off.
+        metrics: the training metrics, and when each is updated; empty where
+            they are off.
         source: the training data.
         evaluator: of the validation split; None if there is none.
         program: what the Task and the optimizers are, to compare runs by.
@@ -39,7 +40,7 @@ class Parts:
     whole: keras.Model
     optimizer: Optimizers
     optimizers: dict[str, keras.optimizers.Optimizer]
-    metrics: list[keras.metrics.Metric]
+    metrics: dict[keras.metrics.Metric, When]
     source: DataSource
     evaluator: Evaluator | None
     program: dict[str, JSON]
@@ -74,8 +75,9 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
         ConfigError: a method returned something else than it must.
         DataError: the data are wrong.
     """
-    # Everything random that follows is a function of the seed.
-    set_random_seed(config.seed)
+    if task.order_seed is None:
+        # Everything random that follows is a function of the seed.
+        set_random_seed(config.seed)
     name = type(task).__name__
     model = task.build_model()
     models = list(model.values()) if isinstance(model, dict) else [model]
@@ -101,10 +103,12 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
         if isinstance(optimizer, dict)
         else optimizer
     )
-    metrics: list[keras.metrics.Metric] = []
+    metrics: dict[keras.metrics.Metric, When] = {}
     if config.train_metrics_interval:
-        metrics = _build_metrics(task, training=True)
-    if task.loss in {metric.name for metric in metrics}:
+        when = Every(config.train_metrics_interval)
+        metrics = _build_metrics(task, training=True, default=when)
+    clashes = task.loss in {metric.name for metric in metrics}
+    if clashes and task.train_logs is LogStyle.MEANS:
         raise ConfigError(
             f"{name}.build_metrics returned a metric named {task.loss!r}, "
             "which is the name of the loss. Give it another `name`."
@@ -136,13 +140,16 @@ def _rates(
     }
 
 
-def _build_metrics(task: Task, training: bool) -> list[keras.metrics.Metric]:
+def _build_metrics(
+    task: Task, *, training: bool, default: When
+) -> dict[keras.metrics.Metric, When]:
     # A metric without a name of its own gets one that counts those before it
     # in the process: `auc_1` in validation, or in a notebook's second run.
     with fresh_names():
         metrics = task.build_metrics(training=training)
     where = f"{type(task).__name__}.build_metrics(training={training})"
-    return check_metrics(metrics, where)
+    unique = task.train_logs is LogStyle.MEANS
+    return check_metrics(metrics, where, default, unique=unique)
 
 
 def _build_evaluator(
@@ -155,7 +162,7 @@ def _build_evaluator(
         task,
         model,
         _check_source(task, "validation", source),
-        _build_metrics(task, training=False),
+        list(_build_metrics(task, training=False, default=Every(1))),
         seed=config.seed,
         max_batches=config.validation_steps,
     )

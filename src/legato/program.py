@@ -1,4 +1,7 @@
-"""How steps reach the device: chosen when a run begins, and kept."""
+"""How a run goes: when things are due, and how steps reach the device.
+
+The latter is chosen when the run begins, and kept.
+"""
 
 import dataclasses
 import warnings
@@ -10,6 +13,7 @@ from legato.config import TrainerConfig
 from legato.data import DataSource
 from legato.errors import DamagedError, LegatoWarning
 from legato.evaluation import MAX_CAPACITY, loop_capacity
+from legato.schedule import Schedule
 
 # From here on some ten seconds of compilation are worth it.
 _LONG_RUN_STEPS = 5000
@@ -86,3 +90,27 @@ def _keep(mode: LoopMode, config: TrainerConfig) -> LoopMode | None:
         stacklevel=4,
     )
     return mode
+
+
+def make_schedule(
+    config: TrainerConfig, batches_per_epoch: int, *, validates: bool
+) -> Schedule:
+    """The cadences of a run.
+
+    Args:
+        config: of the trainer.
+        batches_per_epoch: of the training data.
+        validates: whether there is anything to validate on.
+    """
+    per_epoch = config.steps_per_epoch or batches_per_epoch
+    interval: Any = config.checkpoint_interval
+    freq = config.validation_freq
+    epochs = max(0, (config.epochs or 0) - config.initial_epoch)
+    return Schedule(
+        train_steps=config.train_steps or epochs * per_epoch,
+        steps_per_epoch=per_epoch,
+        validation_interval=config.validation_interval if validates else None,
+        checkpoint_interval=None if config.checkpoint_seconds else interval,
+        validation_freq=freq if isinstance(freq, int) else frozenset(freq),
+        summary_interval=config.summary_interval,
+    )

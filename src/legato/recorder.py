@@ -12,12 +12,12 @@ import numpy as np
 from legato.config import TrainerConfig
 from legato.data import Chunk
 from legato.errors import ConfigError, LegatoWarning, NonFiniteLossError
-from legato.metrics import Results
+from legato.metrics import Results, When, any_due
 from legato.progress import ProgressReporter
 from legato.state import Clock
 from legato.summaries import RunLog
 from legato.task import Task
-from legato.types import JSON, Logs
+from legato.types import JSON, Logs, LogStyle
 
 
 class Recorder:
@@ -27,10 +27,10 @@ class Recorder:
     not depend on where device loops are cut.
 
     Args:
-        task: names the loss.
+        task: names the loss, and says what logs mean.
         clock: holds the sums, so that they are saved with it.
         config: policies.
-        metrics: the training metrics.
+        metrics: the training metrics, and when each is updated.
         directions: whether less or more of a log is better.
         log_names: names of the step's logs, known once it is traced.
         learning_rates: the current ones by name.
@@ -48,7 +48,7 @@ class Recorder:
         task: Task,
         clock: Clock,
         config: TrainerConfig,
-        metrics: Sequence[keras.metrics.Metric],
+        metrics: Mapping[keras.metrics.Metric, When],
         directions: Mapping[str, str],
         log_names: Callable[[], Sequence[str]],
         learning_rates: Callable[[], Logs],
@@ -60,7 +60,7 @@ class Recorder:
         self._task = task
         self._clock = clock
         self._metrics = metrics
-        self._results = Results(metrics)
+        self._read_metrics = Results(list(metrics))
         self._log_names = log_names
         self._learning_rates = learning_rates
         self._log = log
@@ -75,21 +75,20 @@ class Recorder:
 
     def begin_epoch(self) -> None:
         """Reset the sums and the metrics of the epoch."""
+        self._clock.epoch_first_step = self._clock.step
         self._clock.epoch_logs = {}
         self._clock.epoch_examples = 0
+        self._clock.last_logs = {}
         self._clock.validation_logs = {}
         for metric in self._metrics:
             metric.reset_state()
 
-    def steps(self, chunk: Chunk, rows: np.ndarray) -> Logs:
+    def steps(self, chunk: Chunk, rows: np.ndarray) -> None:
         """Add the logs of completed steps to the sums.
 
         Args:
             chunk: whose steps they are.
             rows: float32 of shape `[steps, names]`.
-
-        Returns:
-            The logs of the last step.
 
         Raises:
             NonFiniteLossError: a loss is NaN or infinite.
@@ -109,9 +108,35 @@ class Recorder:
             clock.interval_logs[name] = interval
         clock.epoch_examples += chunk.num_batches * chunk.batch_size
         clock.interval_steps += chunk.num_batches
-        last = dict(zip(names, rows[-1].tolist(), strict=True))
-        self._reporter.update(clock.step, last)
-        return last
+        clock.last_logs = dict(zip(names, rows[-1].tolist(), strict=True))
+        self._reporter.update(clock.step, clock.last_logs)
+
+    def batch_logs(self) -> Logs:
+        """What batch hooks see after a step; see `LogStyle`."""
+        match self._task.train_logs:
+            case LogStyle.RUNNING:
+                return _by_name(self._means() | self._results())
+            case LogStyle.OWN:
+                return _by_name(self._clock.last_logs)
+            case _:
+                return dict(self._clock.last_logs)
+
+    def _means(self) -> Logs:
+        """The means of the step's logs over the epoch's examples."""
+        clock = self._clock
+        return {
+            name: total / clock.epoch_examples
+            for name, total in clock.epoch_logs.items()
+        }
+
+    def _results(self) -> dict[str, Any]:
+        """The metrics; NaN for those that the epoch has not updated."""
+        clock, results = self._clock, self._read_metrics()
+        for metric, when in self._metrics.items():
+            if not any_due(when, clock.epoch_first_step, clock.step):
+                for name in self._read_metrics.names(metric):
+                    results[name] = math.nan
+        return results
 
     def _check_finite(self, losses: list[float]) -> None:
         for i, loss in enumerate(losses):
@@ -164,13 +189,17 @@ class Recorder:
 
     def epoch_logs(self) -> Logs:
         """The epoch's means, its metrics, its last validation."""
-        clock = self._clock
-        logs = {
-            name: total / clock.epoch_examples
-            for name, total in clock.epoch_logs.items()
-        }
-        logs.update(self._results())
-        logs.update(clock.validation_logs)
+        clock, results = self._clock, self._results()
+        if self._task.train_logs is LogStyle.OWN:
+            # As in Keras: the metrics of the model, if these are meant.
+            same = results.keys() == clock.last_logs.keys()
+            logs = results if same else dict(clock.last_logs)
+        else:
+            logs = self._means() | results
+        logs |= clock.validation_logs
+        if self._task.train_logs is not LogStyle.MEANS:
+            logs = _by_name(logs)
+        clock.training_logs = dict(logs)
         return logs
 
     def epoch(self, logs: Logs) -> None:
@@ -185,6 +214,10 @@ class Recorder:
             {k: v for k, v in logs.items() if k not in clock.validation_logs},
         )
         self.best.warn_if_unknown(logs)
+
+
+def _by_name(logs: Logs) -> Logs:
+    return dict(sorted(logs.items()))
 
 
 class Best:

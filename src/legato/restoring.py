@@ -1,6 +1,7 @@
 """Putting saved state back, all of it or none, and saying what was."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -81,6 +82,17 @@ def assign_arrays(
 
 def _root(path: str) -> str:
     return path.partition("/")[0]
+
+
+@contextlib.contextmanager
+def kept(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    """What happens inside leaves the values of these as they were."""
+    backend = backends.current()
+    values = [np.array(a, copy=True) for a in backend.read(variables)]
+    try:
+        yield
+    finally:
+        backend.write(variables, values)
 
 
 def get_random_state() -> tuple[JSON, dict[str, np.ndarray]]:

@@ -1,6 +1,7 @@
 """When something is due: pure functions of the step, the one clock."""
 
 import dataclasses
+from collections.abc import Set
 from typing import Literal
 
 Interval = int | Literal["epoch"] | None
@@ -15,6 +16,8 @@ class Schedule:
         train_steps: the step at which training ends.
         steps_per_epoch: steps from one `on_epoch_end` to the next.
         validation_interval: see `Interval`.
+        validation_freq: where that is "epoch": validate after each so many
+            epochs, or after those with these numbers (from 1).
         checkpoint_interval: see `Interval`; None where it is a duration.
         summary_interval: steps between summaries; 0 for none.
     """
@@ -24,6 +27,7 @@ class Schedule:
     validation_interval: Interval
     checkpoint_interval: Interval
     summary_interval: int
+    validation_freq: int | Set[int] = 1
 
     def next_stop(self, step: int) -> int:
         """The nearest step after `step` at which anything is due."""
@@ -45,9 +49,21 @@ class Schedule:
         """Whether an epoch ends with this step."""
         return _is_due(step, self.steps_per_epoch)
 
-    def validation_is_due(self, step: int) -> bool:
-        """Whether to validate after this step."""
-        return _is_due(step, self._every(self.validation_interval))
+    def validation_is_due(
+        self, step: int, epoch: int, *, epoch_ends: bool
+    ) -> bool:
+        """Whether to validate after this step.
+
+        Args:
+            step: that was completed.
+            epoch: that it belongs to, from 0.
+            epoch_ends: whether it is the last one of it.
+        """
+        if self.validation_interval != "epoch":
+            return _is_due(step, self._every(self.validation_interval))
+        if isinstance(self.validation_freq, int):
+            return epoch_ends and (epoch + 1) % self.validation_freq == 0
+        return epoch_ends and epoch + 1 in self.validation_freq
 
     def checkpoint_is_due(self, step: int) -> bool:
         """Whether to save after this step (time apart)."""

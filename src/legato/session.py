@@ -15,7 +15,7 @@ from legato.callbacks import CallbackRunner
 from legato.checkpoint import Checkpoint, CheckpointStore
 from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig
-from legato.data import Feed
+from legato.data import Feed, join_arrays, split_arrays
 from legato.errors import (
     CheckpointError,
     DamagedError,
@@ -27,14 +27,16 @@ from legato.errors import (
 )
 from legato.interrupts import Interrupts
 from legato.parts import Parts
-from legato.program import choose_program
+from legato.program import choose_program, make_schedule
 from legato.progress import make_reporter
 from legato.recorder import Recorder
-from legato.schedule import Schedule
 from legato.state import Clock, layer_paths, variable_paths
 from legato.summaries import RunLog
 from legato.training import TrainSteps
 from legato.types import JSON, AuditEntry, AuditStatus, Logs
+
+_VERBOSE = {"none": 0, "plain": 2}
+"""What Keras calls how progress is shown."""
 
 
 class Session:
@@ -93,13 +95,20 @@ class Session:
             timeout_secs=config.checkpoint_timeout,
         )
         self._checkpoint = self._find_checkpoint()
+        self._seed = self._choose_seed()
         self._log = RunLog(run_dir)
         self._reporter = make_reporter(config.progress)
         self._interrupts = Interrupts(
             max_seconds=config.max_seconds, before_exit=self._store.wait
         )
-        self._schedule = _schedule(parts, config)
+        self._schedule = make_schedule(
+            config,
+            parts.source.batches_per_epoch,
+            validates=parts.evaluator is not None,
+        )
         self._callbacks = self._make_callbacks(callbacks)
+        assert self._callbacks.history is not None  # asked for
+        self.history = self._callbacks.history
 
     def __enter__(self) -> Self:
         self._interrupts.__enter__()
@@ -110,6 +119,7 @@ class Session:
         try:
             self._store.close()
         finally:
+            self._callbacks.close()
             self._log.close()
             self._interrupts.__exit__(*exc)
 
@@ -129,31 +139,36 @@ class Session:
             )
         return checkpoint
 
+    def _choose_seed(self) -> int:
+        """The seed of the order of the data: that which the run began with."""
+        seed = self._parts.task.order_seed
+        if seed is None:
+            return self._config.seed
+        if self._checkpoint is not None:
+            seed = self._checkpoint.host.get("seed")
+        if type(seed) is not int:
+            raise DamagedError(f"The saved seed is {seed!r:.80}.")
+        return seed
+
     def _make_callbacks(
         self, callbacks: Sequence[keras.callbacks.Callback]
     ) -> CallbackRunner:
-        def make(callbacks: Sequence[Any]) -> CallbackRunner:
-            epochs = self._schedule.train_steps / self._schedule.steps_per_epoch
-            return CallbackRunner(
-                callbacks,
-                model=self._parts.whole,
-                params={
-                    "epochs": int(np.ceil(epochs)),
-                    "steps": self._schedule.steps_per_epoch,
-                    "verbose": 0,
-                },
-                exact=self._config.exact,
-                metric_directions=self._parts.directions(),
-                references=self._references,
-            )
-
-        runner = make(callbacks)
-        for callback in runner.callbacks:
-            if isinstance(callback, keras.callbacks.History):
-                self.history = callback
-                return runner
-        self.history = keras.callbacks.History()
-        return make([*runner.callbacks, self.history])
+        config, schedule = self._config, self._schedule
+        epochs = schedule.train_steps / schedule.steps_per_epoch
+        return CallbackRunner(
+            callbacks,
+            model=self._parts.whole,
+            params={
+                "epochs": config.epochs or int(np.ceil(epochs)),
+                "steps": schedule.steps_per_epoch,
+                "verbose": _VERBOSE.get(config.progress, 1),
+            },
+            exact=config.exact,
+            metric_directions=self._parts.directions(),
+            references=self._references,
+            notes=self._run_dir / "callbacks.json",
+            add_history=True,
+        )
 
     # -- beginning ----------------------------------------------------------
 
@@ -187,8 +202,7 @@ class Session:
             parts.model,
             parts.optimizer,
             parts.source,
-            parts.metrics,
-            metrics_interval=config.train_metrics_interval,
+            parts.metrics if config.train_metrics_interval else None,
             mode=program.mode,
             capacity=program.capacity,
             compilation=program.compilation,
@@ -245,9 +259,7 @@ class Session:
                 f"{'; '.join(unrepeatable)}"
             )
         self._feed = Feed(
-            parts.source.iterate(
-                seed=self._config.seed, capacity=self._capacity
-            )
+            parts.source.iterate(seed=self._seed, capacity=self._capacity)
         )
         if checkpoint is None:
             self._begin_new()
@@ -273,8 +285,10 @@ class Session:
 
     def _begin_new(self) -> None:
         self._log.rewind(None)
-        # What happened since the model was built does not count.
-        set_random_seed(self._config.seed)
+        if self._parts.task.order_seed is None:
+            # What happened since the model was built does not count.
+            set_random_seed(self._config.seed)
+        self.clock.epoch = self._config.initial_epoch
         self._parts.whole.stop_training = False
         self._callbacks.on_train_begin(resuming=False)
 
@@ -349,14 +363,12 @@ class Session:
 
     def _finish(self) -> None:
         """After the last checkpoint: hooks may put other weights in."""
-        self._callbacks.on_train_end(
-            {k: v[-1] for k, v in self.history.history.items() if v}
-        )
         for optimizer in self._parts.optimizers.values():
             if optimizer.built:
-                # As Keras does: averaged weights, if there are any.
+                # As Keras does, and then: averaged weights, if there are any.
                 updated: Any = optimizer
                 optimizer.finalize_variable_values(updated._trainable_variables)
+        self._callbacks.on_train_end(dict(self.clock.training_logs))
         self._log.flush()
         self._store.save_final(self.clock.step, self._read_arrays())
 
@@ -381,8 +393,19 @@ class Session:
         return self._interrupts.reason is not None
 
     def _validate(self) -> Logs | None:
-        assert self._parts.evaluator is not None
-        return self._parts.evaluator(self._callbacks, self._stop_requested)
+        parts = self._parts
+        assert parts.evaluator is not None
+        # A compiled model's metrics are the same in training, whose epoch has
+        # not been read yet.
+        training = {id(v) for metric in parts.metrics for v in metric.variables}
+        shared = [
+            variable
+            for metric in parts.evaluator.metrics
+            for variable in metric.variables
+            if id(variable) in training
+        ]
+        with restoring.kept(shared):
+            return parts.evaluator(self._callbacks, self._stop_requested)
 
     def _save_is_due(self) -> bool:
         self._store.poll()
@@ -470,14 +493,17 @@ class Session:
         arrays = self._read_arrays()
         callbacks, callback_arrays = self._callbacks.get_state()
         random, random_arrays = restoring.get_random_state()
+        data, data_arrays = split_arrays(self._feed.get_state())
         arrays |= {f"callbacks/{k}": v for k, v in callback_arrays.items()}
+        arrays |= {f"data/{k}": v for k, v in data_arrays.items()}
         arrays |= {f"random/{k}": v for k, v in random_arrays.items()}
         best = self._recorder.best
         # Written before the checkpoint that counts them.
         self._log.flush()
         host: dict[str, JSON] = {
             "clock": self.clock.to_json(),
-            "data": self._feed.get_state(),
+            "data": data,
+            "seed": self._seed,
             "callbacks": callbacks,
             "random": random,
             "best": best.get_state(),
@@ -503,7 +529,7 @@ class Session:
             path
             for path in checkpoint.arrays
             if path not in self._variables
-            and not path.startswith(("callbacks/", "random/"))
+            and not path.startswith(("callbacks/", "data/", "random/"))
         ]
         if unknown and parts.evaluator:
             # Perhaps validation uses them, which is traced when it is due.
@@ -536,7 +562,12 @@ class Session:
         self.audit = audit
         take("clock", self.clock.load)
         take("trainable", self._freeze)
-        take("data", self._feed.set_state)
+        take(
+            "data",
+            lambda state: self._feed.set_state(
+                join_arrays(state, arrays.get("data", {}))
+            ),
+        )
         self.audit += self._callbacks.set_state(
             host.get("callbacks"), arrays.get("callbacks", {})
         )
@@ -567,17 +598,3 @@ class Session:
         clock.finished = not clock.duties and (
             clock.stop_training or clock.step >= steps
         )
-
-
-def _schedule(parts: Parts, config: TrainerConfig) -> Schedule:
-    per_epoch = parts.source.batches_per_epoch
-    interval: Any = config.checkpoint_interval
-    return Schedule(
-        train_steps=config.train_steps or (config.epochs or 0) * per_epoch,
-        steps_per_epoch=per_epoch,
-        validation_interval=config.validation_interval
-        if parts.evaluator
-        else None,
-        checkpoint_interval=None if config.checkpoint_seconds else interval,
-        summary_interval=config.summary_interval,
-    )

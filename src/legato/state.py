@@ -48,7 +48,10 @@ class Clock:
         epoch_examples: examples of the epoch so far.
         interval_logs: sums over steps since the last summary.
         interval_steps: steps since the last summary.
+        epoch_first_step: the step at which the epoch began.
+        last_logs: the logs of the last step.
         validation_logs: results of this epoch's last validation.
+        training_logs: the logs of the last epoch, as it ended.
         stop_training: a callback asked to stop.
         finished: training came to its end, and at which step it did.
     """
@@ -62,7 +65,10 @@ class Clock:
     epoch_examples: int = 0
     interval_logs: dict[str, float] = dataclasses.field(default_factory=dict)
     interval_steps: int = 0
+    epoch_first_step: int = 0
+    last_logs: dict[str, float] = dataclasses.field(default_factory=dict)
     validation_logs: dict[str, float] = dataclasses.field(default_factory=dict)
+    training_logs: dict[str, float] = dataclasses.field(default_factory=dict)
     stop_training: bool = False
     finished: bool = False
 
@@ -251,6 +257,8 @@ def _children(obj: Any) -> Iterator[tuple[str, Any]]:
         yield from _numbered(obj, "_variables")
         for i, metric in enumerate(obj._metrics):
             yield f"{i}_{_snake(type(metric).__name__)}", metric
+        # Those of a compiled model hold their metrics in a way of their own.
+        yield from _numbered(obj, "variables")
     elif isinstance(obj, keras.random.SeedGenerator):
         yield "state", obj.state
     elif isinstance(obj, keras.optimizers.Optimizer):

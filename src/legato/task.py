@@ -1,7 +1,7 @@
 """What is learned: model, data, losses, metrics and steps in one object."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -10,8 +10,9 @@ import numpy as np
 from legato.backends import value_and_grad
 from legato.data import DataSource
 from legato.errors import ConfigError, StepError
-from legato.metrics import StepMetric
+from legato.metrics import StepMetric, When
 from legato.rng import kept_host_state
+from legato.types import JSON, LogStyle
 
 Optimizers = keras.optimizers.Optimizer | dict[str, keras.optimizers.Optimizer]
 
@@ -27,9 +28,17 @@ class Task:
 
     Attributes:
         loss: the name of the loss among the logs.
+        train_logs: what the logs of `train_step` mean.
+        validation_logs: the same of `validation_step`.
+        order_seed: of the order of the data, where the caller has seeded
+            everything already; None lets the engine seed everything from the
+            config.
     """
 
     loss = "loss"
+    train_logs = LogStyle.MEANS
+    validation_logs = LogStyle.MEANS
+    order_seed: int | None = None
 
     def __getattribute__(self, name: str) -> Any:
         value = object.__getattribute__(self, name)
@@ -86,10 +95,27 @@ class Task:
         del labels, model_outputs, aux_losses
         raise _missing(self, "build_losses", "a scalar loss")
 
-    def build_metrics(self, training: bool) -> Sequence[keras.metrics.Metric]:
-        """Make the metrics of training or of validation."""
+    def build_metrics(
+        self, training: bool
+    ) -> Sequence[keras.metrics.Metric] | Mapping[keras.metrics.Metric, When]:
+        """Make the metrics of training or of validation.
+
+        Args:
+            training: for which of them.
+
+        Returns:
+            Metrics; or, for training, a dict of them and when each is
+            updated: `{metric: legato.Every(50)}`.
+        """
         del training
         return []
+
+    def describe(self) -> dict[str, JSON]:
+        """What tells this task from another, beside its attributes and code.
+
+        A run is resumed only by a task that is described in the same way.
+        """
+        return {}
 
     def process_metrics(
         self,

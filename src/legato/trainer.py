@@ -1,8 +1,9 @@
 """Trains a Task in a run directory, and resumes it exactly."""
 
+import dataclasses
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,26 @@ import keras
 
 from legato import loop, storage
 from legato.callbacks import CallbackRunner
-from legato.checkpoint import CheckpointStore
+from legato.checkpoint import (
+    FINAL,
+    Checkpoint,
+    RunReader,
+    check_which,
+    find_checkpoint,
+    watch_checkpoints,
+)
 from legato.config import TrainerConfig, dump_yaml
-from legato.errors import ConfigError, LegatoWarning
+from legato.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    LegatoWarning,
+    Stopped,
+)
+from legato.evaluation import Evaluator
+from legato.interrupts import Interrupts
 from legato.parts import build_parts
+from legato.progress import make_reporter
 from legato.restoring import assign_arrays
 from legato.run_directory import (
     CONFIG,
@@ -150,53 +167,223 @@ class Trainer:
                     loop.run(**session.for_loop())
         return session.history
 
-    def evaluate(self) -> Logs:
+    def evaluate(
+        self,
+        *,
+        checkpoint: str | int | Checkpoint | None = None,
+        metrics: Sequence[keras.metrics.Metric] | None = None,
+    ) -> Logs:
         """Measure the model on the validation split.
 
-        The variables are those of this process if it has trained; otherwise
-        those that the run ended with, or of its newest checkpoint.
+        Takes no lock and writes nothing: another process may train the run
+        meanwhile.
+
+        Args:
+            checkpoint: whose weights are measured, and held by the model
+                afterwards: "best", a step, or "latest": those that the run
+                ended with, or else its newest intact checkpoint. None
+                measures the model as it is, if this process has trained it,
+                and else does as "latest" (with a warning, if there is no run
+                yet, and the model is as `build_model` made it).
+            metrics: what to measure beside the step's own logs; also what
+                was never measured in training. Each is updated by
+                `Task.process_metrics`. None takes `build_metrics(False)`.
 
         Returns:
             The mean of each of `validation_step`'s logs, and the metrics.
 
         Raises:
-            ConfigError: there is no validation split.
+            ConfigError: there is no validation split, or an argument is wrong.
+            RunDirError: the run directory is not a run's.
+            CheckpointError: there is no such checkpoint, or it is damaged.
             RestoreError: the checkpoint does not fit the model.
         """
-        evaluator = self._parts.evaluator
-        if evaluator is None:
+        evaluator = self._evaluator(metrics)
+        if isinstance(checkpoint, Checkpoint):
+            found = checkpoint
+        elif checkpoint is not None:
+            which = check_which(checkpoint, "checkpoint")
+            found = find_checkpoint(self.run_dir, which)
+        else:
+            found = None if self._has_trained else self._find_newest()
+        if found is not None:
+            self._load(found, evaluator)
+        logs = self._measure(evaluator, lambda: False)
+        assert logs is not None  # nothing asks it to stop
+        return logs
+
+    def evaluate_continuously(
+        self,
+        *,
+        metrics: Sequence[keras.metrics.Metric] | None = None,
+        timeout: float | None = None,
+        on_result: Callable[[Checkpoint, Logs], None] | None = None,
+    ) -> dict[int | str, Logs]:
+        """Measure each checkpoint of the run, as another process writes them.
+
+        Begins with those that are there, and ends when the run has: then what
+        it ended with is measured too. A checkpoint that is removed before it
+        can be read is left out, and so is a damaged one, with a warning.
+        Nothing is written: results are returned, and given to `on_result`.
+
+        Args:
+            metrics: as for `evaluate`.
+            timeout: end when no new checkpoint came for so many seconds; None
+                waits for ever.
+            on_result: called with each result and the checkpoint that it is
+                of; None shows it as `config.progress` says.
+
+        Returns:
+            The results by step, and as "final" of what the run ended with.
+
+        Raises:
+            Stopped: a signal ended it.
+            Interrupted: Ctrl-C ended it.
+            ConfigError: there is no validation split, or an argument is wrong.
+            CheckpointError: no checkpoint came within `timeout`, or one
+                cannot be read.
+            RestoreError: a checkpoint does not fit the model.
+        """
+        if timeout is not None and not timeout >= 0:
+            raise ConfigError(
+                f"timeout={timeout!r}: it must be seconds, 0 or more; or None "
+                "to wait for ever."
+            )
+        evaluator = self._evaluator(metrics)
+        report = on_result or self._show_result
+        results: dict[int | str, Logs] = {}
+        with Interrupts() as interrupts:
+
+            def stop_requested() -> bool:
+                return interrupts.reason is not None
+
+            for checkpoint in watch_checkpoints(
+                self.run_dir,
+                timeout_secs=timeout,
+                stop_requested=stop_requested,
+            ):
+                # The first one waits for the compiler.
+                interrupts.compiling = not results
+                self._load(checkpoint, evaluator)
+                logs = self._measure(evaluator, stop_requested)
+                interrupts.compiling = False
+                if logs is None:
+                    break
+                ended = checkpoint.path.name == FINAL
+                results[FINAL if ended else checkpoint.step] = logs
+                report(checkpoint, logs)
+        reason = interrupts.reason
+        if reason is not None and FINAL not in results:
+            message = (
+                f"{reason}: stopped measuring {self.run_dir}; checkpoints "
+                f"measured: {len(results)}."
+            )
+            raise (Interrupted if reason == "SIGINT" else Stopped)(message)
+        if not results:
+            raise CheckpointError(
+                f"{self.run_dir}: no checkpoint came within timeout={timeout} "
+                "seconds. Is it the run_dir of the run that trains?"
+            )
+        return results
+
+    def _evaluator(
+        self, metrics: Sequence[keras.metrics.Metric] | None
+    ) -> Evaluator:
+        own = self._parts.evaluator
+        if own is None:
             raise ConfigError(
                 f"{type(self.task).__name__}.build_inputs('validation') "
                 "returned None: there is nothing to evaluate on."
             )
-        if not self._has_trained:
-            if is_run(self.run_dir):
-                evaluator.build()
-                self._load_newest()
-            else:
-                warnings.warn(
-                    f"There is no run in {self.run_dir}: the model is measured "
-                    "as build_model made it.",
-                    LegatoWarning,
-                    stacklevel=2,
+        if metrics is None:
+            return own
+        several = isinstance(metrics, list | tuple)
+        chosen: list[Any] = list(metrics) if several else [metrics]
+        names = [self.task.loss]
+        for metric in chosen:
+            if not isinstance(metric, keras.metrics.Metric):
+                raise ConfigError(
+                    f"metrics: {metric!r} is not a keras.metrics.Metric. Give "
+                    "objects, such as [keras.metrics.MeanSquaredError()]."
                 )
-        callbacks = CallbackRunner([], model=self._parts.whole, params={})
-        logs = evaluator(callbacks, lambda: False)
-        assert logs is not None  # nothing asks it to stop
-        return logs
+            if metric.name in names:
+                raise ConfigError(
+                    f"metrics: {metric.name!r} is the name of the loss or of "
+                    "another metric. Give each one its own `name`."
+                )
+            names.append(metric.name)
+        return Evaluator(
+            self.task,
+            self.model,
+            own.source,
+            chosen,
+            seed=self.config.seed,
+            max_batches=self.config.validation_steps,
+        )
 
-    def _load_newest(self) -> None:
-        with storage.RunLock(self.run_dir):
-            run_id = read_run_id(self.run_dir)
-            store = CheckpointStore(self.run_dir, run_id=run_id)
-            checkpoint = store.restore()
-            final = store.load_final()
-        if checkpoint is None:
-            return
-        if final is not None and final.step == checkpoint.step:
-            checkpoint = final
-        # The model alone, not what only training needs.
-        assign_arrays(variable_paths({"model": self.model}), checkpoint)
+    def _measure(
+        self, evaluator: Evaluator, stop_requested: Callable[[], bool]
+    ) -> Logs | None:
+        callbacks = CallbackRunner([], model=self._parts.whole, params={})
+        return evaluator(callbacks, stop_requested)
+
+    def _find_newest(self) -> Checkpoint | None:
+        found = None
+        if is_run(self.run_dir):
+            found = RunReader(self.run_dir).latest()
+        if found is None:
+            warnings.warn(
+                f"There is no run in {self.run_dir} that has come to a "
+                "checkpoint: the model is measured as build_model made it.",
+                LegatoWarning,
+                stacklevel=3,
+            )
+        return found
+
+    def _load(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:
+        """Put in the model, and whatever else validation uses."""
+        evaluator.build()  # makes what is made lazily
+        parts = self._parts
+        # In the order in which they were saved, which names depend on.
+        named = variable_paths(
+            {
+                "model": parts.model,
+                "optimizer": parts.optimizer,
+                "task": vars(self.task),
+            },
+            evaluator.variables,
+        )
+        # Not the seeds that only training uses: backends differ in their type.
+        used = {id(v) for v in (*parts.whole.weights, *evaluator.variables)}
+        chosen = {path: v for path, v in named.items() if id(v) in used}
+        new = {
+            path
+            for path in chosen
+            if not path.startswith("model/") and path not in checkpoint.arrays
+        }
+        if new:
+            warnings.warn(
+                f"Validation uses variables that the checkpoint of step "
+                f"{checkpoint.step} does not hold, which keep the values that "
+                f"the program gave them: {', '.join(sorted(new))}.",
+                LegatoWarning,
+                stacklevel=3,
+            )
+        arrays = {
+            path: array
+            for path, array in checkpoint.arrays.items()
+            if path in chosen
+            or (path.startswith("model/") and path not in named)
+        }
+        assign_arrays(
+            {path: v for path, v in chosen.items() if path not in new},
+            dataclasses.replace(checkpoint, arrays=arrays),
+        )
+
+    def _show_result(self, checkpoint: Checkpoint, logs: Logs) -> None:
+        scalars = {k: v for k, v in logs.items() if isinstance(v, float)}
+        reporter = make_reporter(self.config.progress)
+        reporter.validation(checkpoint.step, scalars)
 
 
 def _nested(key: str, yaml: str) -> str:

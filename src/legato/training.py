@@ -1,7 +1,7 @@
 """The training step of a Task, compiled, for the loop to drive."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,12 +10,13 @@ import numpy as np
 
 from legato import backends
 from legato.backends import Compilation, CompiledLoop, LoopMode
-from legato.data import Chunk, DataSource
+from legato.data import Chunk, DataSource, Shapes, shapes_of
 from legato.errors import StepError
 from legato.evaluation import check_logs
-from legato.metrics import StepMetric, run_recorded
+from legato.metrics import StepMetric, When, run_recorded
 from legato.state import layer_paths
 from legato.task import AttributeReads, Task, tracing
+from legato.types import LogStyle
 
 
 class TrainSteps:
@@ -26,8 +27,8 @@ class TrainSteps:
         model: its model or models.
         optimizer: its optimizer or optimizers.
         source: the training data.
-        metrics: the training metrics.
-        metrics_interval: steps between their updates; 0 leaves them out.
+        metrics: the training metrics, and when each is updated; None where
+            they are off.
         mode: how steps reach the device; None chooses.
         compilation: whether to compile, where that is a choice and `mode`
             is None.
@@ -48,9 +49,8 @@ class TrainSteps:
         model: Any,
         optimizer: Any,
         source: DataSource,
-        metrics: Sequence[keras.metrics.Metric],
+        metrics: Mapping[keras.metrics.Metric, When] | None,
         *,
-        metrics_interval: int,
         mode: LoopMode | None,
         capacity: int,
         compilation: Compilation = "never",
@@ -69,16 +69,18 @@ class TrainSteps:
         self._model = model
         self._optimizer = optimizer
         self._source = source
-        self._metrics = metrics
-        self._interval = metrics_interval
+        self._metrics = metrics or {}
+        self._are_metrics_on = metrics is not None
         self._compiling = compiling
         self._backend = backends.current()
         self._resident: Any = None
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self._loops: dict[int, CompiledLoop] = {}
-        self._called: set[int] = set()
+        # By the shapes of what they take; see `Chunk.shapes`.
+        self._loops: dict[Shapes, CompiledLoop] = {}
+        self._called: set[Shapes] = set()
+        self._usual: Shapes | None = None
         self._variables: dict[int, keras.Variable] = {}
         self._flags: list[keras.Variable | keras.layers.Layer] = []
         self._trainable: list[bool] = []
@@ -92,31 +94,18 @@ class TrainSteps:
     def trace(self, operands: Any = None) -> None:
         """Trace the step; values do not change.
 
-        The partial batch's turn comes with the second call of `run`: the
-        first step is not kept waiting, and an error that only this batch
-        meets still shows at once, not at the end of an epoch.
-
         Args:
-            operands: those of a chunk, to trace the partial batch; None traces
-                the full one.
+            operands: those of a chunk of other shapes than usual; None traces
+                the usual ones.
 
         Raises:
             StepError: the step broke its contract.
         """
-        size = self._source.full_batch_size
         expected = self.variables
-        if operands is not None:
-            size = self._source.partial_batch_size
-            operands = keras.tree.map_structure(
-                lambda a: np.zeros((len(a), size, *a.shape[2:]), a.dtype),
-                operands,
-            )
-        else:
+        if operands is None:
             self._resident = self._backend.place(self._source.resident)
-            iterator = self._source.iterate(
-                seed=0, capacity=self._operand_capacity
-            )
-            operands = iterator.next_chunk(1).operands
+            operands = self._source.example(self._operand_capacity)
+            self._usual = shapes_of(operands)
             self._build_model()
             expected = self._expected_variables()
         with tracing(self._reads):
@@ -127,9 +116,10 @@ class TrainSteps:
                     resident=self._resident,
                     operands=operands,
                     mode=self.mode,
-                    losses_in_step=False,
+                    losses_in_step=self._task.train_logs is LogStyle.OWN,
                     variables=expected,
                     compilation=self._compilation,
+                    native=self._task.train_logs is LogStyle.OWN,
                 )
             except ValueError as error:
                 # Keras's message goes on with the variable's values.
@@ -141,7 +131,30 @@ class TrainSteps:
                     "Build it with all variables that it will ever update "
                     "(optimizer.build(model.variables) before freezing)."
                 ) from None
-        self._add_loop(size, loop)
+        self._add_loop(shapes_of(operands), loop)
+
+    def _trace_partial_batch(self, operands: Any) -> None:
+        """Its turn comes with the second call of `run`.
+
+        So the first step is not kept waiting, and an error that only this
+        batch meets still shows at once, not at the end of an epoch.
+
+        Args:
+            operands: those of a chunk of full batches.
+        """
+        size = self._source.partial_batch_size
+        full = self._source.full_batch_size
+
+        def resized(a: Any) -> Any:
+            # (Whatever its axis is: a source that knows the size of its
+            # partial batch has the examples in the first one.)
+            assert a.shape[1] == full
+            return np.zeros((len(a), size, *a.shape[2:]), a.dtype)
+
+        operands = keras.tree.map_structure(resized, operands)
+        if shapes_of(operands) not in self._loops:
+            with self._compiling():
+                self.trace(operands)
 
     def _build_model(self) -> None:
         """A model that is built by its first call, is called in the abstract.
@@ -182,24 +195,23 @@ class TrainSteps:
         if isinstance(optimizer, keras.optimizers.Optimizer):
             if not optimizer.built:
                 optimizer.build(model.trainable_variables)
-            metrics = self._metrics if self._interval else []
             return [
                 *model.variables,
                 *optimizer.variables,
-                *(v for metric in metrics for v in metric.variables),
+                *(v for metric in self._metrics for v in metric.variables),
             ]
         return []
 
-    def _add_loop(self, batch_size: int, loop: CompiledLoop) -> None:
+    def _add_loop(self, shapes: Shapes, loop: CompiledLoop) -> None:
         name = f"{type(self._task).__name__}.train_step"
         variables = {id(v): v for v in loop.variables}
         new = [v.path for k, v in variables.items() if k not in self._variables]
         if self._loops and new:
             # They would be missing in the checkpoints.
             raise StepError(
-                f"{name} uses {', '.join(new[:3])} for the partial batch of "
-                f"{batch_size} examples only. Use the same variables for "
-                "every batch."
+                f"{name} uses {', '.join(new[:3])} for batches of the shape "
+                f"{shapes} only. Use the same variables for every "
+                "batch."
             )
         if self._loops and loop.log_names != self.log_names:
             raise StepError(
@@ -210,22 +222,24 @@ class TrainSteps:
         self.mode = loop.mode
         self.log_names = loop.log_names
         self.traces += loop.traces
-        self._loops[batch_size] = loop
+        self._loops[shapes] = loop
         self._variables |= variables
         self._flags = [*self.variables, *self._layers()]
         self._trainable = [each.trainable for each in self._flags]
 
     def _step(self, batch: Any, step: Any) -> dict[str, Any]:
         metrics = None
-        if self._interval:
-            metrics = [StepMetric(m, self._interval) for m in self._metrics]
+        if self._are_metrics_on:
+            metrics = [StepMetric(m, when) for m, when in self._metrics.items()]
         logs = self._task.train_step(
             batch, self._model, self._optimizer, metrics
         )
         if metrics:
-            due = keras.ops.equal((step + 1) % self._interval, 0)
-            run_recorded(metrics, due)
-        check_logs(logs, self._task, "train_step", loss=True)
+            run_recorded(metrics, step)
+        own = self._task.train_logs is LogStyle.OWN
+        check_logs(logs, self._task, "train_step", loss=not own)
+        if self._task.train_logs is not LogStyle.MEANS:
+            return logs
         for metric in self._metrics:
             if metric.name in logs:
                 raise StepError(
@@ -247,21 +261,22 @@ class TrainSteps:
             # A callback froze or unfroze layers: the step is another one now.
             self._begin_anew()
             self.trace()
-        partial = self._source.partial_batch_size
-        if (
-            partial not in self._loops
-            and partial
-            and (self._called or chunk.batch_size == partial)
-        ):
+        shapes = chunk.shapes
+        if shapes not in self._loops:
             with self._compiling():
                 self.trace(chunk.operands)
-        loop = self._loops[chunk.batch_size]
-        first = chunk.batch_size not in self._called
-        if not first:
+        elif (
+            len(self._loops) == 1
+            and shapes in self._called
+            and self._source.partial_batch_size
+        ):
+            self._trace_partial_batch(chunk.operands)
+        loop = self._loops[shapes]
+        if shapes in self._called:
             return loop(step, chunk.num_batches, chunk.operands)
         with self._compiling():
             logs = loop(step, chunk.num_batches, chunk.operands)
-        self._called.add(chunk.batch_size)
+        self._called.add(shapes)
         return logs
 
     def rows(self, logs: Any, chunk: Chunk) -> np.ndarray:

@@ -11,6 +11,23 @@ Logs = dict[str, float]
 """Names and values of one step, one summary or one epoch, on the host."""
 
 
+class LogStyle(enum.StrEnum):
+    """What the logs that a step returns mean.
+
+    Attributes:
+        MEANS: values of a batch. Their means over the examples are the logs
+            of an epoch; batch hooks see the values.
+        RUNNING: the same, but batch hooks see what an epoch's logs would be
+            so far, metrics included; sorted by name. So does Keras's `fit`.
+        OWN: what is to be reported, as a Keras model's own `train_step`
+            returns it: the last step's are the epoch's. Sorted by name.
+    """
+
+    MEANS = "means"
+    RUNNING = "running"
+    OWN = "own"
+
+
 class AuditStatus(enum.StrEnum):
     """What became of one part of the state when a run was resumed."""
 

@@ -15,7 +15,7 @@ from driving import (
 )
 
 from legato.callbacks import CallbackRunner
-from legato.errors import ConfigError, ExactnessWarning
+from legato.errors import ConfigError, DamagedError, ExactnessWarning
 
 callbacks = keras.callbacks
 
@@ -375,3 +375,100 @@ def test_what_the_constructor_was_given_is_not_state():
     runner.set_state(tree, arrays)
     assert runner.callbacks[0].patience == 20
     assert outcome(runner, model)[0] == json.dumps(tree, indent=1)
+
+
+def test_notes_of_a_process_that_left_no_checkpoint(tmp_path):
+    path, notes = tmp_path / "log.csv", tmp_path / "callbacks.json"
+    path.write_text("epoch,loss\r\n7,1.0\r\n", newline="")
+    before = path.read_bytes()
+
+    def make(model):
+        return [callbacks.CSVLogger(path, append=True)]
+
+    for _ in range(3):  # each of them dies
+        runner, model = start(make, resuming=False, notes=notes)
+        assert path.read_bytes() == before
+        finish(runner, model, events())
+        assert path.read_bytes().count(b"\r\n") == 8
+        runner.close()
+        assert runner.callbacks[0].csv_file.closed
+    tree, arrays = runner.get_state()
+    # A checkpoint that knows it: the note is not asked any more, ...
+    runner, model = start(make, resuming=True, notes=notes)
+    runner.set_state(tree, arrays)
+    assert path.read_bytes().count(b"\r\n") == 8
+    # ... also if it was not in the run for a while.
+    without = start(lambda model: [], resuming=False)[0].get_state()
+    runner, model = start(make, resuming=True, notes=notes)
+    runner.set_state(*without)
+    assert path.read_bytes().count(b"\r\n") == 8
+    # But it is noted now, with what is there.
+    finish(runner, model, events())
+    runner, model = start(make, resuming=True, notes=notes)
+    runner.set_state(*without)
+    assert path.read_bytes().count(b"\r\n") == 8
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"format":1,"token":"../x","notes":{}}', '{"format":2}'],
+)
+def test_damaged_notes(tmp_path, text):
+    notes = tmp_path / "callbacks.json"
+    notes.write_text(text)
+    with pytest.raises(DamagedError, match=r"callbacks\.json"):
+        start(
+            lambda model: [callbacks.CSVLogger(tmp_path / "x")],
+            resuming=False,
+            notes=notes,
+        )
+
+
+def board_files(log_dir):
+    return sorted(path for path in log_dir.rglob("*tfevents*"))
+
+
+def test_tensorboard_leaves_no_writer_behind(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+
+    def make(model):
+        return [callbacks.TensorBoard(tmp_path / "logs", update_freq=1)]
+
+    model = make_model()
+    CallbackRunner(make(model), model=model, params=PARAMS)
+    assert not board_files(tmp_path)  # nothing was trained
+    runner, model = start(
+        make, resuming=False, notes=tmp_path / "callbacks.json"
+    )
+    assert tf.summary.should_record_summaries()
+    runner.close()
+    runner.close()
+    assert not tf.summary.should_record_summaries()
+
+
+def test_tensorboard_that_moved_or_was_cut(tmp_path):
+    pytest.importorskip("tensorflow")
+    notes = tmp_path / "callbacks.json"
+
+    def make(name):
+        return lambda model: [callbacks.TensorBoard(tmp_path / name)]
+
+    runner, model = start(make("one"), resuming=False, notes=notes)
+    finish(runner, model, events())
+    tree, arrays = runner.get_state()
+    runner.close()
+    files = board_files(tmp_path / "one")
+    sizes = [path.stat().st_size for path in files]
+
+    runner, _ = start(make("two"), resuming=True, notes=notes)
+    with pytest.warns(ExactnessWarning, match="log_dir is"):
+        audit = runner.set_state(tree, arrays)
+    runner.close()
+    assert audit[0].status == "restored" and "log_dir" in audit[0].detail
+    assert [path.stat().st_size for path in files] == sizes
+
+    files[0].write_bytes(files[0].read_bytes()[:50])
+    runner, _ = start(make("one"), resuming=True, notes=notes)
+    with pytest.warns(ExactnessWarning, match="are missing or were cut"):
+        runner.set_state(tree, arrays)
+    runner.close()

@@ -406,3 +406,254 @@ def test_ten_small_callbacks_cost_little():
         runner.get_state()
         times.append(time.perf_counter() - began)
     assert min(times) < 1e-3
+
+
+class Patient(Callback):
+    """Stores its arguments; some change, some are shared."""
+
+    def __init__(
+        self, patience, names=(), budget=10.0, window=None, probe=None
+    ):
+        super().__init__()
+        self.patience = patience
+        self._names = list(names)
+        self.budget = budget
+        self.window = [] if window is None else window
+        self.alias = self.window
+        self.noise = np.random.default_rng().normal(size=3)
+        self.drawn = np.random.default_rng()
+        # Given, but not the same each time: state.
+        self.probe = [np.random.default_rng().normal(size=3)]
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.budget -= 1
+
+
+def resumed(make, saved, **kwargs):
+    runner, model = start(make, resuming=True, **kwargs)
+    tree, arrays = json.loads(json.dumps(saved[0])), saved[1]
+    return runner, model, runner.set_state(tree, arrays)
+
+
+def test_arguments_that_did_not_change_are_the_programs():
+    runner, model = start(
+        lambda model: [Patient(3, ["a"], window=[1])], resuming=False
+    )
+    first = runner.callbacks[0]
+    finish(runner, model, list(events())[:5])
+    saved = runner.get_state()
+
+    # The same program: nothing to be said.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runner, _, audit = resumed(
+            lambda model: [Patient(3, ["a"], window=[1])], saved, exact="strict"
+        )
+    assert audit[0].detail == ""
+
+    # Another one: what changed in the run is the run's all the same, and so
+    # is what a program draws anew.
+    with pytest.warns(ExactnessWarning) as caught:
+        runner, _, audit = resumed(
+            lambda model: [Patient(5, ["b", "c"], 99.0, [2])], saved
+        )
+    told = sorted(str(warning.message) for warning in caught)
+    assert len(told) == 2
+    assert "`_names` is another than when the run began, and" in told[0]
+    assert "`patience` is another than when the run began (3 -> 5)" in told[1]
+    now = runner.callbacks[0]
+    assert (now.patience, now._names, now.budget) == (5, ["b", "c"], 9.0)
+    # Two attributes that are one list are state: they could not be told apart.
+    assert now.window == [1] and now.alias is now.window
+    assert now.noise.tolist() == first.noise.tolist()
+    assert now.drawn.normal() == first.drawn.normal()
+    assert now.probe[0].tolist() == first.probe[0].tolist()
+    with pytest.raises(ExactnessError, match="patience"):
+        resumed(lambda model: [Patient(5, ["a"])], saved, exact="strict")
+
+
+def test_what_changed_in_an_earlier_process_stays_changed():
+    def make(model):
+        return [Patient(3, budget=10.0)]
+
+    runner, model = start(make, resuming=False)
+    finish(runner, model, list(events())[:5])  # an epoch: changed once
+    saved = runner.get_state()
+    for _ in range(3):  # processes in which nothing changes
+        runner, _, audit = resumed(make, saved, exact="strict")
+        assert runner.callbacks[0].budget == 9.0
+        saved = runner.get_state()
+    assert audit[0].status == "restored"
+
+
+def test_what_changed_and_changed_back_is_the_programs():
+    def make(budget):
+        return lambda model: [Patient(3, budget=budget)]
+
+    runner, model = start(make(10.0), resuming=False)
+    finish(runner, model, list(events())[:5])
+    runner.callbacks[0].budget = 10.0
+    saved = runner.get_state()
+    with pytest.warns(ExactnessWarning, match=r"budget.*10\.0 -> 20\.0"):
+        runner, _, _ = resumed(make(20.0), saved)
+    assert runner.callbacks[0].budget == 20.0
+    # It is changed from now on: by its own program's measure.
+    runner.callbacks[0].budget = 10.0
+    runner, _, _ = resumed(make(20.0), runner.get_state(), exact="strict")
+    assert runner.callbacks[0].budget == 10.0
+
+
+class HoldsData(Callback):
+    """What is large, and set where."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+        self.nested = {"copy": data + 1, "ref": 3}
+
+    def on_train_begin(self, logs=None):
+        self.initial = self.data * 2  # not by the constructor: state
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.nested["ref"] += 1
+
+
+def test_large_arrays_that_do_not_change_are_not_saved(monkeypatch):
+    monkeypatch.setattr("legato.callbacks.entries._LARGE_BYTES", 1 << 10)
+    data = np.arange(1000.0)
+
+    def make(model):
+        return [HoldsData(data.copy())]
+
+    runner, model = start(make, resuming=False)
+    saved = runner.get_state()
+    assert sorted(saved[1]) == ["HoldsData.0.attributes.initial"]
+    finish(runner, model, list(events())[:5])
+    saved = runner.get_state()
+    assert sorted(saved[1]) == [
+        "HoldsData.0.attributes.initial",
+        "HoldsData.0.attributes.nested.copy",
+    ]
+    runner, model, _ = resumed(make, saved, exact="strict")
+    saved = runner.get_state()
+    runner, model, _ = resumed(make, saved, exact="strict")
+    now = runner.callbacks[0]
+    assert now.data.tolist() == data.tolist()
+    assert now.initial.tolist() == (data * 2).tolist()
+    assert now.nested["ref"] == 4 and now.nested["copy"][0] == 1
+
+    # Changed in training: state; changed in the program: it is told.
+    now.data[3] = -1.0
+    changed = runner.get_state()
+    assert "HoldsData.0.attributes.data" in changed[1]
+    runner, _, _ = resumed(make, changed, exact="strict")
+    assert runner.callbacks[0].data[3] == -1.0
+    with pytest.warns(ExactnessWarning, match="`data` is another"):
+        runner, _, _ = resumed(lambda model: [HoldsData(data * 3)], saved)
+    assert runner.callbacks[0].data[1] == 3.0
+
+
+class Names:
+    def __init__(self, array):
+        self.ref, self.array = 1, array
+
+
+class Refers(Callback):
+    """Attributes by names that the format uses, in all kinds of holders."""
+
+    def __init__(self, ref=0, array="a", function=None):
+        super().__init__()
+        self.ref = ref
+        self.array = Names(array)
+        self.function = function
+        self.me = [self.on_test_end]
+
+
+def make_refers(ref=0, array="a", cell=4):
+    def function(ref=cell):
+        return ref + cell
+
+    return lambda model: [Refers(ref, array, function)]
+
+
+@pytest.mark.parametrize(
+    "other", [{"ref": 1}, {"array": "b"}, {"cell": 5}], ids=str
+)
+def test_names_that_the_format_uses(other):
+    runner, _ = start(make_refers(), resuming=False)
+    saved = runner.get_state()
+    resumed(make_refers(), saved, exact="strict")
+    name = "function" if "cell" in other else next(iter(other))
+    with pytest.warns(ExactnessWarning, match=f"`{name}` is") as caught:
+        resumed(make_refers(**other), saved)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "unchanged",
+    [3, {"level": 3}, {"level": ["x", 1]}, {"level": [1, True]}],
+)
+def test_hostile_unchanged(unchanged):
+    runner, _ = start(lambda model: [Leader()], resuming=False)
+    tree, arrays = runner.get_state()
+    tree["callbacks"]["Leader.0"]["unchanged"] = unchanged
+    runner, _ = start(lambda model: [Leader()], resuming=True)
+    with pytest.warns(ExactnessWarning, match="not restored"):
+        runner.set_state(tree, arrays)
+
+
+def test_history_is_the_models():
+    model = make_model()
+    given = keras.callbacks.History()
+    runner = CallbackRunner([given], model=model, params=PARAMS)
+    assert model.history is given is runner.history
+    runner = CallbackRunner([], model=model, params=PARAMS, add_history=True)
+    assert model.history is runner.history is runner.callbacks[-1] is not given
+    runner = CallbackRunner(
+        [given, Leader()], model=model, params=PARAMS, add_history=True
+    )
+    assert model.history is given and len(runner.callbacks) == 2
+    assert CallbackRunner([], model=model, params=PARAMS).history is None
+
+
+def test_who_looks_at_the_logs_of_a_batch():
+    class Begins(Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            pass
+
+        def on_test_batch_begin(self, batch, logs=None):
+            pass
+
+    class Ends(keras.callbacks.EarlyStopping):
+        def on_batch_end(self, batch, logs=None):
+            pass
+
+    class EndsTests(Callback):
+        def on_test_batch_end(self, batch, logs=None):
+            pass
+
+    class SavesEpochs(keras.callbacks.ModelCheckpoint):
+        extra = 1
+
+    Saves = keras.callbacks.ModelCheckpoint
+    for callback, batches, logs, test_logs in [
+        (Begins(), True, False, False),
+        (Ends(), True, True, False),
+        (EndsTests(), False, False, True),
+        (keras.callbacks.TerminateOnNaN(), True, True, False),
+        (keras.callbacks.ProgbarLogger(), False, False, False),
+        (Saves("x.keras"), False, False, False),
+        (Saves("x.keras", save_freq=3), True, True, False),
+        (SavesEpochs("x.keras"), False, False, False),
+        (keras.callbacks.History(), False, False, False),
+    ]:
+        runner = CallbackRunner([callback], model=make_model(), params=PARAMS)
+        assert runner.batch_hooks_active == batches, callback
+        assert runner.wants_batch_logs == logs, callback
+        assert runner.wants_test_batch_logs == test_logs, callback
+
+
+def test_no_params_are_not_set():
+    bar = keras.callbacks.ProgbarLogger()
+    CallbackRunner([bar], model=make_model(), params={})  # as in `evaluate`
+    assert bar.epochs == 1

@@ -27,7 +27,9 @@ def _context() -> Any:
     context.set_forkserver_preload(
         [
             "legato.trainer",
+            "legato.fitting",
             "tests.contracts.scenarios",
+            "tests.contracts.fit_scenarios",
             "sklearn.datasets",
             "tensorboardX",  # imports PyTorch, where that is installed
         ]
@@ -37,26 +39,22 @@ def _context() -> Any:
 
 def _train(name: str, run_dir: str, overrides: dict[str, Any]) -> None:
     """The child: trains to the end and leaves its history behind."""
-    import legato
+    from tests.contracts.fit_scenarios import FIT_SCENARIOS
     from tests.contracts.scenarios import SCENARIOS
 
     with warnings.catch_warnings():
         # Seen by whoever runs the tests; not what is tested here.
         warnings.simplefilter("ignore")
-        scenario = SCENARIOS[name]
-        task = scenario.make_task()
-        # The task is made before the seed is set, as a user's would be: its
-        # own generators must have seeds.
-        config = legato.TrainerConfig(
-            **{"progress": "none", **scenario.config, **overrides}
-        )
-        trainer = legato.Trainer(
-            task,
-            run_dir=run_dir,
-            config=config,
-            callbacks=scenario.make_callbacks(task),
-        )
-        history = trainer.train()
+        if name.startswith("fit/"):
+            scenario = FIT_SCENARIOS[name.removeprefix("fit/")]
+            history = scenario.train(Path(run_dir), overrides)
+        else:
+            # The task is made before the seed is set, as a user's would be:
+            # its own generators must have seeds.
+            trainer = SCENARIOS[name].trainer(
+                run_dir, **{"progress": "none", **overrides}
+            )
+            history = trainer.train()
     out = Path(run_dir, "history.json")
     out.write_text(json.dumps([history.epoch, history.history]))
 
@@ -181,7 +179,10 @@ def differences(a: Path, b: Path) -> tuple[list[str], int]:
                 _read(a / place / file),
                 _read(b / place / file),
             )
-    for file in ("metrics.jsonl", "history.json"):
+    files = ["metrics.jsonl", "history.json"]
+    if (a / "log.csv").exists():
+        files.append("log.csv")
+    for file in files:
         compare(file, _read(a / file), _read(b / file))
     for split in ("train", "validation"):
         left, right = (_series(run / "summaries" / split) for run in (a, b))

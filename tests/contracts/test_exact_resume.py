@@ -8,6 +8,7 @@ import pytest
 
 from legato.checkpoint import CheckpointStore, load_checkpoint
 from tests.contracts import runs
+from tests.contracts.fit_scenarios import FIT_SCENARIOS
 from tests.contracts.scenarios import SCENARIOS
 
 KILLS = 3
@@ -20,14 +21,16 @@ def undisturbed(tmp_path_factory):
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = tmp_path_factory.mktemp("undisturbed") / name
+            made[name] = tmp_path_factory.mktemp("undisturbed") / "run"
             runs.train(name, made[name], keep_last=None)
         return made[name]
 
     return get
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name", [*SCENARIOS, *(f"fit/{name}" for name in FIT_SCENARIOS)]
+)
 def test_killed_at_random_instants(name, undisturbed, tmp_path):
     reference = undisturbed(name)
     report = runs.train_with_kills(

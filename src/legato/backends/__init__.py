@@ -28,6 +28,7 @@ __all__ = [
     "LoopMode",
     "Step",
     "current",
+    "require_variables",
     "value_and_grad",
 ]
 

@@ -15,13 +15,14 @@ import numpy as np
 from legato.types import JSON
 
 LoopMode = Literal["fused", "stepwise", "compiled", "eager"]
-"""How steps reach the device: many compiled ones in one call ("fused"), a
-compiled call each ("stepwise", and "compiled" where that is a choice), or
-operation by operation ("eager")."""
+"""How steps reach the device: many in one call ("fused"), a call each
+("stepwise"), operation by operation ("eager"), or, where compiling is a
+choice, compiled ("compiled": a call each on PyTorch, many in one call on
+TensorFlow)."""
 
 Compilation = Literal["auto", "always", "never"]
 """Whether to compile, for a backend that can also do without and takes long
-to compile: "auto" compiles every step that it can."""
+to compile: "auto" compiles every step that it can and that gains by it."""
 
 Step = Callable[[Any, Any], Mapping[str, Any]]
 """`step(batch, step_index) -> logs`, called while it is traced. `batch` holds
@@ -86,6 +87,7 @@ class Backend(abc.ABC):
         losses_in_step: bool,
         variables: Sequence[keras.Variable] = (),
         compilation: Compilation = "never",
+        native: bool = False,
     ) -> CompiledLoop:
         """Trace a step into a loop; it is compiled when first called.
 
@@ -105,6 +107,9 @@ class Backend(abc.ABC):
             variables: those already known to be used, which saves a trace.
             compilation: whether to compile where that is a choice; asked only
                 if `mode` is None.
+            native: the step is written for this backend (a Keras model's own
+                `train_step`) and differentiates by itself: what it reads are
+                the variables' own tensors.
 
         Raises:
             StepError: the step broke its contract.
@@ -116,8 +121,18 @@ class Backend(abc.ABC):
         forward: Callable[[], Any],
         variables: list[keras.Variable],
         optimizer: keras.optimizers.Optimizer | None = None,
+        *,
+        as_keras: bool = False,
     ) -> tuple[Any, list[Any]]:
-        """See `legato.value_and_grad`, which checks that there are any."""
+        """See `legato.value_and_grad`, which checks that there are any.
+
+        Args:
+            forward: see there.
+            variables: see there.
+            optimizer: see there.
+            as_keras: gradients in the form in which Keras's own `fit` hands
+                them to the optimizer, also where backends differ in it.
+        """
 
     @abc.abstractmethod
     def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:

@@ -9,78 +9,17 @@ Private attributes of Keras's classes are touched here and nowhere else.
 """
 
 # ruff: noqa: D102 - what the methods of an adapter do is said in `Adapter`
-import importlib.util
 import os
-import time
 from typing import Any, ClassVar
 
 import keras
 
+from legato.callbacks.base import Adapter
+from legato.callbacks.tensorboard import TensorBoardAdapter
 from legato.errors import ConfigError, RestoreError
+from legato.types import JSON
 
 _callbacks = keras.callbacks
-
-
-class Adapter:
-    """What the runner asks about a callback; this one is for a user's.
-
-    Attributes:
-        state: the attributes that are the state, and the type of each
-            (`object`: any). One that does not exist is not saved.
-        derived: attributes that `get` and `set` take care of.
-        whole: all other attributes are captured too, also where the class is
-            Keras's own and not a subclass of the user's.
-    """
-
-    state: ClassVar[dict[str, type]] = {}
-    derived: ClassVar[frozenset[str]] = frozenset()
-    whole = False
-
-    @property
-    def owned(self) -> frozenset[str]:
-        """The attributes that capture has to leave alone."""
-        return self.derived | self.state.keys()
-
-    def check(self, callback: Any) -> str | None:
-        """Says why a callback cannot be used, if so."""
-        return None
-
-    def has_batch_hooks(self, callback: Any) -> bool:
-        """Whether the batch hooks that it defines do anything."""
-        return True
-
-    def before_train_begin(self, callback: Any, *, resuming: bool) -> Any:
-        """Comes before `on_train_begin`; the result goes to `after`."""
-        return None
-
-    def after_train_begin(self, callback: Any, before: Any) -> None:
-        """Comes after `on_train_begin`."""
-
-    def get(self, callback: Any) -> dict[str, Any]:
-        """The state."""
-        here = vars(callback)
-        return {name: here[name] for name in self.state if name in here}
-
-    def set(self, callback: Any, state: dict[str, Any]) -> None:
-        """Puts the state back; comes after `on_train_begin`.
-
-        Raises:
-            RestoreError: if the state does not fit; nothing was changed.
-        """
-        for name, value in state.items():
-            if name in self.state and not isinstance(value, self.state[name]):
-                raise RestoreError(
-                    f"`{name}` is {value!r:.80} and not "
-                    f"{self.state[name].__name__}."
-                )
-        for name in self.state.keys() & state.keys():
-            setattr(callback, name, state[name])
-
-    def absent(self, callback: Any) -> None:
-        """Comes when a run is resumed that did not have this callback."""
-
-    def resumed(self, callback: Any) -> None:
-        """Comes last when a run is resumed, perhaps in mid-epoch."""
 
 
 class MonitorAdapter(Adapter):
@@ -101,7 +40,7 @@ class MonitorAdapter(Adapter):
             state["direction"] = "min" if less else "max"
         return state
 
-    def set(self, callback: Any, state: dict[str, Any]) -> None:
+    def set(self, callback: Any, state: dict[str, Any]) -> str | None:
         direction = state.get("direction")
         if direction not in (None, "min", "max"):
             raise RestoreError(f"`direction` is {direction!r:.80}.")
@@ -132,7 +71,7 @@ class EarlyStoppingAdapter(MonitorAdapter):
         "wait": int,
     }
 
-    def set(self, callback: Any, state: dict[str, Any]) -> None:
+    def set(self, callback: Any, state: dict[str, Any]) -> str | None:
         weights = state.get("best_weights")
         if weights is not None:
             now = [tuple(weight.shape) for weight in callback.model.weights]
@@ -183,8 +122,31 @@ class CSVLoggerAdapter(Adapter):
     def __init__(self) -> None:
         self._synced: dict[tuple[int, int], int] = {}
 
-    def before_train_begin(self, callback: Any, *, resuming: bool) -> bool:
+    def note(self, callback: Any) -> JSON:
+        if not callback.append:
+            return None  # a run that begins empties it
+        path = os.path.abspath(callback.filename)
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        return {"path": path, "size": size}
+
+    def _cut(self, callback: Any, note: JSON) -> None:
+        """Takes off what a process added that left no checkpoint."""
+        match note:
+            case {"path": str(path), "size": int(size)}:
+                if (
+                    path == os.path.abspath(callback.filename)
+                    and os.path.exists(path)
+                    and 0 <= size < os.path.getsize(path)
+                ):
+                    os.truncate(path, size)
+                    callback.append_header = size == 0
+
+    def before_train_begin(
+        self, callback: Any, *, resuming: bool, note: JSON, token: str | None
+    ) -> bool:
         append = callback.append
+        if append and not resuming:
+            self._cut(callback, note)
         callback.append = append or resuming
         return append
 
@@ -211,7 +173,7 @@ class CSVLoggerAdapter(Adapter):
             "append_header": callback.append_header and not callback.writer,
         }
 
-    def set(self, callback: Any, state: dict[str, Any]) -> None:
+    def set(self, callback: Any, state: dict[str, Any]) -> str | None:
         size, keys = state.get("size"), state.get("keys")
         header = state.get("append_header")
         if not (
@@ -235,59 +197,16 @@ class CSVLoggerAdapter(Adapter):
         callback.append_header = header
         callback.writer = None
 
-    def absent(self, callback: Any) -> None:
-        if not callback.append and os.path.exists(callback.filename):
+    def absent(self, callback: Any, note: JSON) -> None:
+        if callback.append:
+            self._cut(callback, note)
+        elif os.path.exists(callback.filename):
             os.truncate(callback.filename, 0)  # as Keras would have
             callback.append_header = True
 
-
-class TensorBoardAdapter(Adapter):
-    """`TensorBoard`: its step counters, which `on_train_begin` resets."""
-
-    state: ClassVar[dict[str, type]] = {
-        "_global_test_batch": int,
-        "_global_train_batch": int,
-        "_previous_epoch_iterations": object,
-        "_should_write_train_graph": bool,
-    }
-    # Writers, contexts, clocks: of this process.
-    derived = frozenset(
-        {
-            "_batch_start_time",
-            "_batch_trace_context",
-            "_epoch_start_time",
-            "_is_tracing",
-            "_prev_summary_state",
-            "_profiler_started",
-            "_summary_module",
-            "_train_accumulated_time",
-            "_writers",
-        }
-    )
-
-    def check(self, callback: Any) -> str | None:
-        if (
-            type(callback) is _callbacks.TensorBoard
-            and callback._summary_module is None
-            and importlib.util.find_spec("tensorflow") is None
-        ):
-            return (
-                "Keras's TensorBoard writes through tensorflow, which is not "
-                "installed. legato writes TensorBoard summaries itself: leave "
-                "it out."
-            )
-        return None
-
-    def has_batch_hooks(self, callback: Any) -> bool:
-        return (
-            callback.update_freq != "epoch"
-            or callback._should_trace
-            or callback.write_steps_per_second
-        )
-
-    def resumed(self, callback: Any) -> None:
-        # Set by `on_epoch_begin`, and used at the epoch's end.
-        callback._epoch_start_time = time.time()
+    def close(self, callback: Any) -> None:
+        if callback.csv_file is not None and not callback.csv_file.closed:
+            callback.csv_file.close()
 
 
 class HistoryAdapter(Adapter):
@@ -295,7 +214,7 @@ class HistoryAdapter(Adapter):
 
     state: ClassVar[dict[str, type]] = {"epoch": list, "history": dict}
 
-    def set(self, callback: Any, state: dict[str, Any]) -> None:
+    def set(self, callback: Any, state: dict[str, Any]) -> str | None:
         history = state.get("history", {})
         if not isinstance(history, dict) or not all(
             isinstance(values, list) for values in history.values()

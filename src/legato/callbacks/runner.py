@@ -1,21 +1,26 @@
 """Calls Keras callbacks, and saves and restores their state."""
 
 import collections
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import keras
 import numpy as np
 
 from legato import capture
-from legato.callbacks.adapters import (
-    Adapter,
-    adapter_of,
-    is_kerass_own,
-    set_directions,
+from legato.callbacks.adapters import set_directions
+from legato.callbacks.entries import (
+    TEST_BATCH_HOOKS,
+    TRAIN_BATCH_HOOKS,
+    Entry,
+    audit_entry,
+    flatten,
+    make_entry,
+    restore_entry,
 )
+from legato.callbacks.notes import Notes, read_notes
 from legato.errors import (
     ConfigError,
     DamagedError,
@@ -26,36 +31,6 @@ from legato.errors import (
 from legato.types import JSON, AuditEntry, AuditStatus, Logs
 
 Exact = Literal["strict", "warn", "off"]
-
-# Keras's own, not part of any state.
-_CALLBACK = frozenset({"_model", "model", "params"})
-
-_TRAIN_BATCH_HOOKS = (
-    "on_train_batch_begin",
-    "on_train_batch_end",
-    "on_batch_begin",
-    "on_batch_end",
-)
-_TEST_BATCH_HOOKS = ("on_test_batch_begin", "on_test_batch_end")
-
-
-@dataclasses.dataclass(eq=False)
-class _Entry:
-    """A callback and what the runner knows about it."""
-
-    key: str
-    callback: keras.callbacks.Callback
-    adapter: Adapter
-    own_state: bool  # it defines get_state and set_state
-    captures: bool  # its attributes, as far as the adapter leaves them
-    active: frozenset[str]  # the hooks to be called
-    # What could not be captured, as it was when training began.
-    baseline: Mapping[str, capture.Token] | None = None
-    reported: set[str] = dataclasses.field(default_factory=set)
-
-    @property
-    def skip(self) -> frozenset[str]:
-        return _CALLBACK | self.adapter.owned
 
 
 class CallbackRunner:
@@ -70,11 +45,17 @@ class CallbackRunner:
             `mode="auto"` (the model need not be compiled).
         references: objects by name that callbacks may hold and whose state is
             not theirs, such as the trainer.
+        notes: a file of the run's, which must be there as long as the run is:
+            what a process must know if the one before left no checkpoint.
+        add_history: add a `History`, unless there is one.
 
     Attributes:
         callbacks: the callbacks, in order.
+        history: the last `History` among them, if any.
         batch_hooks_active: whether some callback acts at each training batch.
+        wants_batch_logs: whether one of them looks at the batch's logs.
         test_batch_hooks_active: the same for validation batches.
+        wants_test_batch_logs: the same for the logs of these.
         test_hooks_active: whether some callback acts in validation at all.
 
     Raises:
@@ -90,30 +71,52 @@ class CallbackRunner:
         exact: Exact = "warn",
         metric_directions: Mapping[str, str] | None = None,
         references: Mapping[str, object] | None = None,
+        notes: Path | None = None,
+        add_history: bool = False,
     ) -> None:
         if exact not in ("strict", "warn", "off"):
             raise ConfigError(
                 f"exact={exact!r}: it must be 'strict', 'warn' or 'off'."
             )
-        self.callbacks = _flatten(callbacks, "callbacks")
-        self._model = model
+        self.callbacks = flatten(callbacks, "callbacks")
+        histories = [
+            callback
+            for callback in self.callbacks
+            if isinstance(callback, keras.callbacks.History)
+        ]
+        if add_history and not histories:
+            histories = [keras.callbacks.History()]
+            self.callbacks += histories
+        self.history = histories[-1] if histories else None
+        self._model: Any = model
         self._params = params
         self._exact = exact
         self._outside = dict(references or {})
-        self._entries: list[_Entry] = []
+        self._notes_path = notes
+        self._notes = Notes()
+        self._entries: list[Entry] = []
         ordinals: collections.Counter[str] = collections.Counter()
         for callback in self.callbacks:
             name = type(callback).__name__
-            self._entries.append(_entry(callback, f"{name}.{ordinals[name]}"))
+            self._entries.append(
+                make_entry(callback, f"{name}.{ordinals[name]}")
+            )
             ordinals[name] += 1
             set_directions(callback, dict(metric_directions or {}))
+        if self.history is not None:
+            self._model.history = self.history
         for entry in self._entries:
-            entry.callback.set_model(model)
-            entry.callback.set_params(params)
-        self.batch_hooks_active = self._acts(_TRAIN_BATCH_HOOKS)
-        self.test_batch_hooks_active = self._acts(_TEST_BATCH_HOOKS)
+            entry.adapter.attach(entry.callback, model)
+            if params:  # as Keras does: `evaluate` has none
+                entry.callback.set_params(params)
+        self.batch_hooks_active = self._acts(TRAIN_BATCH_HOOKS)
+        self.test_batch_hooks_active = self._acts(TEST_BATCH_HOOKS)
+        self.wants_batch_logs = self._acts(
+            ("on_train_batch_end", "on_batch_end")
+        )
+        self.wants_test_batch_logs = self._acts(("on_test_batch_end",))
         self.test_hooks_active = self._acts(
-            (*_TEST_BATCH_HOOKS, "on_test_begin", "on_test_end")
+            (*TEST_BATCH_HOOKS, "on_test_begin", "on_test_end")
         )
 
     def _acts(self, hooks: tuple[str, ...]) -> bool:
@@ -134,9 +137,19 @@ class CallbackRunner:
                 counts are then not emptied.
         """
         logs: Logs = {}
+        left = self._take_notes(resuming=resuming)
+        self._take_origins()
         for entry in self._entries:
             adapter, callback = entry.adapter, entry.callback
-            before = adapter.before_train_begin(callback, resuming=resuming)
+            token = None
+            if self._notes_path is not None:
+                token = f"{self._notes.token}-{entry.key}"
+            before = adapter.before_train_begin(
+                callback,
+                resuming=resuming,
+                note=left.get(entry.key),
+                token=token,
+            )
             try:
                 if "on_train_begin" in entry.active:
                     callback.on_train_begin(logs)
@@ -144,6 +157,41 @@ class CallbackRunner:
                 adapter.after_train_begin(callback, before)
         if not resuming:
             self._take_baselines()
+
+    def _take_notes(self, *, resuming: bool) -> dict[str, JSON]:
+        """Writes down what is not yet; gives what a dead process did."""
+        if self._notes_path is None:
+            return {}
+        known = read_notes(self._notes_path)
+        if known is not None:
+            self._notes = known
+        left = dict(self._notes.by_key)
+        new = {e.key: e.adapter.note(e.callback) for e in self._entries}
+        new = {k: v for k, v in new.items() if v is not None and k not in left}
+        if not resuming:  # else `set_state` tells which are needed
+            self._notes.by_key |= new
+        if new and (known is None or not resuming):
+            self._notes.write(self._notes_path)
+        return left
+
+    def _settle_notes(self, saved: Mapping[str, object]) -> None:
+        """A checkpoint that knows a callback is better than a note of it."""
+        if self._notes_path is None:
+            return
+        kept = {k: v for k, v in self._notes.by_key.items() if k not in saved}
+        for entry in self._entries:
+            if entry.key not in saved and entry.key not in kept:
+                note = entry.adapter.note(entry.callback)
+                if note is not None:
+                    kept[entry.key] = note
+        if kept != self._notes.by_key:
+            self._notes.by_key = kept
+            self._notes.write(self._notes_path)
+
+    def close(self) -> None:
+        """Lets go of files and writers, however training ended; idempotent."""
+        for entry in self._entries:
+            entry.adapter.close(entry.callback)
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         """Calls `on_train_end`."""
@@ -166,8 +214,14 @@ class CallbackRunner:
         """Calls `on_train_batch_end` where it does something."""
         self._call("on_train_batch_end", batch, logs=logs)
 
+    @property
+    def stop_evaluating(self) -> bool:
+        """Whether a hook asked to end the validation, as Keras names it."""
+        return bool(self._model.stop_evaluating)
+
     def on_test_begin(self) -> None:
         """Calls `on_test_begin`."""
+        self._model.stop_evaluating = False
         self._call("on_test_begin", {})
 
     def on_test_end(self, logs: Logs) -> None:
@@ -204,18 +258,21 @@ class CallbackRunner:
         for entry in self._entries:
             parts: dict[str, JSON] = {}
             for part, captured in self._capture(entry, references).items():
+                if part == "attributes":
+                    parts["lost"] = self._check_exact(entry, captured)
+                    captured, parts["unchanged"] = entry.leave_unchanged(
+                        captured
+                    )
                 # Names of their own: two parts may use the same ones.
                 prefix = f"{entry.key}.{part}."
                 parts[part] = captured.tree
                 for name, array in captured.arrays.items():
                     arrays[prefix + name] = array
-                if part == "attributes":
-                    parts["lost"] = self._check_exact(entry, captured)
             tree[entry.key] = parts
         return {"format": 1, "callbacks": tree}, arrays
 
     def _capture(
-        self, entry: _Entry, references: capture.References
+        self, entry: Entry, references: capture.References
     ) -> dict[str, capture.Captured]:
         callback, parts = entry.callback, {}
         state = entry.adapter.get(callback)
@@ -241,7 +298,17 @@ class CallbackRunner:
             )
         return parts
 
-    def _check_exact(self, entry: _Entry, captured: capture.Captured) -> JSON:
+    def _take_origins(self) -> None:
+        references = self._references()
+        for entry in self._entries:
+            if entry.captures:
+                entry.origin = entry.looks(
+                    capture.capture(
+                        entry.callback, skip=entry.skip, references=references
+                    )
+                )
+
+    def _check_exact(self, entry: Entry, captured: capture.Captured) -> JSON:
         """Names what changed and could not be captured."""
         if entry.baseline is None:
             entry.baseline = captured.tokens
@@ -259,7 +326,7 @@ class CallbackRunner:
             self._report(entry, path, message)
         return lost
 
-    def _report(self, entry: _Entry, path: str, message: str) -> None:
+    def _report(self, entry: Entry, path: str, message: str) -> None:
         if self._exact == "strict":
             raise ExactnessError(message)
         if self._exact == "warn" and path not in entry.reported:
@@ -294,20 +361,33 @@ class CallbackRunner:
         audit: list[AuditEntry] = []
         for entry in self._entries:
             if entry.key not in saved:
-                entry.adapter.absent(entry.callback)
-                audit.append(_audit(entry.key, AuditStatus.NEW))
+                entry.adapter.absent(
+                    entry.callback, self._notes.by_key.get(entry.key)
+                )
+                audit.append(audit_entry(entry.key, AuditStatus.NEW))
                 continue
             try:
-                audit += _restore(entry, saved[entry.key], arrays, references)
+                restored, remarks = restore_entry(
+                    entry, saved[entry.key], arrays, references
+                )
+                audit += restored
             except (RestoreError, DamagedError) as error:
                 message = f"callback {entry.key} is not restored: {error}"
                 audit.append(
-                    _audit(entry.key, AuditStatus.NOT_RESUMABLE, str(error))
+                    audit_entry(
+                        entry.key, AuditStatus.NOT_RESUMABLE, str(error)
+                    )
                 )
                 self._report(entry, "", message)
+            else:
+                for remark in remarks:
+                    self._report(
+                        entry, remark, f"callback {entry.key}: {remark}"
+                    )
         known = {entry.key for entry in self._entries}
         missing = [key for key in saved if key not in known]
-        audit += [_audit(key, AuditStatus.MISSING) for key in missing]
+        audit += [audit_entry(key, AuditStatus.MISSING) for key in missing]
+        self._settle_notes(saved)
         for entry in self._entries:
             entry.adapter.resumed(entry.callback)
         self._take_baselines()
@@ -343,148 +423,3 @@ class CallbackRunner:
             }
 
         return capture.References(objects, more)
-
-
-def _flatten(callbacks: object, where: str) -> list[keras.callbacks.Callback]:
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks = callbacks.callbacks
-    if callbacks is None:
-        return []
-    if isinstance(callbacks, list | tuple):
-        return [
-            one
-            for i, nested in enumerate(callbacks)
-            for one in _flatten(nested, f"{where}[{i}]")
-        ]
-    if isinstance(callbacks, keras.callbacks.Callback):
-        return [callbacks]
-    remedy = "give a `keras.callbacks.Callback`"
-    if isinstance(callbacks, type):
-        remedy = f"make one of the class: `{callbacks.__name__}()`"
-    raise ConfigError(
-        f"{where} is {callbacks!r:.100}, which is no callback; {remedy}."
-    )
-
-
-def _entry(callback: keras.callbacks.Callback, key: str) -> _Entry:
-    adapter = adapter_of(callback)
-    why = adapter.check(callback)
-    if why is not None:
-        raise ConfigError(f"callback {key} is not needed: {why}")
-    names = ("get_state", "set_state")
-    own = [name for name in names if callable(getattr(callback, name, None))]
-    if len(own) == 1:
-        raise ConfigError(
-            f"callback {key} defines only `{own[0]}`: define both, `get_state` "
-            "and `set_state`, or neither."
-        )
-    hooks = {
-        name
-        for name in dir(keras.callbacks.Callback)
-        if name.startswith("on_") and _overrides(callback, name)
-    }
-    batch_hooks = {*_TRAIN_BATCH_HOOKS, *_TEST_BATCH_HOOKS}
-    # A subclass of the user's may have batch hooks of its own.
-    kerass_own = is_kerass_own(callback)
-    if kerass_own and not adapter.has_batch_hooks(callback):
-        hooks -= batch_hooks
-    # `on_train_batch_begin` is what calls `on_batch_begin`.
-    hooks |= {
-        f"on_train_{name.removeprefix('on_')}"
-        for name in ("on_batch_begin", "on_batch_end")
-        if name in hooks
-    }
-    return _Entry(
-        key=key,
-        callback=callback,
-        adapter=adapter,
-        own_state=bool(own),
-        captures=(adapter.whole or not kerass_own) and not own,
-        active=frozenset(hooks),
-    )
-
-
-def _overrides(callback: keras.callbacks.Callback, hook: str) -> bool:
-    method = getattr(callback, hook)
-    function = getattr(method, "__func__", method)
-    return function is not getattr(keras.callbacks.Callback, hook)
-
-
-def _audit(key: str, status: AuditStatus, detail: str = "") -> AuditEntry:
-    return AuditEntry("callbacks", key, status, detail)
-
-
-def _restore(
-    entry: _Entry,
-    parts: object,
-    arrays: Mapping[str, np.ndarray],
-    references: capture.References,
-) -> list[AuditEntry]:
-    """Restores one callback: all is decoded before anything is changed."""
-    if not isinstance(parts, dict):
-        raise DamagedError("callback state: not one of a callback.")
-    callback: Any = entry.callback
-
-    def read(part: str) -> Any:
-        return capture.decode(
-            parts[part],
-            _arrays(arrays, entry, part),
-            like=type(callback),
-            references=references,
-        )
-
-    expected = {
-        "adapter": None,
-        "own": entry.own_state,
-        "attributes": entry.captures,
-    }
-    for part, wanted in expected.items():
-        if wanted is not None and (part in parts) != wanted:
-            raise RestoreError(
-                "its state was saved in another way: it has begun, or ceased, "
-                "to define `get_state` and `set_state`."
-            )
-    lost = parts.get("lost", {})
-    if not isinstance(lost, dict):
-        raise DamagedError("callback state: not one of a callback.")
-    state = read("adapter") if "adapter" in parts else {}
-    if not isinstance(state, dict):
-        raise DamagedError("callback state: not one of a callback.")
-    audit = []
-    detail = ""
-    if "own" in parts:
-        own = read("own")
-        if not isinstance(own, dict):
-            raise DamagedError("callback state: not one of a callback.")
-        entry.adapter.set(callback, state)
-        callback.set_state(own)
-    elif "attributes" in parts:
-        restored = capture.prepare(
-            callback,
-            parts["attributes"],
-            _arrays(arrays, entry, "attributes"),
-            skip=entry.skip,
-            references=references,
-        )
-        entry.adapter.set(callback, state)
-        restored.apply()
-        if restored.removed:
-            detail = f"removed, as at the checkpoint: {restored.removed}"
-        audit = [
-            _audit(f"{entry.key}.{path}", AuditStatus.NOT_RESUMABLE, str(why))
-            for path, why in lost.items()
-        ]
-    else:
-        entry.adapter.set(callback, state)
-    return [_audit(entry.key, AuditStatus.RESTORED, detail), *audit]
-
-
-def _arrays(
-    arrays: Mapping[str, np.ndarray], entry: _Entry, part: str
-) -> dict[str, np.ndarray]:
-    prefix = f"{entry.key}.{part}."
-    return {
-        name.removeprefix(prefix): array
-        for name, array in arrays.items()
-        if name.startswith(prefix)
-    }

@@ -47,7 +47,7 @@ from legato.capture.leaves import (
     TensorCodec,
     VariableCodec,
 )
-from legato.capture.names import Names
+from legato.capture.names import Names, is_library
 from legato.capture.objects import (
     BuiltinMethodCodec,
     FunctionCodec,
@@ -59,11 +59,13 @@ from legato.capture.objects import (
     is_plain,
 )
 from legato.capture.randoms import RANDOMS
+from legato.capture.unchanged import Look, looks, without
 from legato.errors import DamagedError, RestoreError
 from legato.types import JSON
 
 __all__ = [
     "Captured",
+    "Look",
     "References",
     "Restored",
     "Token",
@@ -71,8 +73,10 @@ __all__ = [
     "changed",
     "decode",
     "fingerprint",
+    "looks",
     "prepare",
     "restore",
+    "without",
 ]
 
 _EXACT: dict[type, Codec] = {
@@ -161,7 +165,8 @@ def _find_subclass(obj: object) -> Codec | str:
         codec = _EXACT.get(base)
         if isinstance(codec, MutableCodec):
             return codec
-    if isinstance(obj, BaseException) or not is_plain(cls):
+    foreign = hasattr(cls, "__array__") and is_library(cls.__module__)
+    if isinstance(obj, BaseException) or foreign or not is_plain(cls):
         return f"a `{type_name(obj)}`, whose state cannot be seen"
     return _OBJECT
 

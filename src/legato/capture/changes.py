@@ -1,11 +1,15 @@
 """Whether something that a checkpoint leaves out has changed."""
 
+import array
 import dataclasses
+import hashlib
 import io
 import operator
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from legato.capture.names import is_library
 
@@ -44,7 +48,10 @@ class Token:
 
     @classmethod
     def of(cls, obj: object) -> "Token":
-        """Looks at an object without running any code of its own."""
+        """Looks at an object without running any code of the user's."""
+        contents = _contents(obj)
+        if contents is not None:
+            return cls(None, contents)
         if resource(obj) is not None:
             return cls(None, None)
         if isinstance(obj, types.GeneratorType):
@@ -85,6 +92,44 @@ def _simple(items: Any) -> list[Any]:
         (name, value if isinstance(value, _SIMPLE) else _Identity(value))
         for name, value in items
     ]
+
+
+def _contents(obj: Any) -> tuple[Any, ...] | None:
+    """What is in an object that a library lets one change in place."""
+    if not is_library(type(obj).__module__):
+        return None
+    try:
+        return _look_into(obj)
+    except Exception:  # on a device that is gone, of a dtype that is not
+        return None
+
+
+def _look_into(obj: Any) -> tuple[Any, ...] | None:
+    if isinstance(obj, io.StringIO | io.BytesIO):
+        return (obj.getvalue(), obj.tell())
+    if isinstance(obj, np.random.SeedSequence):
+        return (obj.n_children_spawned, repr(obj.entropy))
+    if isinstance(obj, np.ma.MaskedArray):
+        mask = np.ma.getmaskarray(obj)
+        return (*_array(obj.data), *_array(mask), repr(obj.fill_value))
+    if type(obj).__module__.startswith("torch"):
+        if type(obj).__name__ == "Generator":
+            return _array(obj.get_state().numpy())
+        if hasattr(obj, "detach"):
+            obj = obj.detach().cpu()
+    if hasattr(type(obj), "__array__") or isinstance(obj, array.array):
+        return _array(np.asarray(obj))
+    if isinstance(obj, memoryview):
+        return _array(np.frombuffer(obj, np.uint8))
+    return None
+
+
+def _array(values: np.ndarray) -> tuple[Any, ...]:
+    values = np.asarray(values)
+    about = (str(values.dtype), values.shape)
+    if values.dtype.hasobject:
+        return (*about, *_simple(enumerate(values.flat)))
+    return (*about, hashlib.sha256(values.tobytes()).hexdigest())
 
 
 def _iterator(obj: Any, depth: int) -> Iterator[Any]:

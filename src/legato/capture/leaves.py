@@ -268,7 +268,10 @@ class ScalarCodec(Codec):
 
 
 class TensorCodec(Codec):
-    """A tensor of the backend; tensors are values, so a new one is made."""
+    """A tensor of the backend; one that is changed in place stays the same.
+
+    Such are PyTorch's, and the variables of TensorFlow.
+    """
 
     kind = "tensor"
 
@@ -281,15 +284,57 @@ class TensorCodec(Codec):
             ) from None
         node = encoder.array(array, path)
         node["tensor"] = keras.backend.standardize_dtype(obj.dtype)
+        if _is_variable(obj):
+            node["class"] = type(obj).__name__
         return node
+
+    def accepts(self, node: dict[str, Any], live: Any) -> bool:
+        return keras.ops.is_tensor(live)
 
     def make(self, node: dict[str, Any], live: Any, decoder: Decoder) -> Any:
         dtype = field(node, "tensor", str)
         array = decoder.array(node)
+        fits = (
+            live is not None
+            and tuple(live.shape) == array.shape
+            and keras.backend.standardize_dtype(live.dtype) == dtype
+        )
+        if "class" in node:
+            if not fits or node["class"] != type(live).__name__:
+                raise RestoreError(
+                    f"a {node['class']!s:.80} of {dtype}{list(array.shape)} "
+                    "is not there when training begins."
+                )
+            return live
+        if fits and _is_mutable(live) and not _is_variable(live):
+            return live
         tensor: Any = keras.ops.convert_to_tensor(array, dtype=dtype)
         if keras.backend.standardize_dtype(tensor.dtype) != dtype:
             raise RestoreError(f"the backend has no tensors of dtype {dtype}.")
         return tensor
+
+    def prepare(
+        self, node: dict[str, Any], obj: Any, decoder: Decoder
+    ) -> Callable[[], None] | None:
+        if not _is_mutable(obj):
+            return None
+        dtype = field(node, "tensor", str)
+        value: Any = keras.ops.convert_to_tensor(
+            decoder.array(node), dtype=dtype
+        )
+        if hasattr(obj, "assign"):
+            return lambda: obj.assign(value)
+        # (Not the tensor itself: it may require gradients.)
+        return lambda: obj.detach().copy_(value)
+
+
+def _is_mutable(tensor: Any) -> bool:
+    return hasattr(tensor, "assign") or hasattr(tensor, "copy_")
+
+
+def _is_variable(tensor: Any) -> bool:
+    """Whether it is more than its value: something may be built on it."""
+    return hasattr(tensor, "assign") or type(tensor).__name__ == "Parameter"
 
 
 class VariableCodec(Codec):

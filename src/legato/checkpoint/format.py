@@ -4,8 +4,9 @@ import dataclasses
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ DATA = "data/"
 
 _LOOKS = 5
 _LOOK_SECS = 0.01
+
+_Read = TypeVar("_Read")
 
 _STEP_NAME = re.compile(r"step_(\d{8,18})")
 
@@ -103,15 +106,37 @@ def load_checkpoint(
         CheckpointError: if it cannot be read for another reason.
     """
     path = Path(path)
+    return _look(path, lambda place: _load(path, place, run_id))
+
+
+def read_about(path: Path, *, run_id: str | None = None) -> About:
+    """Reads the manifest of a checkpoint alone; again as `load_checkpoint`.
+
+    Raises:
+        DamagedError: as `load_checkpoint`.
+        CheckpointError: as `load_checkpoint`.
+    """
+
+    def read(place: Path) -> About:
+        return _parse_about(storage.read_manifest(place), path, run_id)
+
+    return _look(path, read)
+
+
+def _look(path: Path, read: Callable[[Path], _Read]) -> _Read:
+    """Reads a directory that its writer may replace or remove meanwhile."""
     looks = 0
     while True:
         place = storage.locate(path)
-        before = _identity(place)
+        before = place_identity(place)
         try:
-            return _load(path, place, run_id)
+            return read(place)
         except DamagedError:
             now = storage.locate(path)
-            if before is not None and (now, _identity(now)) != (place, before):
+            if before is not None and (place, before) != (
+                now,
+                place_identity(now),
+            ):
                 continue  # it was replaced while it was read
             # Missing may mean: looked for in both places just as it went from
             # one to the other. That does not happen time and again.
@@ -119,17 +144,6 @@ def load_checkpoint(
             if before is not None or looks == _LOOKS:
                 raise
             time.sleep(_LOOK_SECS)
-
-
-def read_about(path: Path, *, run_id: str | None = None) -> About:
-    """Reads the manifest of a checkpoint alone.
-
-    Raises:
-        DamagedError: as `load_checkpoint`.
-        CheckpointError: as `load_checkpoint`.
-    """
-    manifest = storage.read_manifest(path)
-    return _parse_about(manifest, path, run_id)
 
 
 def _load(path: Path, place: Path, run_id: str | None) -> Checkpoint:
@@ -187,7 +201,8 @@ def _parse_about(
     )
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def place_identity(path: Path) -> tuple[int, int] | None:
+    """Tells a directory from another that was at its place."""
     try:
         found = os.lstat(path)
     except OSError:

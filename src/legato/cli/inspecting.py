@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """
     report = inspect(args.path)
     if args.json:
-        print(json.dumps(_finite(report), indent=2, allow_nan=False))
+        print(json.dumps(finite(report), indent=2, allow_nan=False))
     else:
         _show(report)
     damaged = [
@@ -106,7 +106,7 @@ def _inspect_run(path: Path) -> dict[str, Any]:
         "kind": "run",
         "path": str(path),
         "run_id": run_ids[-1] if run_ids else None,
-        "config": _read_config(path / "config.yaml"),
+        "config": read_config(path / "config.yaml"),
         "checkpoints": checkpoints,
         "set_aside": set_aside,
         "best": _check(best) if best.is_dir() else None,
@@ -188,7 +188,8 @@ def _size_and_date(path: Path) -> tuple[int, str]:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Reads a config as plain data; None where there is no plain file."""
     from legato.config import parse_yaml
     from legato.errors import ConfigError
 
@@ -382,12 +383,12 @@ def printable(text: str) -> str:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Replaces what JSON has no number for by its name."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -1,16 +1,11 @@
 """`legato train`."""
 
 import argparse
-import contextlib
 import json
-import logging
-import os
 import signal
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
-from legato.errors import Stopped
+from legato.cli import experiments
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -23,30 +18,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
             "run was stopped or killed."
         ),
     )
-    parser.add_argument(
-        "config",
-        metavar="CONFIG",
-        help=(
-            "a YAML file, package.module:experiment (also from the working "
-            "directory), or a built-in name such as digits"
-        ),
-    )
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="changes to the config, such as trainer.train_steps=1000",
-    )
-    parser.add_argument(
-        "--run-dir", metavar="DIR", help="default: runs/ and CONFIG's name"
-    )
-    parser.add_argument(
-        "--backend",
-        choices=["jax", "tensorflow", "torch"],
-        help=(
-            "default: KERAS_BACKEND, then the config's, then the first "
-            "installed"
-        ),
+    experiments.add_arguments(
+        parser, metavar="CONFIG", config_help=experiments.CONFIG_HELP
     )
     parser.add_argument(
         "--max-time",
@@ -82,59 +55,27 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LegatoError: if the config is wrong, or training fails.
     """
-    # Late, here and below: `legato --help` needs none of this.
-    from legato.backend_choice import activate_backend, choose_backend
+    # Late: `legato --help` needs none of this.
     from legato.config import dump_yaml
-    from legato.experiment import resolve, run_experiment
+    from legato.experiment import run_experiment
 
-    # A module that holds an experiment may import Keras, which then must find
-    # its backend chosen, although the experiment itself has not been heard.
-    guessed = ":" in args.config and not os.environ.get("KERAS_BACKEND")
-    if guessed:
-        activate_backend(choose_backend(args.backend))
-    experiment = resolve(args.config, _all_overrides(args))
-    if guessed:
-        del os.environ["KERAS_BACKEND"]
+    experiment = experiments.find(args, _flags(args))
     if args.print_config:
         print(dump_yaml(experiment), end="")
         return 0
     experiment.trainer.require_length()
-    activate_backend(choose_backend(args.backend, experiment.backend))
-    _quieten_libraries()
-    with _stoppable_while_starting():
+    experiments.prepare(args, experiment)
+    with experiments.stoppable(
+        (signal.SIGTERM, signal.SIGUSR1),
+        "before training began. Run it again.",
+    ):
         run_experiment(experiment)
     return 0
 
 
-@contextlib.contextmanager
-def _stoppable_while_starting() -> Iterator[None]:
-    """Until training takes the signals over: stop with the status for it.
-
-    Importing a backend takes seconds, and a scheduler that stops the process
-    then should start it again too.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        name = signal.Signals(number).name
-        raise Stopped(f"{name} before training began. Run it again.")
-
-    before = {
-        number: signal.signal(number, stop)
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _all_overrides(args: argparse.Namespace) -> list[str]:
-    """Returns the overrides and, after them, the flags in their form."""
-    overrides = list(args.overrides)
-    if args.run_dir is not None:
-        overrides.append(f"run_dir={json.dumps(args.run_dir)}")
+def _flags(args: argparse.Namespace) -> list[str]:
+    """Returns the flags as overrides."""
+    overrides = []
     for name in ("max_time", "resume", "exact", "progress"):
         value = getattr(args, name)
         if value is not None:
@@ -144,14 +85,3 @@ def _all_overrides(args: argparse.Namespace) -> list[str]:
             text = value if number else json.dumps(value)
             overrides.append(f"trainer.{name}={text}")
     return overrides
-
-
-def _quieten_libraries() -> None:
-    """Keeps notes about hardware that is not there from hiding ours.
-
-    Errors still show. A program that uses legato as a library decides this
-    itself, so it is done here alone.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    for name in ("absl", "jax._src.xla_bridge", "tensorflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)

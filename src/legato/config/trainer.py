@@ -50,6 +50,17 @@ def _check_validation_interval(value: Any) -> Any:
     return number
 
 
+def _check_validation_freq(value: Any) -> Any:
+    several = isinstance(value, list | tuple | set)
+    numbers = [_as_whole(each) for each in (value if several else [value])]
+    if not numbers or any(n is None or n < 1 for n in numbers):
+        raise ValueError(
+            "must be a whole number of epochs of at least 1, or a list of the "
+            "epochs (from 1) after which to validate"
+        )
+    return sorted(numbers) if several else numbers[0]  # type: ignore[type-var]
+
+
 def _check_checkpoint_interval(value: Any) -> Any:
     number = _as_whole(value)
     if number is not None and number >= 1:
@@ -84,9 +95,16 @@ class TrainerConfig(Config):
         train_steps: the length of the run in steps (completed updates).
         epochs: the length of the run in passes over the training data; give
             this or `train_steps`.
+        initial_epoch: the number (from 0) of the first epoch; `epochs` counts
+            those before it.
+        steps_per_epoch: steps in an epoch, where that is not a pass over the
+            data; the data go on from one epoch to the next.
         seed: the seed of everything random in the run.
         validation_interval: steps between validations, or "epoch" for one
             after each epoch, or None for none.
+        validation_freq: where `validation_interval` is "epoch": validate
+            after each so many epochs, or a list of the epochs (from 1) to
+            validate after.
         validation_steps: batches in one validation; None takes the whole
             split.
         checkpoint_interval: steps between checkpoints, or "epoch", or a
@@ -127,11 +145,18 @@ class TrainerConfig(Config):
 
     train_steps: Annotated[int | None, _whole(1)] = None
     epochs: Annotated[int | None, _whole(1)] = None
+    initial_epoch: Annotated[int, _whole(0)] = 0
+    steps_per_epoch: Annotated[
+        int | None, _whole(1, ", or null (None) for a pass over the data")
+    ] = None
     seed: Annotated[int, _whole(0)] = 0
     validation_interval: Annotated[
         int | Literal["epoch"] | None,
         pydantic.PlainValidator(_check_validation_interval),
     ] = "epoch"
+    validation_freq: Annotated[
+        int | list[int], pydantic.PlainValidator(_check_validation_freq)
+    ] = 1
     validation_steps: Annotated[
         int | None, _whole(1, ", or null (None) for the whole split")
     ] = None

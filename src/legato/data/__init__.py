@@ -1,12 +1,23 @@
 """Data sources: what may be fed, in which order, and how it is resumed.
 
-`source` is the protocol, `arrays` the source for arrays in memory, `feed`
-what keeps the device fed.
+`source` is the protocol, `arrays` the source for arrays, `fitting` makes
+sources of all that `keras.Model.fit` takes, `feed` keeps the device fed,
+`state` takes the iterators' states apart for checkpoints.
 """
 
 from legato.data.arrays import ArraySource
 from legato.data.feed import Feed
-from legato.data.source import ArraySpec, Chunk, DataIterator, DataSource
+from legato.data.fitting import fit_source, split_validation
+from legato.data.source import (
+    ArraySpec,
+    Chunk,
+    DataIterator,
+    DataSource,
+    DataState,
+    Shapes,
+    shapes_of,
+)
+from legato.data.state import join_arrays, split_arrays
 
 __all__ = [
     "ArraySource",
@@ -14,5 +25,12 @@ __all__ = [
     "Chunk",
     "DataIterator",
     "DataSource",
+    "DataState",
     "Feed",
+    "Shapes",
+    "fit_source",
+    "join_arrays",
+    "shapes_of",
+    "split_arrays",
+    "split_validation",
 ]

@@ -1,20 +1,23 @@
 """Arrays in memory, visited in an order that is computed, not stored."""
 
 import hashlib
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 
-from legato import backends
+from legato.data.columns import Column, as_column
 from legato.data.source import (
     ArraySpec,
     Batch,
     Chunk,
     DataIterator,
     DataSource,
+    DataState,
 )
+from legato.data.structure import Structure
 from legato.errors import DataError, RestoreError
 from legato.rng import Permutation, derive_seed
 from legato.types import JSON
@@ -36,9 +39,13 @@ class ArraySource(DataSource):
 
     Args:
         arrays: any nested structure of arrays, each of shape
-            `[examples, ...]`; usually `(features, labels)`.
+            `[examples, ...]`; usually `(features, labels)`. None may stand in
+            the place of an array, and does so in each batch. Arrays of any
+            library are taken (see `as_column`); memory-mapped ones are read
+            as their rows are needed.
         batch_size: examples in a batch.
-        shuffle: visit the examples in a new random order each epoch.
+        shuffle: visit the examples in a new random order each epoch; "batch"
+            only mixes each batch within itself.
         seed: of the order; None takes the run's.
         drop_remainder: leave out a partial last batch; by default it is
             trained on as a smaller batch.
@@ -53,12 +60,13 @@ class ArraySource(DataSource):
         arrays: Any,
         batch_size: int,
         *,
-        shuffle: bool = True,
+        shuffle: bool | Literal["batch"] = True,
         seed: int | None = None,
         drop_remainder: bool = False,
     ) -> None:
-        self._arrays = keras.tree.map_structure(_as_array, arrays)
-        self._length = _common_length(self._arrays)
+        self._structure = Structure(arrays)
+        self._columns = [as_column(a) for a in Structure.leaves(arrays)]
+        self._length = _common_length(self._structure, self._columns)
         if isinstance(batch_size, bool) or not isinstance(
             batch_size, int | np.integer
         ):
@@ -71,7 +79,7 @@ class ArraySource(DataSource):
                 f"batch_size={batch_size}: it must be at least 1 example."
             )
         self._batch_size = int(batch_size)
-        self._shuffle = bool(shuffle)
+        self._shuffle = shuffle if shuffle == "batch" else bool(shuffle)
         self._seed = seed
         self._drop_remainder = bool(drop_remainder)
         if self.batches_per_epoch == 0:
@@ -80,10 +88,11 @@ class ArraySource(DataSource):
                 f"hold {self._length} examples, less than one batch. Make the "
                 "batches smaller or keep the remainder."
             )
-        self._is_resident = (
-            sum(a.nbytes for a in keras.tree.flatten(self._arrays))
-            <= _RESIDENT_BYTES
+        self._row_bytes = sum(
+            math.prod(c.shape[1:]) * c.dtype.itemsize for c in self._columns
         )
+        self._is_resident = self._length * self._row_bytes <= _RESIDENT_BYTES
+        self._resident: list[np.ndarray] | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -104,30 +113,27 @@ class ArraySource(DataSource):
     def batch_bytes(self) -> int:
         if self._is_resident:
             return self._batch_size * np.dtype(np.int32).itemsize
-        return self._batch_size * sum(
-            a.nbytes // self._length for a in keras.tree.flatten(self._arrays)
-        )
+        return self._batch_size * self._row_bytes
 
     @property
     def resident(self) -> Any:
-        return self._arrays if self._is_resident else None
+        if self._is_resident and self._resident is None:
+            self._resident = [c.rows(slice(None)) for c in self._columns]
+        return self._resident
 
     @property
     def identity(self) -> Mapping[str, JSON]:
-        leaves = keras.tree.flatten(self._arrays)
         # 64 rows spread over the data tell one data set from another at no
         # cost that grows with it.
         rows = np.unique(np.linspace(0, self._length - 1, 64).astype(np.int64))
         digest = hashlib.sha256()
-        for leaf in leaves:
-            digest.update(np.ascontiguousarray(leaf[rows]).tobytes())
+        for column in self._columns:
+            digest.update(np.ascontiguousarray(column.rows(rows)).tobytes())
         return {
             "kind": "arrays",
-            "structure": repr(
-                keras.tree.map_structure(lambda _: ".", self._arrays)
-            ),
-            "dtypes": [str(a.dtype) for a in leaves],
-            "shapes": [list(a.shape[1:]) for a in leaves],
+            "structure": repr(self._structure),
+            "dtypes": [str(c.dtype) for c in self._columns],
+            "shapes": [list(c.shape[1:]) for c in self._columns],
             "examples": self._length,
             "batch_size": self._batch_size,
             "shuffle": self._shuffle,
@@ -137,20 +143,20 @@ class ArraySource(DataSource):
         }
 
     def batch_spec(self, batch_size: int) -> Batch:
-        return keras.tree.map_structure(
-            lambda a: ArraySpec(
-                shape=(batch_size, *a.shape[1:]), dtype=a.dtype
-            ),
-            self._arrays,
+        return self._structure.pack(
+            [
+                ArraySpec(shape=(batch_size, *c.shape[1:]), dtype=c.dtype)
+                for c in self._columns
+            ]
         )
 
     def fetch(self, resident: Any, operands: Any, index: Any) -> Batch:
-        rows = keras.tree.map_structure(lambda x: x[index], operands)
-        if not self._is_resident:
-            return rows
-        return keras.tree.map_structure(
-            lambda a: keras.ops.take(a, rows, axis=0), resident
-        )
+        if self._is_resident:
+            rows = operands[index]
+            leaves = [keras.ops.take(a, rows, axis=0) for a in resident]
+        else:
+            leaves = [array[index] for array in operands]
+        return self._structure.pack(leaves)
 
     def iterate(self, *, seed: int, capacity: int) -> "_ArrayIterator":
         return _ArrayIterator(
@@ -161,6 +167,8 @@ class ArraySource(DataSource):
 class _ArrayIterator(DataIterator):
     """The state is (epoch, batches of it that were taken)."""
 
+    draws_ahead = True  # no code of the user's runs here
+
     def __init__(self, source: ArraySource, seed: int, capacity: int) -> None:
         self._source = source
         self._seed = seed
@@ -170,10 +178,10 @@ class _ArrayIterator(DataIterator):
         # (epoch, first position, rows): see `_rows`.
         self._block = (-1, 0, np.zeros(0, np.int64))
 
-    def get_state(self) -> JSON:
+    def get_state(self) -> DataState:
         return {"epoch": self._epoch, "batch": self._batch}
 
-    def set_state(self, state: JSON) -> None:
+    def set_state(self, state: DataState) -> None:
         match state:
             case {"epoch": int(epoch), "batch": int(batch)} if (
                 epoch >= 0 and 0 <= batch < self._source.batches_per_epoch
@@ -215,6 +223,8 @@ class _ArrayIterator(DataIterator):
         A loop of one step (for a batch hook) would otherwise pay the fixed
         cost of a permutation for every batch.
         """
+        if self._source._shuffle == "batch":
+            return self._mixed_batches(start, count)
         if not self._source._shuffle:
             return np.arange(start, start + count)
         epoch, first, rows = self._block
@@ -229,6 +239,16 @@ class _ArrayIterator(DataIterator):
             self._block = self._epoch, first, rows
         return rows[start - first : start - first + count]
 
+    def _mixed_batches(self, start: int, count: int) -> np.ndarray:
+        size = self._source.full_batch_size
+        found = []
+        for first in range(start, start + count, size):
+            length = min(size, start + count - first)
+            key = derive_seed(self._seed, "order", self._epoch, first // size)
+            order = Permutation(length, key)(np.arange(length))
+            found.append(first + order)
+        return np.concatenate(found)
+
     def _operands(self, rows: np.ndarray) -> Any:
         """The indices, or the rows themselves, padded to the capacity."""
         source = self._source
@@ -242,54 +262,15 @@ class _ArrayIterator(DataIterator):
 
         if source._is_resident:
             return padded(rows.astype(np.int32))
-        return keras.tree.map_structure(
-            lambda a: padded(a[rows]), source._arrays
-        )
+        return [padded(column.rows(rows)) for column in source._columns]
 
 
-def _as_array(value: Any) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except Exception as error:
-        raise DataError(
-            f"A value of type {type(value).__name__} in the data is not an "
-            f"array: {error}"
-        ) from error
-    if array.ndim == 0:
-        raise DataError(
-            f"The data hold the scalar {value!r}: every array must have shape "
-            "[examples, ...]. Repeat it for each example."
-        )
-    if array.dtype.kind in "OUSMmV" and "float" not in array.dtype.name:
-        raise DataError(
-            f"The data hold an array of dtype {array.dtype}, which a device "
-            "does not take. Turn it into numbers first."
-        )
-    # Floats are cast to floatx as Keras's own `fit` does; what the backend
-    # would cast at every step (int64 on JAX) is cast once.
-    dtype = np.dtype(
-        keras.config.floatx()
-        if array.dtype == np.float64
-        else backends.current().canonical_dtype(array.dtype)
-    )
-    if array.dtype.kind in "iu" and dtype != array.dtype and array.size:
-        limits = np.iinfo(dtype)
-        if array.min() < limits.min or array.max() > limits.max:
-            raise DataError(
-                f"The data hold {array.dtype} values outside of {dtype}, which "
-                "is what this backend computes with. Split them, or use "
-                "floats."
-            )
-    return array.astype(dtype, copy=False)
-
-
-def _common_length(arrays: Any) -> int:
-    leaves = keras.tree.flatten_with_path(arrays)
-    if not leaves:
-        raise DataError(f"The data {arrays!r} hold no array.")
+def _common_length(structure: Structure, columns: list[Column]) -> int:
+    if not columns:
+        raise DataError(f"The data {structure!r} hold no array.")
     lengths = {
-        ".".join(str(p) for p in path) or "data": len(leaf)
-        for path, leaf in leaves
+        path: column.shape[0]
+        for path, column in zip(structure.paths(), columns, strict=True)
     }
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name}: {n}" for name, n in lengths.items())

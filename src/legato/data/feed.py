@@ -2,8 +2,7 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from legato.data.source import Chunk, DataIterator
-from legato.types import JSON
+from legato.data.source import Chunk, DataIterator, DataState
 
 
 class Feed:
@@ -20,8 +19,12 @@ class Feed:
         self._ahead: tuple[int, Future[Chunk]] | None = None
 
     def prefetch(self, max_batches: int) -> None:
-        """Begin to make the chunk that `take(max_batches)` will want."""
-        if self._ahead is None:
+        """Begin to make the chunk that `take(max_batches)` will want.
+
+        Nothing is done where the data must be drawn in this thread, in turn
+        with the callbacks.
+        """
+        if self._ahead is None and self._iterator.draws_ahead:
             future = self._executor.submit(
                 self._iterator.next_chunk, max_batches
             )
@@ -47,11 +50,20 @@ class Feed:
         self._state = chunk.state
         return chunk
 
-    def get_state(self) -> JSON:
+    def end_epoch(self) -> None:
+        """The last batch of the epoch has been trained on: tell the data."""
+        if self._ahead is None:
+            self._iterator.end_epoch()
+            self._state = self._iterator.get_state()
+
+    def get_state(self) -> DataState:
         """The position after the last chunk taken."""
+        if not self._iterator.draws_ahead:
+            # Asked for when it is wanted: it may be dear to tell.
+            return self._iterator.get_state()
         return self._state
 
-    def set_state(self, state: JSON) -> None:
+    def set_state(self, state: DataState) -> None:
         """Go to a position, dropping what was prefetched."""
         if self._ahead is not None:
             if not self._ahead[1].cancel():

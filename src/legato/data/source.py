@@ -5,13 +5,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 
 from legato.types import JSON
 
 Batch = Any
 """One batch: any nested structure of dicts, tuples, lists and arrays, each
-array of shape `[batch, ...]`."""
+array of shape `[batch, ...]`; None may stand in the place of an array."""
+
+Shapes = tuple[tuple[int, ...], ...]
+
+DataState = Any
+"""A tree of JSON values that may also have NumPy arrays as leaves: see
+`legato.data.split_arrays`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,40 +35,78 @@ class Chunk:
 
     Attributes:
         num_batches: how many batches it holds.
-        batch_size: examples in each of them.
+        batch_size: examples in each of them: the first axis of the first
+            array of the batch (of x, that is).
         operands: what the source's `fetch` needs to make batch `i` of the
             chunk on the device: a nested structure of NumPy arrays, each of
             shape `[capacity, ...]` whatever `num_batches` is, so that every
-            chunk runs through one compiled program.
-        state: the iterator's state after the last batch of this chunk.
+            chunk of the same `shapes` runs through one compiled program.
+            What lies behind `num_batches` is zeros.
+        state: the iterator's state after the last batch of this chunk; of no
+            account where the iterator does not draw ahead, and then so has
+            `get_state`.
     """
 
     num_batches: int
     batch_size: int
     operands: Any
-    state: JSON
+    state: DataState
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of the operands, without the axis of the capacity.
+
+        Chunks that are equal in this run through one compiled program. Not
+        only a partial last batch differs: batches may have any shapes, as
+        sequences in buckets have.
+        """
+        return shapes_of(self.operands)
+
+
+def shapes_of(operands: Any) -> Shapes:
+    """The shapes of operands; see `Chunk.shapes`."""
+    return tuple(
+        tuple(array.shape[1:])
+        for array in keras.tree.flatten(operands)
+        if array is not None
+    )
 
 
 class DataIterator(abc.ABC):
     """A position in an endless, reproducible stream of batches.
 
     Epoch follows epoch; a chunk never spans two of them.
+
+    Attributes:
+        draws_ahead: whether `next_chunk` may run in another thread, while the
+            chunk before is trained on. Only where it runs no code of the
+            user's: that could draw from the global generators, which
+            callbacks use meanwhile.
     """
+
+    draws_ahead: bool = False
 
     @abc.abstractmethod
     def next_chunk(self, max_batches: int) -> Chunk:
         """The next batches of one shape, at most `max_batches`."""
 
     @abc.abstractmethod
-    def get_state(self) -> JSON:
+    def get_state(self) -> DataState:
         """The position: all that `set_state` needs to go on from here."""
 
     @abc.abstractmethod
-    def set_state(self, state: JSON) -> None:
+    def set_state(self, state: DataState) -> None:
         """Go to a position; the next chunk starts there.
 
         Raises:
             RestoreError: the state is another source's.
+        """
+
+    def end_epoch(self) -> None:  # noqa: B027 - few have anything to do
+        """The last batch of an epoch has been trained on.
+
+        For data that are told so (`keras.utils.PyDataset.on_epoch_end`). If
+        nobody calls this, it is done before the next batch is drawn.
         """
 
     @abc.abstractmethod
@@ -80,12 +125,15 @@ class DataSource(abc.ABC):
     @property
     @abc.abstractmethod
     def full_batch_size(self) -> int:
-        """Examples in every batch but a partial last one."""
+        """Examples in the usual batch (the first one, where they vary)."""
 
     @property
     @abc.abstractmethod
     def partial_batch_size(self) -> int:
-        """Examples in the partial last batch; 0 where there is none."""
+        """Examples in the partial last batch; 0: there is none, or who knows.
+
+        Compare `Chunk.shapes`; this only lets a program be traced ahead.
+        """
 
     @property
     @abc.abstractmethod
@@ -105,6 +153,29 @@ class DataSource(abc.ABC):
     @abc.abstractmethod
     def batch_spec(self, batch_size: int) -> Batch:
         """A batch with an `ArraySpec` in the place of each array."""
+
+    @property
+    def inexact(self) -> str | None:
+        """Why resuming cannot be exact, and the remedy; None if it is.
+
+        Some reasons show only while data are drawn: ask again when a
+        checkpoint is written.
+        """
+        return None
+
+    def example(self, capacity: int) -> Any:
+        """The operands of a chunk with one batch of the usual shape.
+
+        For tracing: training gets the same batches after it as without.
+
+        Args:
+            capacity: the first axis of the operands.
+        """
+        iterator = self.iterate(seed=0, capacity=capacity)
+        try:
+            return iterator.next_chunk(1).operands
+        finally:
+            iterator.close()
 
     @abc.abstractmethod
     def fetch(self, resident: Any, operands: Any, index: Any) -> Batch:

@@ -1,7 +1,7 @@
 """Metrics inside a compiled step: updated when they are due, never read."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -9,23 +9,39 @@ import numpy as np
 
 from legato import backends
 from legato.errors import ConfigError, StepError
+from legato.metrics.when import Every, Sample, When, any_due, as_tensor
+
+__all__ = [
+    "Every",
+    "Results",
+    "Sample",
+    "StepMetric",
+    "When",
+    "any_due",
+    "check_metrics",
+    "directions",
+    "run_recorded",
+]
 
 
 class StepMetric:
     """A metric as a step sees it.
 
-    With an interval of 1, `update_state` acts at once. With a longer one it
-    records, and one conditional around all recorded calls of the step runs
-    them when they are due; the step is compiled once, whatever the interval.
+    Where it is due at each step, `update_state` acts at once. Otherwise it
+    records, and one conditional around the recorded calls of all metrics that
+    are due together runs them; the step is compiled once, whatever is due.
 
     Args:
         metric: the Keras metric behind it.
-        interval: steps between updates.
+        when: it is updated.
+
+    Attributes:
+        when: as given.
     """
 
-    def __init__(self, metric: keras.metrics.Metric, interval: int) -> None:
+    def __init__(self, metric: keras.metrics.Metric, when: When) -> None:
         self._metric = metric
-        self._interval = interval
+        self.when = when
         self._recorded: list[Callable[[], Any]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -33,7 +49,7 @@ class StepMetric:
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
         """Update the metric with a batch, if it is due at this step."""
-        if self._interval == 1:
+        if self.when.is_always:
             self._metric.update_state(*args, **kwargs)
         else:
             self._recorded.append(
@@ -63,47 +79,76 @@ class StepMetric:
             "resets metrics when an epoch or a validation begins."
         )
 
+    def is_any_of(self, metrics: Container[keras.metrics.Metric]) -> bool:
+        """Whether the metric behind it is one of these."""
+        return self._metric in metrics
+
     def take_recorded(self) -> list[Callable[[], Any]]:
         """The calls that wait for their conditional."""
         recorded, self._recorded = self._recorded, []
         return recorded
 
 
-def run_recorded(metrics: Sequence[StepMetric], due: Any) -> None:
-    """Run what the metrics recorded in this step, if `due` (a bool tensor)."""
-    calls = [call for metric in metrics for call in metric.take_recorded()]
-    if calls:
+def run_recorded(metrics: Sequence[StepMetric], step: Any) -> None:
+    """Run what the metrics recorded in a step, where it is due.
 
-        def update() -> None:
-            for call in calls:
-                call()
+    Args:
+        metrics: all of them.
+        step: the step's index (from 0), an int32 scalar tensor.
+    """
+    together: dict[When, list[Callable[[], Any]]] = {}
+    for metric in metrics:
+        together.setdefault(metric.when, []).extend(metric.take_recorded())
+    for when, calls in together.items():
+        if calls:
 
-        keras.ops.cond(due, update, lambda: None)
+            def update(calls: list[Callable[[], Any]] = calls) -> None:
+                for call in calls:
+                    call()
+
+            due = as_tensor(when.is_due(step))
+            keras.ops.cond(due, update, lambda: None)
 
 
-def check_metrics(metrics: Any, where: str) -> list[keras.metrics.Metric]:
-    """The metrics as a list.
+def check_metrics(
+    metrics: Any, where: str, default: When, *, unique: bool = True
+) -> dict[keras.metrics.Metric, When]:
+    """The metrics, and when each is updated.
+
+    Args:
+        metrics: what `build_metrics` returned.
+        where: that was, for messages.
+        default: when, for those that are returned without saying so.
+        unique: whether two may not have one name.
 
     Raises:
         ConfigError: something else is among them, or two have one name.
     """
-    if metrics is None:
-        return []
-    found = list(metrics) if isinstance(metrics, list | tuple) else [metrics]
-    for metric in found:
+    if isinstance(metrics, Mapping):
+        pairs = list(metrics.items())
+    elif isinstance(metrics, list | tuple):
+        pairs = [(metric, default) for metric in metrics]
+    else:
+        pairs = [] if metrics is None else [(metrics, default)]
+    for metric, when in pairs:
         if not isinstance(metric, keras.metrics.Metric):
             raise ConfigError(
                 f"{where} returned {metric!r} among the metrics: it must be a "
                 "keras.metrics.Metric object. Return a list of these."
             )
-    names = [metric.name for metric in found]
+        if not isinstance(when, When):
+            raise ConfigError(
+                f"{where} returned {when!r} for the metric {metric.name!r}: "
+                "it must be legato.Every(steps) or legato.Sample(share)."
+            )
+    names = [metric.name for metric, _ in pairs]
     for name in names:
-        if names.count(name) > 1:
+        if unique and names.count(name) > 1:
             raise ConfigError(
                 f"{where} returned two metrics named {name!r}: give each one "
                 "its own `name`."
             )
-    return found
+    return dict(pairs)
 
 
 class Results:
@@ -122,6 +167,7 @@ class Results:
         self._own = list(itertools.compress(metrics, self._is_own))
         self._compute: Callable[[], list[Any]] | None = None
         self._num_variables = 0
+        self._names: dict[keras.metrics.Metric, list[str]] = {}
 
     def __call__(self) -> dict[str, Any]:
         """Results by name: floats, or lists for arrays."""
@@ -130,10 +176,15 @@ class Results:
         for metric, is_own in zip(self._metrics, self._is_own, strict=True):
             value = next(computed) if is_own else metric.result()
             named = value if isinstance(value, dict) else {metric.name: value}
+            self._names[metric] = list(named)
             for name, each in named.items():
                 array = np.asarray(keras.ops.convert_to_numpy(each))
                 out[name] = float(array) if array.ndim == 0 else array.tolist()
         return out
+
+    def names(self, metric: keras.metrics.Metric) -> list[str]:
+        """The names of a metric's results, once they have been read."""
+        return self._names[metric]
 
     def _of_own(self) -> list[Any]:
         # Some make their variables when they are first updated.
@@ -147,8 +198,10 @@ class Results:
 
 
 def _is_kerass_own(metric: Any) -> bool:
+    # (Those of a compiled model hold others in a way of their own.)
+    inner = [*metric._metrics, *getattr(metric, "metrics", ())]
     return type(metric).__module__.startswith("keras.") and all(
-        map(_is_kerass_own, metric._metrics)
+        map(_is_kerass_own, inner)
     )
 
 

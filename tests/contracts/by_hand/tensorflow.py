@@ -1,5 +1,6 @@
 """The steps written by hand on TensorFlow: a `GradientTape`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -19,21 +20,37 @@ def cross_entropy(labels: Any, logits: Any) -> Any:
     return tf.reduce_mean(losses)
 
 
-def classifier(task: Any, model: Any, optimizer: Any) -> Step:
-    """One model, one optimizer of all its variables."""
-    variables = model.trainable_variables
+def minimize(
+    forward: Callable[[Any], Any], variables: Any, optimizer: Any
+) -> Step:
+    """The step of one optimizer.
+
+    Args:
+        forward: `forward(batch)` returns the loss and the other logs.
+        variables: those to differentiate by.
+        optimizer: built with them here.
+    """
     optimizer.build(variables)
 
     @tf.function
     def step(batch: Any) -> Any:
-        features, labels = batch
         with tf.GradientTape() as tape:
-            outputs = model(features, training=True)
-            loss = cross_entropy(labels, outputs) + sum(model.losses)
+            loss, logs = forward(batch)
         optimizer.apply(tape.gradient(loss, variables), variables)
-        return {"loss": loss}
+        return {"loss": loss, **logs}
 
     return step
+
+
+def classifier(task: Any, model: Any, optimizer: Any) -> Step:
+    """One model, one optimizer of all its variables."""
+
+    def forward(batch: Any) -> Any:
+        features, labels = batch
+        outputs = model(features, training=True)
+        return cross_entropy(labels, outputs) + sum(model.losses), {}
+
+    return minimize(forward, model.trainable_variables, optimizer)
 
 
 def gan(task: Any, model: Any, optimizer: Any) -> Step:
@@ -71,24 +88,20 @@ def gan(task: Any, model: Any, optimizer: Any) -> Step:
 
 def vae(task: Any, model: Any, optimizer: Any) -> Step:
     encoder, decoder = model["encoder"], model["decoder"]
-    variables = [*encoder.trainable_variables, *decoder.trainable_variables]
-    optimizer.build(variables)
 
-    @tf.function
-    def step(pixels: Any) -> Any:
+    def forward(pixels: Any) -> Any:
         noise = keras.random.normal((len(pixels), 3), seed=task.seeds)
-        with tf.GradientTape() as tape:
-            mean, log_variance = tf.split(encoder(pixels), 2, axis=1)
-            restored = decoder(mean + tf.exp(log_variance / 2) * noise)
-            squares = (restored - pixels) ** 2
-            error = tf.reduce_mean(tf.reduce_sum(squares, axis=1))
-            terms = 1 + log_variance - mean**2 - tf.exp(log_variance)
-            kl = -0.5 * tf.reduce_mean(tf.reduce_sum(terms, axis=1))
-            loss = error + task.kl_weight.value * kl
-        optimizer.apply(tape.gradient(loss, variables), variables)
-        return {"loss": loss, "error": error, "kl": kl}
+        mean, log_variance = tf.split(encoder(pixels), 2, axis=1)
+        restored = decoder(mean + tf.exp(log_variance / 2) * noise)
+        squares = (restored - pixels) ** 2
+        error = tf.reduce_mean(tf.reduce_sum(squares, axis=1))
+        terms = 1 + log_variance - mean**2 - tf.exp(log_variance)
+        kl = -0.5 * tf.reduce_mean(tf.reduce_sum(terms, axis=1))
+        loss = error + task.kl_weight.value * kl
+        return loss, {"error": error, "kl": kl}
 
-    return step
+    variables = [*encoder.trainable_variables, *decoder.trainable_variables]
+    return minimize(forward, variables, optimizer)
 
 
 def half_precision(task: Any, model: Any, optimizer: Any) -> Step:
@@ -109,37 +122,25 @@ def half_precision(task: Any, model: Any, optimizer: Any) -> Step:
 
 
 def nested(task: Any, model: Any, optimizer: Any) -> Step:
-    variables = model.trainable_variables
-    optimizer.build(variables)
-
-    @tf.function
-    def step(batch: Any) -> Any:
+    def forward(batch: Any) -> Any:
         features, labels = batch
-        with tf.GradientTape() as tape:
-            outputs = model(features)
-            squares = (labels["size"] - outputs["size"]) ** 2
-            of_class = cross_entropy(labels["class"], outputs["class"])
-            loss = of_class + 0.5 * tf.reduce_mean(squares)
-        optimizer.apply(tape.gradient(loss, variables), variables)
-        return {"loss": loss}
+        outputs = model(features)
+        squares = (labels["size"] - outputs["size"]) ** 2
+        of_class = cross_entropy(labels["class"], outputs["class"])
+        return of_class + 0.5 * tf.reduce_mean(squares), {}
 
-    return step
+    return minimize(forward, model.trainable_variables, optimizer)
 
 
 def subset(task: Any, model: Any, optimizer: Any) -> Step:
     """Only the head has gradients, and slots."""
-    head = model.get_layer("head").trainable_variables
-    optimizer.build(head)
 
-    @tf.function
-    def step(batch: Any) -> Any:
+    def forward(batch: Any) -> Any:
         features, labels = batch
-        with tf.GradientTape() as tape:
-            loss = cross_entropy(labels, model(features, training=True))
-        optimizer.apply(tape.gradient(loss, head), head)
-        return {"loss": loss}
+        return cross_entropy(labels, model(features, training=True)), {}
 
-    return step
+    head = model.get_layer("head").trainable_variables
+    return minimize(forward, head, optimizer)
 
 
 def conditional(task: Any, model: Any, optimizer: Any) -> Step:

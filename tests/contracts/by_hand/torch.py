@@ -1,5 +1,6 @@
 """The steps written by hand on PyTorch: `torch.autograd.grad`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -27,19 +28,35 @@ def cross_entropy(labels: Any, logits: Any) -> Any:
     return functional.cross_entropy(logits.float(), labels.long())
 
 
-def classifier(task: Any, model: Any, optimizer: Any) -> Step:
-    """One model, one optimizer of all its variables."""
-    variables = model.trainable_variables
+def minimize(
+    forward: Callable[[Any], Any], variables: Any, optimizer: Any
+) -> Step:
+    """The step of one optimizer.
+
+    Args:
+        forward: `forward(batch)` returns the loss and the other logs.
+        variables: those to differentiate by.
+        optimizer: built with them here.
+    """
     optimizer.build(variables)
 
     def step(batch: Any) -> Any:
-        features, labels = batch
-        outputs = model(features, training=True)
-        loss = cross_entropy(labels, outputs) + sum(model.losses)
+        loss, logs = forward(batch)
         apply(optimizer, gradients_of(loss, variables), variables)
-        return detached({"loss": loss})
+        return detached({"loss": loss, **logs})
 
     return step
+
+
+def classifier(task: Any, model: Any, optimizer: Any) -> Step:
+    """One model, one optimizer of all its variables."""
+
+    def forward(batch: Any) -> Any:
+        features, labels = batch
+        outputs = model(features, training=True)
+        return cross_entropy(labels, outputs) + sum(model.losses), {}
+
+    return minimize(forward, model.trainable_variables, optimizer)
 
 
 def gan(task: Any, model: Any, optimizer: Any) -> Step:
@@ -78,10 +95,8 @@ def gan(task: Any, model: Any, optimizer: Any) -> Step:
 
 def vae(task: Any, model: Any, optimizer: Any) -> Step:
     encoder, decoder = model["encoder"], model["decoder"]
-    variables = [*encoder.trainable_variables, *decoder.trainable_variables]
-    optimizer.build(variables)
 
-    def step(pixels: Any) -> Any:
+    def forward(pixels: Any) -> Any:
         noise = keras.random.normal((len(pixels), 3), seed=task.seeds)
         mean, log_variance = encoder(pixels).chunk(2, dim=1)
         restored = decoder(mean + torch.exp(log_variance / 2) * noise)
@@ -89,10 +104,10 @@ def vae(task: Any, model: Any, optimizer: Any) -> Step:
         terms = 1 + log_variance - mean**2 - torch.exp(log_variance)
         kl = -0.5 * terms.sum(dim=1).mean()
         loss = error + task.kl_weight.value * kl
-        apply(optimizer, gradients_of(loss, variables), variables)
-        return detached({"loss": loss, "error": error, "kl": kl})
+        return loss, {"error": error, "kl": kl}
 
-    return step
+    variables = [*encoder.trainable_variables, *decoder.trainable_variables]
+    return minimize(forward, variables, optimizer)
 
 
 def half_precision(task: Any, model: Any, optimizer: Any) -> Step:
@@ -111,33 +126,25 @@ def half_precision(task: Any, model: Any, optimizer: Any) -> Step:
 
 
 def nested(task: Any, model: Any, optimizer: Any) -> Step:
-    variables = model.trainable_variables
-    optimizer.build(variables)
-
-    def step(batch: Any) -> Any:
+    def forward(batch: Any) -> Any:
         features, labels = batch
         outputs = model(features)
         squares = (labels["size"] - outputs["size"]) ** 2
         of_class = cross_entropy(labels["class"], outputs["class"])
-        loss = of_class + 0.5 * squares.mean()
-        apply(optimizer, gradients_of(loss, variables), variables)
-        return detached({"loss": loss})
+        return of_class + 0.5 * squares.mean(), {}
 
-    return step
+    return minimize(forward, model.trainable_variables, optimizer)
 
 
 def subset(task: Any, model: Any, optimizer: Any) -> Step:
     """Only the head has gradients, and slots."""
-    head = model.get_layer("head").trainable_variables
-    optimizer.build(head)
 
-    def step(batch: Any) -> Any:
+    def forward(batch: Any) -> Any:
         features, labels = batch
-        loss = cross_entropy(labels, model(features, training=True))
-        apply(optimizer, gradients_of(loss, head), head)
-        return detached({"loss": loss})
+        return cross_entropy(labels, model(features, training=True)), {}
 
-    return step
+    head = model.get_layer("head").trainable_variables
+    return minimize(forward, head, optimizer)
 
 
 def conditional(task: Any, model: Any, optimizer: Any) -> Step:

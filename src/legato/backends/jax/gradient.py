@@ -20,8 +20,11 @@ def value_and_grad(
     forward: Callable[[], Any],
     variables: list[keras.Variable],
     optimizer: keras.optimizers.Optimizer | None = None,
+    *,
+    as_keras: bool = False,
 ) -> tuple[Any, list[Any]]:
-    """See `legato.value_and_grad`."""
+    """See `Backend.value_and_grad`."""
+    del as_keras  # they are dense here
     around = keras_tracing.current_scope()
     outer = around if isinstance(around, StepScope) else None
     scope = StepScope(parent=outer, losses=True)

@@ -45,6 +45,7 @@ def compile_loop(
     losses_in_step: bool,
     variables: Sequence[keras.Variable] = (),
     compilation: Compilation = "never",
+    native: bool = False,
 ) -> "JaxLoop":
     """See `Backend.compile_loop`.
 
@@ -52,6 +53,7 @@ def compile_loop(
     user's step in a traceback.
     """
     del compilation  # nothing runs uncompiled here
+    del native  # tracers are what JAX differentiates by
     known = list(variables)
     scopes: list[StepScope] = []
     names: list[str] = []

@@ -2,7 +2,8 @@
 
 State stays in native variables: `scope` sees what a traced step does with
 them, `effects` finds in its graph what it reads and writes, `gradient`
-differentiates (`reached` tells what a loss depends on), `loop` runs the graph.
+differentiates (`reached` tells what a loss depends on), `loop` runs the graph,
+which `xla` compiles (`philox` draws its random numbers then).
 """
 
 import os
@@ -27,7 +28,7 @@ class TensorFlowBackend(Backend):
     """
 
     name = "tensorflow"
-    modes = ("fused",)
+    modes = ("fused", "compiled")
 
     # Not methods that call these: few frames should lie above the user's.
     compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]

@@ -20,8 +20,10 @@ def value_and_grad(
     forward: Callable[[], Any],
     variables: list[keras.Variable],
     optimizer: keras.optimizers.Optimizer | None = None,
+    *,
+    as_keras: bool = False,
 ) -> tuple[Any, list[Any]]:
-    """See `legato.value_and_grad`."""
+    """See `Backend.value_and_grad`."""
     if tf.executing_eagerly():
         return _in_a_graph(forward, variables, optimizer)
     around = keras_tracing.current_scope()
@@ -45,8 +47,13 @@ def value_and_grad(
     )
     require_reached(variables, reached)
     gradients = [
-        # Rows of an embedding come as a list of them.
-        tf.cast(tf.convert_to_tensor(gradient), memory.dtype)
+        (
+            gradient
+            # Rows of an embedding come as a list of them, the same row
+            # perhaps several times; optimizers treat these one by one.
+            if as_keras and isinstance(gradient, tf.IndexedSlices)
+            else tf.cast(tf.convert_to_tensor(gradient), memory.dtype)
+        )
         if is_reached
         else None
         for gradient, memory, is_reached in zip(

@@ -1,6 +1,6 @@
 """A step traced once, and run many times in one call of a graph."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -14,6 +14,7 @@ from legato.backends.protocol import (
     LoopMode,
     Step,
 )
+from legato.backends.tensorflow import xla
 from legato.backends.tensorflow.effects import find_effects
 from legato.backends.tensorflow.scope import StepScope
 from legato.compat import keras_tracing
@@ -24,6 +25,12 @@ _PYTHON_VALUE = (
     "`for` or `bool()`), but it is traced once for all batches, and there is "
     "no value yet. Use keras.ops.cond, keras.ops.where, "
     "keras.ops.while_loop or keras.ops.scan."
+)
+
+_NOT_COMPILABLE = (
+    "The step cannot be compiled by XLA: {}. Train it with "
+    'torch_compile=False (and with resume="override", if the run was compiled '
+    "from the beginning)."
 )
 
 LOST = LostVariables()
@@ -40,13 +47,13 @@ def compile_loop(
     losses_in_step: bool,
     variables: Sequence[keras.Variable] = (),
     compilation: Compilation = "never",
+    native: bool = False,
 ) -> "TensorFlowLoop":
     """See `Backend.compile_loop`.
 
     It is one function on purpose: few frames of ours should lie above the
     user's step in a traceback.
     """
-    del mode, compilation  # there is one way to run
     del variables  # those that exist are found in the first trace
     scopes: list[StepScope] = []
     names: list[str] = []
@@ -55,7 +62,9 @@ def compile_loop(
     def run(index: Any, at: Any, *flat: Any) -> Any:
         # What is made lazily is made in the first trace; what is made in the
         # second is made anew in every step.
-        scope = StepScope(losses=losses_in_step, may_make=not scopes)
+        scope = StepScope(
+            losses=losses_in_step, may_make=not scopes, native=native
+        )
         scopes.append(scope)
         with scope:
             batch = fetch(
@@ -81,7 +90,9 @@ def compile_loop(
             )
         except tf.errors.OperatorNotAllowedInGraphError as error:
             raise StepError(_PYTHON_VALUE) from error
-    return TensorFlowLoop(traced, scopes[-1], names, leaves, len(scopes))
+    loop = TensorFlowLoop(traced, scopes[-1], names, leaves, len(scopes))
+    loop.choose_mode(mode, compilation)
+    return loop
 
 
 class TensorFlowLoop(CompiledLoop):
@@ -101,9 +112,64 @@ class TensorFlowLoop(CompiledLoop):
         self.updated = effects.updated
         self.read_only = effects.read_only
         self.log_names = list(names)
-        self.mode = "fused"
         self.traces = traces
-        self._run = _make_loop(traced, leaves, len(names))
+        self._traced = traced
+        self._leaves = leaves
+        self._run: Any = None
+
+    def choose_mode(
+        self, mode: LoopMode | None, compilation: Compilation
+    ) -> None:
+        """Make the graph that is run; see `Backend.compile_loop`.
+
+        Raises:
+            StepError: it has to be compiled, and cannot be.
+        """
+        required = mode == "compiled" or (
+            mode is None and compilation == "always"
+        )
+        if required or (
+            mode is None and compilation == "auto" and xla.gains(self._traced)
+        ):
+            loop, specs = self._loop_over(xla.quick_step(self._traced))
+            try:
+                self._run = xla.compile_function(loop, specs)
+                self.mode = "compiled"
+                return
+            except xla.NotCompilableError as error:
+                if required:
+                    raise StepError(_NOT_COMPILABLE.format(error)) from error
+        loop, specs = self._loop_over(self._traced)
+        self._run = tf.function(loop, autograph=False).get_concrete_function(
+            *specs
+        )
+        self.mode = "fused"
+
+    def _loop_over(
+        self, step: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], list[tf.TensorSpec]]:
+        """What runs a step as often as a call says, and its arguments."""
+        num_logs = len(self.log_names)
+        capacity = self._leaves[0].shape[0]
+
+        def loop(first: Any, num_steps: Any, *flat: Any) -> Any:
+            def body(index: Any, rows: Any) -> Any:
+                row = step(index, first + index, *flat)
+                if num_logs:
+                    rows = tf.tensor_scatter_nd_update(rows, [[index]], [row])
+                return index + 1, rows
+
+            _, rows = tf.while_loop(
+                lambda index, rows: index < num_steps,
+                body,
+                (tf.constant(0), tf.zeros((capacity, num_logs))),
+                parallel_iterations=1,
+            )
+            return rows
+
+        count = tf.TensorSpec((), tf.int32)
+        given = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in self._leaves]
+        return loop, [count, count, *given]
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
         LOST.refuse(self.variables)
@@ -118,29 +184,3 @@ class TensorFlowLoop(CompiledLoop):
             # It may have stopped between any two assignments.
             LOST.add(self.updated)
             raise
-
-
-def _make_loop(traced: Any, leaves: list[Any], num_logs: int) -> Any:
-    """A graph that runs a step a number of times that is given with a call."""
-    capacity = leaves[0].shape[0]
-    count = tf.TensorSpec((), tf.int32)
-    specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves]
-
-    def loop(step: Any, num_steps: Any, *flat: Any) -> Any:
-        def body(index: Any, rows: Any) -> Any:
-            row = traced(index, step + index, *flat)
-            if num_logs:
-                rows = tf.tensor_scatter_nd_update(rows, [[index]], [row])
-            return index + 1, rows
-
-        _, rows = tf.while_loop(
-            lambda index, rows: index < num_steps,
-            body,
-            (tf.constant(0), tf.zeros((capacity, num_logs))),
-            parallel_iterations=1,
-        )
-        return rows
-
-    return tf.function(loop, autograph=False).get_concrete_function(
-        count, count, *specs
-    )

@@ -24,6 +24,8 @@ class StepScope(RecordingScope):
             read.
         may_make: whether variables may be made while this is the outermost
             scope.
+        native: what is read is the `tf.Variable` itself, which a tape of the
+            step's own can differentiate by.
     """
 
     def __init__(
@@ -32,14 +34,16 @@ class StepScope(RecordingScope):
         parent: "StepScope | None" = None,
         losses: bool = False,
         may_make: bool = True,
+        native: bool = False,
     ) -> None:
         super().__init__(parent=parent, losses=losses)
         self._root: StepScope = self if parent is None else parent._root
         self._may_make = may_make
+        self._native = native
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         memory = self.memory(variable)
-        if keras_tracing.in_apply():
+        if self._root._native or keras_tracing.in_apply():
             # Keras's optimizers assign to it.
             return memory
         # A tensor, so that it stays what it is when the variable is assigned.

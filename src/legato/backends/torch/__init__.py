@@ -16,6 +16,7 @@ import torch
 from legato.backends.protocol import Backend
 from legato.backends.torch import arrays as tensors
 from legato.backends.torch import gradient, loop, randomness
+from legato.backends.torch.step import LOST
 from legato.types import JSON
 
 
@@ -38,7 +39,7 @@ class TorchBackend(Backend):
         for variable, value in zip(variables, values, strict=True):
             memory = variable._value.detach()
             memory.copy_(tensors.to_tensor(value, memory.device))
-        loop.LOST.remove(variables)
+        LOST.remove(variables)
 
     def compile_reading(self, compute: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -56,7 +57,7 @@ class TorchBackend(Backend):
     def lost_variables(
         self, variables: Sequence[keras.Variable]
     ) -> list[keras.Variable]:
-        return loop.LOST.among(variables)
+        return LOST.among(variables)
 
     def canonical_dtype(self, dtype: np.dtype) -> np.dtype:
         return tensors.canonical_dtype(dtype)

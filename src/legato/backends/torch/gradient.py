@@ -21,8 +21,11 @@ def value_and_grad(
     forward: Callable[[], Any],
     variables: list[keras.Variable],
     optimizer: keras.optimizers.Optimizer | None = None,
+    *,
+    as_keras: bool = False,
 ) -> tuple[Any, list[Any]]:
-    """See `legato.value_and_grad`."""
+    """See `Backend.value_and_grad`."""
+    del as_keras  # they are dense here
     outer = keras_tracing.current_scope()
     if isinstance(outer, StepScope):
         return _differentiate(forward, variables, optimizer, outer)

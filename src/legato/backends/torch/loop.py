@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import keras
 import torch
 
-from legato.backends.lost import LostVariables
 from legato.backends.protocol import (
     Compilation,
     CompiledLoop,
@@ -18,9 +17,10 @@ from legato.backends.scope import MAX_TRACES, refuse_new_variables
 from legato.backends.torch.arrays import current_device, to_tensors
 from legato.backends.torch.conditional import plain_cond, probing_cond
 from legato.backends.torch.modules import scoped_modules
+from legato.backends.torch.native import compile_native
 from legato.backends.torch.randomness import kept_random_state
 from legato.backends.torch.scope import ExaminingScope, StepScope
-from legato.backends.torch.step import ExaminedStep, to_row
+from legato.backends.torch.step import LOST, ExaminedStep, to_row
 from legato.compat import keras_tracing
 from legato.errors import StepError
 
@@ -33,9 +33,6 @@ _NO_AUTOGRAD = (
     "followed by autograd. Use that: it works on every backend."
 )
 
-LOST = LostVariables()
-"""Those that a failed call left in the midst of a step."""
-
 
 def compile_loop(
     step: Step,
@@ -47,7 +44,8 @@ def compile_loop(
     losses_in_step: bool,
     variables: Sequence[keras.Variable] = (),
     compilation: Compilation = "never",
-) -> "TorchLoop":
+    native: bool = False,
+) -> CompiledLoop:
     """See `Backend.compile_loop`.
 
     The step is run on the example batch, both branches of its conditionals
@@ -55,6 +53,10 @@ def compile_loop(
     few frames of ours should lie above the user's step in a traceback.
     """
     del variables  # all are found in the run
+    if native:
+        return compile_native(
+            step, fetch=fetch, resident=resident, operands=operands
+        )
     first = to_tensors(keras.tree.map_structure(lambda a: a[:1], operands))
     at = torch.zeros((), dtype=torch.int32, device=current_device())
     found = ExaminedStep(run=step, fetch=fetch, losses_in_step=losses_in_step)

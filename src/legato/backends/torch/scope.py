@@ -132,8 +132,12 @@ class StepScope(RecordingScope):
         """A tensor without autograd's graph, and no variable's memory."""
         if not isinstance(value, torch.Tensor):
             return value
-        own = value.detach()
-        return own.clone() if self._is_shared(value) else own
+        own: Any = value.detach()
+        own = own.clone() if self._is_shared(value) else own
+        mask = getattr(value, "_keras_mask", None)
+        if mask is not None:
+            own._keras_mask = mask  # metrics look for it
+        return own
 
     def _is_shared(self, value: torch.Tensor) -> bool:
         """Whether it is memory of a variable, which may change."""

@@ -7,8 +7,12 @@ from typing import Any
 import keras
 import torch
 
+from legato.backends.lost import LostVariables
 from legato.backends.protocol import Fetch, Step
 from legato.backends.torch.scope import Reached, StepScope
+
+LOST = LostVariables()
+"""Those that a failed call left in the midst of a step."""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,0 +1,158 @@
+"""What `keras.Model.compile` leaves behind, and Keras's own `fit` uses.
+
+Private names of Keras's trainers are touched here and nowhere else.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+from keras.src import backend as keras_backend
+from keras.src.trainers.compile_utils import CompileMetrics
+
+__all__ = ["CompileMetrics"]
+
+OWN_STEP = ("train_step",)
+OWN_TEST_STEP = ("test_step",)
+OWN_METRICS = (
+    "compute_metrics",
+    "get_metrics_result",
+    "metrics",
+    "reset_metrics",
+)
+OWN_FUNCTION = ("make_train_function", "make_test_function")
+
+
+def overridden(model: keras.Model, names: Iterable[str]) -> list[str]:
+    """Which of these methods the model's class defines itself."""
+    cls = type(model)
+    return [n for n in names if getattr(cls, n) is not getattr(keras.Model, n)]
+
+
+def compiled_metrics(model: Any) -> CompileMetrics | None:
+    """What `compile(metrics=..., weighted_metrics=...)` made."""
+    return model._compile_metrics
+
+
+def reported_metrics(model: Any) -> list[keras.metrics.Metric]:
+    """All metrics of a model but the mean of its loss."""
+    return [m for m in model.metrics if m is not model._loss_tracker]
+
+
+def make_metrics(model: Any, metrics: Any, weighted: Any) -> CompileMetrics:
+    """What `compile` would make of these metrics."""
+    names = getattr(model, "output_names", None)
+    return CompileMetrics(metrics, weighted, output_names=names)
+
+
+def has_loss(model: Any) -> bool:
+    """Whether `compile` was given a loss."""
+    return model._compile_loss is not None
+
+
+def call_model(model: Any, x: Any, *, training: bool) -> Any:
+    """The outputs, as Keras's own steps ask for them."""
+    if model._call_has_training_arg:
+        return model(x, training=training)
+    return model(x)
+
+
+def compute_loss(
+    model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool
+) -> Any:
+    """The total loss; the model's own `compute_loss`, if it has one."""
+    return model._compute_loss(
+        x=x,
+        y=y,
+        y_pred=y_pred,
+        sample_weight=sample_weight,
+        training=training,
+    )
+
+
+@contextlib.contextmanager
+def output_losses(model: Any, *, measured: bool) -> Iterator[None]:
+    """Around the loss of a model with several outputs.
+
+    It has a metric for the loss of each, which the total loss updates on its
+    way.
+
+    Args:
+        model: a compiled model.
+        measured: whether these are wanted.
+    """
+    loss = model._compile_loss
+    in_tensorflow = keras.config.backend() == "tensorflow"
+    if loss is None or not loss._metrics or (measured and not in_tensorflow):
+        yield
+        return
+    before = loss._metrics
+    # Not an empty list: the losses are counted by it.
+    loss._metrics = [_EachBatch(m) if measured else None for m in before]
+    try:
+        yield
+    finally:
+        loss._metrics = before
+
+
+class _EachBatch:
+    """A metric to which each batch counts the same, whatever its size.
+
+    So it is in Keras's `fit` on TensorFlow, where the size of a batch is not
+    known while the step is traced.
+    """
+
+    def __init__(self, metric: keras.metrics.Metric) -> None:
+        self._metric = metric
+
+    def update_state(self, value: Any, sample_weight: Any = None) -> Any:
+        del sample_weight
+        return self._metric.update_state(value)
+
+
+def build(model: Any, batch: Any, *, with_compiled: bool) -> None:
+    """Make all variables of a compiled model, without computing anything.
+
+    Args:
+        model: a compiled model.
+        batch: `(x,)`, `(x, y)` or `(x, y, sample_weight)` of things that have
+            a `shape` and a `dtype`.
+        with_compiled: whether the metrics given to `compile` are wanted.
+    """
+    # (In its `__dict__`: Keras's `__setattr__` wants no new state in a model
+    # that is built.)
+    attributes = vars(model)
+    before = attributes.get("_compile_metrics")
+    if not with_compiled:
+        attributes["_compile_metrics"] = None
+    attributes.setdefault("optimizer", None)  # it may not be compiled
+    try:
+        model._symbolic_build(data_batch=batch)
+    finally:
+        attributes["_compile_metrics"] = before
+
+
+def build_metrics(model: Any, batch: Any, metrics: CompileMetrics) -> None:
+    """Make what metrics need, by what they will be updated with.
+
+    Args:
+        model: a model that is built.
+        batch: see `build`.
+        metrics: of `make_metrics`.
+
+    Raises:
+        ValueError, TypeError: they do not fit the outputs.
+    """
+    if metrics.built:
+        return
+
+    def symbol(spec: Any) -> Any:
+        if spec is None:
+            return None
+        return keras.KerasTensor(spec.shape, str(spec.dtype))
+
+    symbols = keras.tree.map_structure(symbol, batch)
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(symbols)
+    y_pred = keras_backend.compute_output_spec(model, x, training=False)
+    keras_backend.compute_output_spec(metrics.update_state, y, y_pred, weight)

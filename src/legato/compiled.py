@@ -1,0 +1,329 @@
+"""A Task made from a compiled Keras model, for `legato.fit`.
+
+It does what Keras's own `fit` does with a batch. A model that defines how it
+is trained (`train_step`), or how it is measured, does so by its own methods,
+in the active backend's signature.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import keras
+
+from legato import backends
+from legato.compat import keras_models
+from legato.data import DataSource
+from legato.errors import ConfigError
+from legato.identity import code_hash, describe_value
+from legato.metrics import Every, StepMetric, When
+from legato.task import Task
+from legato.types import JSON, LogStyle
+
+CompileMetrics = keras_models.CompileMetrics
+
+TrainMetrics = (
+    Literal["compiled"] | None | When | Sequence[Any] | Mapping[Any, Any]
+)
+ValidationMetrics = Literal["compiled"] | None | Sequence[Any] | Mapping
+
+
+class CompiledTask(Task):
+    """See the module.
+
+    Args:
+        model: a compiled model; it need not be built.
+        train: batches `(x,)`, `(x, y)` or `(x, y, sample_weight)`.
+        validation: the same; None for no validation.
+        train_metrics: see `legato.fit`.
+        validation_metrics: see `legato.fit`.
+        order_seed: of the order of the data.
+
+    Raises:
+        ConfigError: the model is not compiled, or what is asked for does not
+            fit it.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        train: DataSource,
+        validation: DataSource | None,
+        *,
+        train_metrics: TrainMetrics = "compiled",
+        validation_metrics: ValidationMetrics = "compiled",
+        order_seed: int = 0,
+    ) -> None:
+        self.order_seed = order_seed
+        self._model: Any = model
+        self._sources = {"train": train, "validation": validation}
+        own_step, own_test_step = _own_steps(model)
+        if own_step:
+            self.train_logs = LogStyle.OWN
+            _refuse_choice("train_metrics", train_metrics, own_step)
+        else:
+            self.train_logs = LogStyle.RUNNING
+        if own_test_step and validation_metrics == "compiled":
+            self.validation_logs = LogStyle.OWN
+        else:
+            self.validation_logs = LogStyle.RUNNING
+        compiled = keras_models.compiled_metrics(model)
+        self._train_metrics = _Chosen.of_training(model, train_metrics)
+        self._validation_metrics = _Chosen.of_validation(
+            model, validation_metrics
+        )
+        chosen = (self._train_metrics, self._validation_metrics)
+        used = chosen if validation is not None else chosen[:1]
+        batch = train.batch_spec(train.full_batch_size)
+        with_compiled = any(each.is_compiled for each in used)
+        keras_models.build(model, batch, with_compiled=with_compiled)
+        for argument, asked, each in zip(
+            ("train_metrics", "validation_metrics"),
+            (train_metrics, validation_metrics),
+            used,
+            strict=False,
+        ):
+            for metrics in each.updated:
+                if metrics is compiled:
+                    continue
+                try:
+                    keras_models.build_metrics(model, batch, metrics)
+                except (ValueError, TypeError) as error:
+                    raise ConfigError(
+                        f"{argument}={asked!r}: the model cannot be measured "
+                        f"by this: {error}"
+                    ) from error
+
+    def build_model(self) -> keras.Model:
+        """The model, as given."""
+        return self._model
+
+    def build_optimizer(self) -> keras.optimizers.Optimizer:
+        """The optimizer that it was compiled with."""
+        return self._model.optimizer
+
+    def build_inputs(self, split: str) -> DataSource | None:
+        """The data, as given."""
+        return self._sources[split]
+
+    def build_metrics(self, training: bool) -> dict[keras.metrics.Metric, When]:
+        """All that is reported beside the loss."""
+        style = self.train_logs if training else self.validation_logs
+        chosen = self._train_metrics if training else self._validation_metrics
+        if style is LogStyle.OWN:
+            return dict.fromkeys(self._model.metrics, Every(1))
+        if not chosen.is_compiled:
+            return dict(chosen.updated)
+        # Some are updated by the loss, or by layers: at each step.
+        found: dict[keras.metrics.Metric, When] = dict.fromkeys(
+            keras_models.reported_metrics(self._model), Every(1)
+        )
+        return found | chosen.updated
+
+    def train_step(
+        self,
+        inputs: Any,
+        model: Any,
+        optimizer: Any,
+        metrics: Sequence[StepMetric] | None = None,
+    ) -> dict[str, Any]:
+        """One update, as `keras.Model.train_step` does it."""
+        if self.train_logs is LogStyle.OWN:
+            return _run_own(model, model.train_step, _train_state, inputs)
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(inputs)
+
+        def forward() -> tuple[Any, Any]:
+            outputs = keras_models.call_model(model, x, training=True)
+            with self._train_metrics.measuring(model):
+                loss = keras_models.compute_loss(
+                    model, x, y, outputs, weight, training=True
+                )
+            return loss, outputs
+
+        (loss, outputs), gradients = backends.current().value_and_grad(
+            forward,
+            backends.require_variables(model.trainable_variables),
+            optimizer,
+            as_keras=True,
+        )
+        optimizer.apply(gradients, model.trainable_variables)
+        self._train_metrics.update(metrics, y, outputs, weight)
+        return {self.loss: loss}
+
+    def validation_step(
+        self,
+        inputs: Any,
+        model: Any,
+        metrics: Sequence[StepMetric] | None = None,
+    ) -> dict[str, Any]:
+        """Measures a batch, as `keras.Model.test_step` does it."""
+        if self.validation_logs is LogStyle.OWN:
+            return _run_own(model, model.test_step, _test_state, inputs)
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(inputs)
+        outputs = keras_models.call_model(model, x, training=False)
+        logs = {}
+        if model.compiled:
+            with self._validation_metrics.measuring(model):
+                logs[self.loss] = keras_models.compute_loss(
+                    model, x, y, outputs, weight, training=False
+                )
+        self._validation_metrics.update(metrics, y, outputs, weight)
+        return logs
+
+    def describe(self) -> dict[str, JSON]:
+        """The model and its loss: another one is another run."""
+        model = self._model
+        config: Any = getattr(model, "_compile_config", None)
+        compiled = config.config if config is not None else {}
+        return {
+            "model": type(model).__name__,
+            "model_code_sha256": code_hash(type(model)),
+            "layers": {
+                str(number): describe_value(layer)
+                for number, layer in enumerate(model.layers)
+            },
+            "loss": describe_value(compiled.get("loss")),
+            "loss_weights": describe_value(compiled.get("loss_weights")),
+        }
+
+
+class _Chosen:
+    """Which metrics are computed in training, or in validation.
+
+    Args:
+        updated: those that a step updates, and when.
+        is_compiled: whether they are those that the model was compiled with.
+    """
+
+    def __init__(
+        self, updated: dict[CompileMetrics, When], *, is_compiled: bool
+    ) -> None:
+        self.updated: dict[Any, When] = dict(updated)
+        self.is_compiled = is_compiled
+
+    @classmethod
+    def of_training(cls, model: Any, asked: Any) -> "_Chosen":
+        """See `legato.fit(train_metrics=...)`."""
+        if isinstance(asked, Mapping) and all(
+            isinstance(when, When) or when is None for when in asked.values()
+        ):
+            together: dict[When, list[Any]] = {}
+            for metric, when in asked.items():
+                if when is not None:
+                    together.setdefault(when, []).append(metric)
+            return cls(
+                {
+                    keras_models.make_metrics(model, metrics, None): when
+                    for when, metrics in together.items()
+                },
+                is_compiled=False,
+            )
+        if isinstance(asked, When):
+            compiled = keras_models.compiled_metrics(model)
+            return cls({compiled: asked} if compiled else {}, is_compiled=True)
+        return cls.of_validation(model, asked, "train_metrics")
+
+    @classmethod
+    def of_validation(
+        cls, model: Any, asked: Any, argument: str = "validation_metrics"
+    ) -> "_Chosen":
+        """See `legato.fit(validation_metrics=...)`."""
+        if isinstance(asked, str) and asked == "compiled":
+            compiled = keras_models.compiled_metrics(model)
+            always: dict[Any, When] = {compiled: Every(1)} if compiled else {}
+            return cls(always, is_compiled=True)
+        if asked is None or (isinstance(asked, list | tuple) and not asked):
+            return cls({}, is_compiled=False)
+        if not isinstance(asked, list | tuple | Mapping):
+            remedy = f"{argument}=[{asked!r}]"
+            if argument == "train_metrics":
+                remedy += ", legato.Every(steps) or legato.Sample(share)"
+            raise ConfigError(
+                f'{argument}={asked!r}: it must be "compiled" (those of '
+                "model.compile), None (off), or a list of metrics as "
+                f"model.compile takes it: {remedy}."
+            )
+        made = keras_models.make_metrics(model, asked, None)
+        return cls({made: Every(1)}, is_compiled=False)
+
+    def measuring(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        """Around the loss: of several outputs, each is measured, or not."""
+        return keras_models.output_losses(model, measured=self.is_compiled)
+
+    def update(
+        self,
+        metrics: Sequence[StepMetric] | None,
+        y: Any,
+        outputs: Any,
+        weight: Any,
+    ) -> None:
+        """Update those metrics that are ours to update."""
+        for metric in metrics or ():
+            if metric.is_any_of(self.updated):
+                metric.update_state(y, outputs, weight)
+
+
+def _own_steps(model: keras.Model) -> tuple[list[str], list[str]]:
+    """What the model does by methods of its own in training, and testing.
+
+    Raises:
+        ConfigError: it defines what cannot be used here.
+    """
+    functions = keras_models.overridden(model, keras_models.OWN_FUNCTION)
+    if functions:
+        raise ConfigError(
+            f"{type(model).__name__} defines {', '.join(functions)}: legato "
+            "compiles the steps itself. Define train_step and test_step "
+            "instead."
+        )
+    measured = keras_models.overridden(model, keras_models.OWN_METRICS)
+    step = keras_models.overridden(model, keras_models.OWN_STEP)
+    test_step = keras_models.overridden(model, keras_models.OWN_TEST_STEP)
+    return step + measured, test_step + measured
+
+
+def _refuse_choice(argument: str, asked: Any, own: Sequence[str]) -> None:
+    if not (isinstance(asked, str) and asked == "compiled"):
+        raise ConfigError(
+            f"{argument}={asked!r}: the model defines {', '.join(own)}, and so "
+            'computes its metrics itself. Leave it at "compiled", and choose '
+            "in the model."
+        )
+
+
+def _run_own(
+    model: Any,
+    step: Callable[..., Any],
+    state_of: Callable[[Any], list[list[keras.Variable]]],
+    inputs: Any,
+) -> dict[str, Any]:
+    """Run a model's own step in the active backend's signature."""
+    if keras.config.backend() != "jax":
+        with keras_models.output_losses(model, measured=True):
+            return dict(step(inputs))
+    # Stateless there: values go in and come out.
+    variables = state_of(model)
+    state = tuple([v.value for v in group] for group in variables)
+    logs, new = step(state, inputs)
+    for group, before, after in zip(variables, state, new, strict=True):
+        for variable, old, value in zip(group, before, after, strict=True):
+            if value is not old:
+                variable.assign(value)
+    return dict(logs)
+
+
+def _train_state(model: Any) -> list[list[keras.Variable]]:
+    return [
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    ]
+
+
+def _test_state(model: Any) -> list[list[keras.Variable]]:
+    return [
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.metrics_variables,
+    ]

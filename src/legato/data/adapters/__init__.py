@@ -1,0 +1,1 @@
+"""Readers of data that belong to one library each, imported when met."""

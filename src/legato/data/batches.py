@@ -1,0 +1,302 @@
+"""Batches that the user's code makes: checked, cast, and put in chunks."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from legato.compat import keras_data
+from legato.data.columns import cast, device_dtype
+from legato.data.source import ArraySpec, Batch, DataSource
+from legato.data.structure import Structure
+from legato.errors import DataError
+from legato.types import JSON
+
+Leaves = list[np.ndarray]
+"""The arrays of a batch, in the order of its structure."""
+
+
+def standardise(
+    batch: Any, class_weight: Mapping[int, float] | None, what: str
+) -> tuple[Any, ...]:
+    """A batch as `(x,)`, `(x, y)` or `(x, y, sample_weight)`.
+
+    Args:
+        batch: such a tuple, or a list in its place, or x alone.
+        class_weight: class -> weight, to be turned into sample_weight.
+        what: what gave the batch, for messages.
+
+    Raises:
+        DataError: it is none of these, or has weights of its own too.
+    """
+    if isinstance(batch, list):
+        batch = tuple(batch)
+    if not isinstance(batch, tuple):
+        batch = (batch,)
+    if not 1 <= len(batch) <= 3:
+        raise DataError(
+            f"{what} gave a tuple of {len(batch)}: a batch is (x,), (x, y) or "
+            "(x, y, sample_weight). Put several inputs into a tuple or a dict "
+            "of their own."
+        )
+    if class_weight is None:
+        return batch
+    if len(batch) == 3:
+        raise DataError(
+            f"class_weight was given, and {what} gives sample_weight: each is "
+            "the weight of the examples. Leave one out."
+        )
+    if len(batch) == 2:
+        if keras.tree.is_nested(batch[1]):
+            raise DataError(
+                f"class_weight was given, and {what} gives several y: it is "
+                "for models with a single output. Let it give sample_weight."
+            )
+        labels = keras_data.to_numpy(batch[1])
+        batch += (
+            keras_data.class_weight_to_sample_weights(labels, class_weight),
+        )
+    return batch
+
+
+class Layout:
+    """What all batches of a source have in common, learnt from the first.
+
+    Args:
+        first: a standardised batch.
+        what: what gave it, for messages.
+
+    Raises:
+        DataError: it holds no array, or something that is none.
+    """
+
+    def __init__(self, first: tuple[Any, ...], what: str) -> None:
+        self._what = what
+        self._structure = Structure(first)
+        if not Structure.leaves(first[0]):
+            raise DataError(f"{what} gave a batch without any x.")
+        self._dtypes: list[np.dtype] = []
+        self.first = [leaf.copy() for leaf in self.leaves(first)]
+        self._dtypes = [leaf.dtype for leaf in self.first]
+
+    def leaves(self, batch: tuple[Any, ...]) -> Leaves:
+        """The arrays of a batch, with the dtypes of the device.
+
+        Raises:
+            DataError: they are not nested as in the first batch, or have
+                other dtypes, or something is no array.
+        """
+        structure = Structure(batch)
+        if structure != self._structure:
+            raise DataError(
+                f"{self._what} gave a batch nested as {structure}, and the "
+                f"first was {self._structure}. Give the same in every batch."
+            )
+        return [
+            self._array(leaf, index)
+            for index, leaf in enumerate(Structure.leaves(batch))
+        ]
+
+    def _array(self, leaf: Any, index: int) -> np.ndarray:
+        try:
+            array = keras_data.to_numpy(leaf)
+            dtype = device_dtype(array.dtype)
+        except DataError as error:
+            raise DataError(f"{self._what}: {error}") from error
+        if array.ndim == 0:
+            where = self._structure.paths()[index]
+            raise DataError(
+                f"{self._what} gave a batch that holds the "
+                f"{type(leaf).__name__} {leaf!r:.80} at {where}: every array "
+                "must have shape [batch, ...]."
+            )
+        if self._dtypes and dtype != self._dtypes[index]:
+            where = self._structure.paths()[index]
+            raise DataError(
+                f"{self._what} gave {array.dtype} at {where}, where the first "
+                f"batch has {self._dtypes[index]}. Give the same in every "
+                "batch."
+            )
+        return cast(array, dtype)
+
+    def fits(self, leaves: Any) -> bool:
+        """Whether these are the arrays of a batch of this kind."""
+        return (
+            isinstance(leaves, list)
+            and all(isinstance(leaf, np.ndarray) for leaf in leaves)
+            and [leaf.dtype for leaf in leaves] == self._dtypes
+            and all(leaf.ndim for leaf in leaves)
+        )
+
+    def pack(self, leaves: Sequence[Any]) -> Batch:
+        """The batch that holds these arrays."""
+        return self._structure.pack(leaves)
+
+    def spec(self, batch_size: int) -> Batch:
+        """The first batch with an `ArraySpec` for each array."""
+        return self.pack(
+            [
+                ArraySpec(shape=(batch_size, *a.shape[1:]), dtype=a.dtype)
+                for a in self.first
+            ]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the first batch."""
+        return sum(a.nbytes for a in self.first)
+
+    def identity(self, *, repeatable: bool) -> dict[str, JSON]:
+        """What tells these data from others.
+
+        Args:
+            repeatable: whether another process would draw the same first
+                batch.
+        """
+        found: dict[str, JSON] = {
+            "structure": repr(self._structure),
+            "dtypes": [str(a.dtype) for a in self.first],
+            "shapes": [list(a.shape) for a in self.first],
+        }
+        if repeatable:
+            found["first_sha256"] = digest(self.first)
+        return found
+
+
+def copied(batch: Any) -> Any:
+    """A batch whose arrays are copies: the user's code may fill its again."""
+    return keras.tree.map_structure(
+        lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf,
+        batch,
+    )
+
+
+def digest(leaves: Leaves) -> str:
+    """The hash of the bytes of a batch."""
+    found = hashlib.sha256()
+    for leaf in leaves:
+        found.update(repr((leaf.dtype.name, leaf.shape)).encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+class Chunks:
+    """Puts consecutive batches of one shape into chunks.
+
+    Args:
+        draw: gives the next batch; None where a chunk must end.
+        capacity: the first axis of the operands.
+
+    Attributes:
+        pending: a batch that was drawn and is in no chunk yet, because its
+            shape is another; to be saved with the position.
+    """
+
+    def __init__(
+        self, draw: Callable[[], Leaves | None], capacity: int
+    ) -> None:
+        self._draw = draw
+        self._capacity = capacity
+        self.pending: Leaves | None = None
+
+    def next(self, most: int) -> tuple[int, list[np.ndarray]] | None:
+        """Draws the batches of the next chunk.
+
+        Args:
+            most: how many at most.
+
+        Returns:
+            Their number and the operands; None if there is none.
+        """
+        leaves = self.pending or self._draw()
+        self.pending = None
+        if leaves is None:
+            return None
+        shapes = [leaf.shape for leaf in leaves]
+        operands = zeros(leaves, self._capacity)
+        count = 0
+        while True:
+            # At once: the user's code may fill the same array again.
+            for operand, leaf in zip(operands, leaves, strict=True):
+                operand[count] = leaf
+            count += 1
+            if count == min(most, self._capacity):
+                break
+            leaves = self._draw()
+            if leaves is None:
+                break
+            if [leaf.shape for leaf in leaves] != shapes:
+                self.pending = [leaf.copy() for leaf in leaves]
+                break
+        return count, operands
+
+
+def zeros(leaves: Leaves, capacity: int) -> list[np.ndarray]:
+    """Operands for batches like this one, still empty."""
+    return [np.zeros((capacity, *a.shape), a.dtype) for a in leaves]
+
+
+class BatchSource(DataSource):
+    """A source of batches that the user's code makes.
+
+    Its subclasses set `_layout` when they have drawn the first batch.
+    """
+
+    _layout: Layout
+
+    @property
+    def full_batch_size(self) -> int:
+        """Examples in the first batch."""
+        return len(self._layout.first[0])
+
+    @property
+    def partial_batch_size(self) -> int:
+        """Unknown: 0."""
+        return 0
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of the first batch."""
+        return max(1, self._layout.nbytes)
+
+    @property
+    def resident(self) -> Any:
+        """Nothing."""
+        return None
+
+    def batch_spec(self, batch_size: int) -> Batch:
+        """The first batch's, with another batch axis."""
+        return self._layout.spec(batch_size)
+
+    def fetch(self, resident: Any, operands: Any, index: Any) -> Batch:
+        """Batch `index` of the operands."""
+        return self._layout.pack([array[index] for array in operands])
+
+    def example(self, capacity: int) -> Any:
+        """The first batch, which was drawn when the source was made."""
+        operands = zeros(self._layout.first, capacity)
+        for operand, leaf in zip(operands, self._layout.first, strict=True):
+            operand[0] = leaf
+        return operands
+
+
+def shown(state: Any) -> str:
+    """A state for a message: its beginning, on one line."""
+    return " ".join(repr(state).split())[:200]
+
+
+def check_count(value: Any, what: str) -> int:
+    """A number of batches.
+
+    Raises:
+        DataError: it is none, or 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise DataError(
+            f"{what} is {value!r}: it must be an int, the number of batches."
+        )
+    if value < 1:
+        raise DataError(f"{what} is {value}: there must be at least 1 batch.")
+    return int(value)

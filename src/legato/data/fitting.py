@@ -1,0 +1,367 @@
+"""What `keras.Model.fit` takes as data, as data sources.
+
+The rules are Keras's own (`keras.src.trainers.data_adapters`), and so are the
+batches: `(x,)`, `(x, y)` or `(x, y, sample_weight)`, nested as the user's data
+are. Where Keras fails deep inside, or passes over an argument in silence, the
+argument is named here.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NoReturn
+
+import keras
+import numpy as np
+
+from legato.compat import keras_data
+from legato.data.arrays import ArraySource
+from legato.data.columns import as_column
+from legato.data.iterables import IterableSource
+from legato.data.pydataset import PyDatasetSource
+from legato.data.readers import Adapter, Iterable, Kept, OneShot, Reader
+from legato.data.source import DataSource
+from legato.data.structure import Structure
+from legato.errors import DataError
+
+_BATCH_SIZE = 32  # Keras's
+
+
+def fit_source(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int | None = None,
+    shuffle: bool | Literal["batch"] = False,
+    class_weight: Mapping[int, float] | None = None,
+    steps_per_epoch: int | None = None,
+    name: str = "x",
+    keep: bool = False,
+) -> DataSource:
+    """The data of `keras.Model.fit`, by the same arguments.
+
+    Args:
+        x: the features: arrays of any library, or lists, tuples and dicts of
+            them; or all of the data: a `keras.utils.PyDataset`, a
+            `tf.data.Dataset`, a PyTorch `DataLoader`, a Grain dataset or
+            loader, a generator, or any object that gives batches when it is
+            iterated over, again and again.
+        y: the targets, if x are arrays; None may stand for those of an output.
+        sample_weight: weights of the examples, if x are arrays: one array for
+            all outputs, or as many as y.
+        batch_size: examples in a batch, if x are arrays; 32 by default, or
+            what makes `steps_per_epoch` batches.
+        shuffle: a new order in each epoch, for arrays and PyDatasets; "batch"
+            mixes arrays within batches only. Others order themselves.
+        class_weight: class -> weight of its examples.
+        steps_per_epoch: steps after which an epoch ends for the training loop.
+            Data that end sooner begin anew there (Keras ends the epoch with a
+            warning). It stands for the length of data that have none.
+        name: what the caller calls `x`, for messages.
+        keep: take the first `steps_per_epoch` batches of a generator, and
+            give them again in each epoch; for validation.
+
+    Returns:
+        A source whose batches are tuples as `fit` makes them.
+
+    Raises:
+        DataError: these arguments do not go together, or the data are none;
+            the message names the argument, the rule and the remedy.
+    """
+    _check_number("batch_size", batch_size)
+    _check_number("steps_per_epoch", steps_per_epoch)
+    _check_class_weight(class_weight)
+    if x is None:
+        raise DataError(f"{name}=None: give the data to train on.")
+    if not _are_arrays((x, y, sample_weight)):
+        return _batch_source(
+            x,
+            y,
+            sample_weight,
+            batch_size=batch_size,
+            shuffle=bool(shuffle),
+            class_weight=class_weight,
+            steps_per_epoch=steps_per_epoch,
+            name=name,
+            keep=keep,
+        )
+    return _array_source(
+        x,
+        y,
+        sample_weight,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        class_weight=class_weight,
+        steps_per_epoch=steps_per_epoch,
+        name=name,
+    )
+
+
+def split_validation(
+    x: Any, y: Any, sample_weight: Any, validation_split: float
+) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]:
+    """The last part of the data for validation, the same as Keras takes.
+
+    Args:
+        x: the features, as `fit_source` takes arrays.
+        y: the targets.
+        sample_weight: the weights.
+        validation_split: which part, between 0 and 1.
+
+    Returns:
+        `(x, y, sample_weight)` for training, and for validation.
+
+    Raises:
+        DataError: they are no arrays, or too few, or the part is none.
+    """
+    if (
+        isinstance(validation_split, bool)
+        or not isinstance(validation_split, int | float | np.number)
+        or not 0 < validation_split < 1
+    ):
+        raise DataError(
+            f"validation_split={validation_split!r}: it must be a number "
+            "between 0 and 1, the part of the data that is kept for "
+            "validation."
+        )
+    arrays = (x, y, sample_weight)
+    if not _are_arrays(arrays) or not Structure.leaves(x):
+        raise DataError(
+            f"validation_split={validation_split} with x of type "
+            f"{type(x).__name__}: only arrays can be split. Give "
+            "validation_data instead."
+        )
+    columns = [as_column(a, every_float=True) for a in Structure.leaves(arrays)]
+    structure = Structure(arrays)
+    _check_lengths(columns, structure, "x")
+    length = columns[0].shape[0]
+    first = math.floor(length * (1.0 - validation_split))
+    if first in (0, length):
+        raise DataError(
+            f"validation_split={validation_split}: of {length} examples, this "
+            "leaves none for training or none for validation. Give more data, "
+            "or another part."
+        )
+    return (
+        structure.pack([c.part(0, first) for c in columns]),
+        structure.pack([c.part(first, length) for c in columns]),
+    )
+
+
+def _batch_source(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    *,
+    batch_size: int | None,
+    shuffle: bool,
+    class_weight: Mapping[int, float] | None,
+    steps_per_epoch: int | None,
+    name: str,
+    keep: bool,
+) -> DataSource:
+    """A source of what gives batches by itself."""
+    is_py = isinstance(x, keras.utils.PyDataset)
+    if not is_py and not _is_iterable(x):
+        _refuse(x, y, sample_weight, name)
+    given = {
+        "y": (y, "the targets come with the batches: (x, y)"),
+        "sample_weight": (
+            sample_weight,
+            "the weights come with the batches: (x, y, sample_weight)",
+        ),
+        "batch_size": (batch_size, "it makes the batches itself"),
+    }
+    for argument, (value, rule) in given.items():
+        if value is not None:
+            shown = f"={value}" if argument == "batch_size" else ""
+            raise DataError(
+                f"{argument}{shown} was given with {name} of type "
+                f"{type(x).__name__}: {rule}. Leave {argument} out."
+            )
+    if is_py:
+        return PyDatasetSource(
+            x,
+            shuffle=shuffle,
+            class_weight=class_weight,
+            steps_per_epoch=steps_per_epoch,
+            name=name,
+        )
+    reader = _reader(x)
+    if keep and isinstance(reader, OneShot) and steps_per_epoch is not None:
+        reader = Kept(reader, steps_per_epoch)
+    return IterableSource(
+        reader,
+        class_weight=class_weight,
+        steps_per_epoch=steps_per_epoch,
+        name=name,
+    )
+
+
+def _is_iterable(x: Any) -> bool:
+    if isinstance(x, list | tuple | dict | set | str | bytes):
+        return False
+    if keras_data.is_array(x):
+        return False
+    return hasattr(x, "__iter__") or isinstance(x, keras_data.DataAdapter)
+
+
+def _reader(x: Any) -> Reader:
+    if keras_data.is_tf_dataset(x):
+        from legato.data.adapters.tf_data import TensorFlowDataset
+
+        return TensorFlowDataset(x)
+    if keras_data.is_torch_dataloader(x):
+        from legato.data.adapters.torch_loader import TorchLoader
+
+        return TorchLoader(x)
+    if keras_data.is_grain_dataset(x):
+        from legato.data.adapters.grain_data import GrainDataset
+
+        return GrainDataset(x)
+    if isinstance(x, keras_data.DataAdapter):
+        return Adapter(x)
+    return OneShot(x) if isinstance(x, Iterator) else Iterable(x)
+
+
+def _are_arrays(nested: Any) -> bool:
+    return all(map(keras_data.is_array, keras.tree.flatten(nested)))
+
+
+def _array_source(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    *,
+    batch_size: int | None,
+    shuffle: bool | Literal["batch"],
+    class_weight: Mapping[int, float] | None,
+    steps_per_epoch: int | None,
+    name: str,
+) -> ArraySource:
+    if y is None and (sample_weight is not None or class_weight is not None):
+        argument = "class_weight" if sample_weight is None else "sample_weight"
+        raise DataError(
+            f"{argument} was given and y was not: weights are those of the "
+            "targets. Give y too, or leave it out."
+        )
+    if sample_weight is not None:
+        if class_weight is not None:
+            raise DataError(
+                "class_weight and sample_weight were both given: each is the "
+                "weight of the examples. Multiply them into sample_weight, or "
+                "leave one out."
+            )
+        sample_weight = _spread_weight(y, sample_weight)
+    if class_weight is not None:
+        if keras.tree.is_nested(y):
+            raise DataError(
+                "class_weight was given with several y: it is for models "
+                "with a single output. Give sample_weight, with an array for "
+                "each output."
+            )
+        labels = keras_data.to_numpy(y)
+        sample_weight = keras_data.class_weight_to_sample_weights(
+            labels, class_weight
+        )
+    data = (x, y, sample_weight)
+    data = data[: 1 if y is None else 2 if sample_weight is None else 3]
+    structure = Structure(data)
+    columns = [as_column(a, every_float=True) for a in Structure.leaves(data)]
+    if not Structure.leaves(x):
+        raise DataError(f"{name}={x!r:.80} holds no array. Give at least one.")
+    length = _check_lengths(columns, structure, name)
+    if batch_size is None:
+        batch_size = _BATCH_SIZE
+        if steps_per_epoch is not None:
+            batch_size = math.ceil(length / steps_per_epoch)
+    return ArraySource(structure.pack(columns), batch_size, shuffle=shuffle)
+
+
+def _spread_weight(y: Any, sample_weight: Any) -> Any:
+    """One array of weights for each output, as Keras does it."""
+    if not keras.tree.is_nested(y):
+        return sample_weight
+    if isinstance(sample_weight, list | tuple | dict):
+        try:
+            keras.tree.assert_same_structure(y, sample_weight)
+        except ValueError:
+            raise DataError(
+                "sample_weight is not nested as y is: "
+                f"{Structure(sample_weight)} and {Structure(y)}. Give an array "
+                "(or None) for each output, or a single one for all."
+            ) from None
+        return sample_weight
+    shape = tuple(sample_weight.shape)
+    if len(shape) != 1 and (len(shape) != 2 or shape[1] != 1):
+        raise DataError(
+            f"sample_weight has shape {shape}, and y is nested: a single array "
+            "for all outputs must have shape (examples,). Give one for each "
+            "output."
+        )
+    return keras.tree.map_structure(lambda _: sample_weight, y)
+
+
+def _check_lengths(columns: list, structure: Structure, name: str) -> int:
+    names = [name, "y", "sample_weight"]
+    lengths = {}
+    for path, column in zip(structure.paths(), columns, strict=True):
+        first, _, rest = path.partition(".")
+        lengths[names[int(first)] + f".{rest}" * bool(rest)] = column.shape[0]
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{key}: {n}" for key, n in lengths.items())
+        raise DataError(
+            f"The arrays have different numbers of examples ({listed}). Every "
+            "array must have one row for each example."
+        )
+    length = next(iter(lengths.values()))
+    if length == 0:
+        raise DataError(
+            f"{name} is empty: 0 examples. Give at least one example."
+        )
+    return length
+
+
+def _check_number(argument: str, value: Any) -> None:
+    if value is None:
+        return
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | np.integer)
+        or value < 1
+    ):
+        raise DataError(
+            f"{argument}={value!r}: it must be an int of at least 1, or None."
+        )
+
+
+def _check_class_weight(class_weight: Any) -> None:
+    if class_weight is not None and (
+        not isinstance(class_weight, Mapping) or not class_weight
+    ):
+        raise DataError(
+            f"class_weight={class_weight!r:.80}: it must be a dict, such as "
+            "{0: 1.0, 1: 2.5}: class -> weight."
+        )
+
+
+def _refuse(x: Any, y: Any, sample_weight: Any, name: str) -> NoReturn:
+    parts = {name: x, "y": y, "sample_weight": sample_weight}
+    for part, value in parts.items():
+        for leaf in keras.tree.flatten(value):
+            if keras_data.is_array(leaf):
+                continue
+            kind = type(leaf).__name__
+            if leaf is value:
+                raise DataError(
+                    f"{part} is a {kind}, which are no data that `fit` takes. "
+                    "Give arrays, a keras.utils.PyDataset, a tf.data.Dataset, "
+                    "a PyTorch DataLoader, or a generator of batches."
+                )
+            raise DataError(
+                f"{part} is a {type(value).__name__} that holds a {kind}: a "
+                "list or dict must hold arrays, one for each input or output "
+                "of the model. Turn numbers into an array: "
+                f"np.array({part})."
+            )
+    raise AssertionError("these are arrays")

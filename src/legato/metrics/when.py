@@ -1,0 +1,131 @@
+"""At which steps a training metric is updated: a function of the step alone.
+
+So it is the same in a run that was killed, and costs nothing to resume.
+"""
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+
+from legato.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """After each so many steps of the run.
+
+    Args:
+        steps: 1 is each step, 50 the 50th, the 100th, ...
+
+    Raises:
+        ConfigError: it is not a whole number of at least 1.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if type(self.steps) is not int or self.steps < 1:
+            raise ConfigError(
+                f"Every({self.steps!r}): it must be a whole number of steps, "
+                "at least 1."
+            )
+
+    @property
+    def is_always(self) -> bool:
+        """Whether every step is among them."""
+        return self.steps == 1
+
+    def is_due(self, step: Any) -> Any:
+        """Whether the step with this index (from 0) is one of them.
+
+        Args:
+            step: an int32 scalar tensor, or NumPy integers.
+        """
+        return (step + 1) % self.steps == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """After a random share of the steps.
+
+    Args:
+        share: how many of them, as a number above 0 and at most 1.
+        seed: another one gives other steps.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        in_range = (
+            isinstance(self.share, int | float)
+            and not isinstance(self.share, bool)
+            and 0 < self.share <= 1
+        )
+        if not in_range:
+            raise ConfigError(
+                f"Sample({self.share!r}): the share must be a number above 0 "
+                "and at most 1, as 0.02 for one step in fifty."
+            )
+        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
+            raise ConfigError(
+                f"Sample(seed={self.seed!r}): it must be an int from 0 to "
+                "2**31 - 1."
+            )
+
+    @property
+    def is_always(self) -> bool:
+        """Whether every step is among them."""
+        return self.share == 1
+
+    def is_due(self, step: Any) -> Any:
+        """Whether the step with this index (from 0) is one of them.
+
+        Args:
+            step: an int32 scalar tensor, or NumPy integers.
+        """
+        return _hash(step, self.seed) < round(self.share * 2**30)
+
+
+When = Every | Sample
+
+# Multipliers below 2**15, so that no product leaves an int32.
+_ROUNDS = (
+    (31153, 40503), (27191, 51437), (32719, 30011),
+    (29881, 44497), (30707, 25847), (28603, 59929),
+)  # fmt: skip
+
+
+def _hash(step: Any, seed: int) -> Any:
+    """A number in [0, 2**30), in int32 arithmetic that all backends share.
+
+    A Feistel network over the two halves of the step, keyed by the seed.
+    """
+    high, low = step // 65536, step % 65536
+    for number, (factor, offset) in enumerate(_ROUNDS):
+        key = (offset + (seed >> (5 * number)) + 7 * seed) % 65536
+        mixed = (low * factor + key) % 32749
+        # Squared, because sums and products alone leave a pattern.
+        high, low = low, (high + mixed * mixed // 64) % 65536
+    return (high % 16384) * 65536 + low
+
+
+def any_due(when: When, first: int, stop: int) -> bool:
+    """Whether any step with an index in `[first, stop)` is one of them."""
+    if isinstance(when, Every):
+        return stop // when.steps > first // when.steps
+    block = 4096
+    return any(
+        bool(np.any(when.is_due(np.arange(k, min(k + block, stop)))))
+        for k in range(first, stop, block)
+    )
+
+
+def as_tensor(due: Any) -> Any:
+    """The answer of `is_due` as a bool tensor."""
+    return keras.ops.convert_to_tensor(due, "bool")

@@ -1,0 +1,223 @@
+"""Data of every kind, made anew at each call, for the tests of resuming.
+
+They draw on purpose from everything that a resumed run must find again: the
+global generators, generators of their own, what they counted so far.
+"""
+
+import random
+
+import keras
+import numpy as np
+
+from legato.data import fit_source
+
+X = np.arange(23 * 2, dtype="float32").reshape(23, 2)
+Y = np.arange(23, dtype="int32")
+
+
+class Plain(keras.utils.PyDataset):
+    """5 batches of up to 5 examples."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        rows = slice(5 * index, 5 * index + 5)
+        return X[rows], Y[rows]
+
+
+class Augments(Plain):
+    """Draws from the global generators, also PyTorch's."""
+
+    def __getitem__(self, index):
+        import torch
+
+        x, y = super().__getitem__(index)
+        noise = np.random.normal(size=x.shape) + random.random()
+        noise = noise + torch.rand(x.shape).numpy()
+        keras_noise = keras.random.normal(x.shape)
+        return x + noise + keras.ops.convert_to_numpy(keras_noise), y
+
+
+class Reshuffles(keras.utils.PyDataset):
+    """Shuffles its own indices, as many do, and has a generator of its own."""
+
+    def __init__(self, n=23, **kwargs):
+        super().__init__(**kwargs)
+        self.indices = np.arange(n)
+        self.names = [f"name {i}" for i in range(n // 100 or n)]
+        self.generator = np.random.default_rng(3)
+        self.drawn = 0
+        self.begun = []
+
+    def __len__(self):
+        return -(-len(self.indices) // 5)
+
+    def __getitem__(self, index):
+        rows = self.indices[5 * index : 5 * index + 5]
+        self.drawn += len(rows)
+        x = rows[:, None] + self.generator.normal(size=(len(rows), 2))
+        count = len(self.names)
+        y = [int(self.names[i % count].split()[1]) for i in rows]
+        return x.astype("float32"), np.array(y, "int32") + self.drawn
+
+    def on_epoch_begin(self):
+        self.begun.append(len(self.begun))
+
+    def on_epoch_end(self):
+        np.random.shuffle(self.indices)
+        random.shuffle(self.names)
+
+
+class ReshufflesMuch(Reshuffles):
+    """The same, with more of it than is saved whole."""
+
+    def __init__(self, **kwargs):
+        super().__init__(200_000, **kwargs)  # 1.6 MB of indices
+
+    def __len__(self):
+        return 3
+
+
+class Buckets(keras.utils.PyDataset):
+    """Sequences of lengths that vary, with a generator of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.generator = random.Random(5)
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        length = [3, 3, 5, 3, 5, 5, 5][index]
+        size = 4 if index < 6 else 2
+        x = np.full((size, length), self.generator.random(), "float32")
+        return x, np.full(size, index, "int32")
+
+
+class Endless(keras.utils.PyDataset):
+    @property
+    def num_batches(self):
+        return None
+
+    def __getitem__(self, index):
+        return np.full((2, 3), index, "float32"), np.random.rand(2)
+
+
+class Iterates:
+    """Batches again and again, in an order of its own."""
+
+    def __init__(self, length=4):
+        self.length = length
+        self.generator = np.random.default_rng(7)
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        for i in self.generator.permutation(self.length):
+            rows = slice(5 * i, 5 * i + 5)
+            yield X[rows] + np.random.rand(), Y[rows]
+
+
+class Unsized:
+    def __iter__(self):
+        yield from Iterates(3)
+
+
+def generator():
+    position = 0
+    while True:
+        size = 5 - position % 2
+        yield X[:size] + np.random.rand(), Y[:size] + position
+        position += 1
+
+
+def tf_dataset(*, late=False):
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(23, seed=3)
+    if late:
+        data = data.concatenate(
+            tf.data.Dataset.from_tensor_slices((X[:6], Y[:6]))
+            .shuffle(6, seed=4)
+            .repeat(2)
+        )
+    return data.batch(5).prefetch(2)
+
+
+def torch_loader(**kwargs):
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    data = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
+    return DataLoader(data, batch_size=5, **kwargs)
+
+
+def torch_augmented(**kwargs):
+    import torch
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        Augmented(torch.from_numpy(X)), batch_size=5, shuffle=True, **kwargs
+    )
+
+
+class Augmented:
+    """A dataset of PyTorch's kind that draws from everything."""
+
+    def __init__(self, x):
+        self.x = x
+        self.own = random.Random(3)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        import torch
+
+        noise = torch.rand(2) + np.random.rand() + random.random()
+        return self.x[index] + noise + self.own.random(), index
+
+
+def torch_seeded():
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    return torch_loader(shuffle=True, generator=generator)
+
+
+def grain_dataset():
+    import grain
+
+    return grain.MapDataset.range(23).shuffle(seed=1).batch(5)
+
+
+SOURCES = {
+    "arrays": lambda: fit_source(X, Y, batch_size=5, shuffle=True),
+    "arrays, batch": lambda: fit_source(X, Y, batch_size=5, shuffle="batch"),
+    "py": lambda: fit_source(Plain(), shuffle=True),
+    "py in threads": lambda: fit_source(Plain(workers=3), shuffle=True),
+    "py augments": lambda: fit_source(Augments(), shuffle=True),
+    "py reshuffles": lambda: fit_source(Reshuffles()),
+    "py reshuffles much": lambda: fit_source(ReshufflesMuch()),
+    "py steps": lambda: fit_source(Reshuffles(), steps_per_epoch=3),
+    "py buckets": lambda: fit_source(Buckets(), shuffle=True),
+    "py endless": lambda: fit_source(Endless(), steps_per_epoch=3),
+    "iterable": lambda: fit_source(Iterates()),
+    "iterable, steps": lambda: fit_source(Iterates(), steps_per_epoch=3),
+    "generator": lambda: fit_source(generator(), steps_per_epoch=3),
+    "tf": lambda: fit_source(tf_dataset()),
+    "tf late": lambda: fit_source(tf_dataset(late=True)),
+    "torch": lambda: fit_source(torch_loader(shuffle=True)),
+    "torch seeded": lambda: fit_source(torch_seeded()),
+    "torch augmented": lambda: fit_source(torch_augmented()),
+}
+
+KINDS = {**SOURCES, "grain": lambda: fit_source(grain_dataset())}
+if keras.config.backend() == "torch":
+    # (A fork of JAX's many threads may deadlock.)
+    KINDS["torch workers"] = lambda: fit_source(
+        torch_augmented(num_workers=2, persistent_workers=True)
+    )
