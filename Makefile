@@ -35,6 +35,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	set -e; for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/engine.py; \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/fit.py; \
 	done
 
 docs: $(VENV)/.dev

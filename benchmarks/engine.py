@@ -427,6 +427,27 @@ def as_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def report(name: str, what: str, rows: list[Row], *, write: bool) -> None:
+    """Prints the rows, and keeps them in `results/` if asked to."""
+    backend = keras_backend()
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(package)}"
+        for name, package in (("Keras", "keras"), *PACKAGES[backend])
+    )
+    machine = f"{len(os.sched_getaffinity(0))} CPUs ({platform.machine()})"
+    text = (
+        f"{what}; {machine}, Python {platform.python_version()}, "
+        f"{versions}.\n\nMedians; in brackets the range over the rounds.\n\n"
+        f"{as_table(rows)}\n"
+    )
+    print(text)
+    if write:
+        today = datetime.date.today().isoformat()
+        path = HERE / "results" / f"{today}-{name}-{backend}.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"# {name} on {backend}, {today}\n\n{text}")
+
+
 def main() -> None:
     """Measures what is asked for, and prints a table."""
     parts = {"speed": (speed, 7), "checkpoint": (checkpoint, 10),
@@ -445,23 +466,12 @@ def main() -> None:
     for name in arguments.parts or parts:
         measure, rounds = parts[name]
         rows += measure(arguments.rounds or rounds)
-    backend = keras_backend()
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(package)}"
-        for name, package in (("Keras", "keras"), *PACKAGES[backend])
+    report(
+        "engine",
+        "MLP 64-64-10, batch 32, Adam, dropout, two metrics",
+        rows,
+        write=arguments.write,
     )
-    machine = f"{len(os.sched_getaffinity(0))} CPUs ({platform.machine()})"
-    text = (
-        f"MLP 64-64-10, batch 32, Adam, dropout, two metrics; {machine}, "
-        f"Python {platform.python_version()}, {versions}.\n\nMedians; in "
-        f"brackets the range over the rounds.\n\n{as_table(rows)}\n"
-    )
-    print(text)
-    if arguments.write:
-        today = datetime.date.today().isoformat()
-        path = HERE / "results" / f"{today}-engine-{backend}.md"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"# The engine on {backend}, {today}\n\n{text}")
 
 
 if __name__ == "__main__":

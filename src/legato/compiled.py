@@ -94,6 +94,11 @@ class CompiledTask(Task):
                         f"by this: {error}"
                     ) from error
 
+    @property
+    def title(self) -> str:
+        """The name of the model."""
+        return self._model.name
+
     def build_model(self) -> keras.Model:
         """The model, as given."""
         return self._model

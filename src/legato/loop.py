@@ -167,6 +167,8 @@ def run(
         # As in Keras, a stop in mid-epoch still ends the epoch.
         clock.stop_training = callbacks_stop()
         epoch_ends = schedule.epoch_ends(clock.step) or clock.stop_training
+        if epoch_ends:
+            feed.end_epoch()
         validates = schedule.validation_is_due(
             clock.step, clock.epoch, epoch_ends=epoch_ends
         )

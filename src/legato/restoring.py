@@ -12,8 +12,9 @@ import rich.table
 from legato import backends
 from legato.checkpoint import Checkpoint
 from legato.compat import keras_tracing
-from legato.errors import RestoreError
+from legato.errors import DamagedError, RestoreError
 from legato.rng import get_host_state, set_host_state
+from legato.state import layer_paths
 from legato.types import JSON, AuditEntry, AuditStatus
 
 
@@ -82,6 +83,44 @@ def assign_arrays(
 
 def _root(path: str) -> str:
     return path.partition("/")[0]
+
+
+def get_frozen(
+    roots: Mapping[str, Any], variables: Mapping[str, keras.Variable]
+) -> dict[str, JSON]:
+    """Which layers and variables are not trainable."""
+    return {
+        "layers": [k for k, v in layer_paths(roots).items() if not v.trainable],
+        "variables": [
+            path
+            for path, variable in variables.items()
+            if path.startswith("model/") and not variable.trainable
+        ],
+    }
+
+
+def set_frozen(
+    saved: JSON,
+    roots: Mapping[str, Any],
+    variables: Mapping[str, keras.Variable],
+) -> None:
+    """Put back what `get_frozen` returned; steps are traced again then.
+
+    Raises:
+        DamagedError: it is not that.
+    """
+    match saved:
+        case {"layers": list(layers), "variables": list(frozen)}:
+            pass
+        case _:
+            raise DamagedError("The saved trainable flags are damaged.")
+    # Parents come first, and set their children's.
+    for path, layer in layer_paths(roots).items():
+        if layer.trainable != (path not in layers):
+            layer.trainable = path not in layers
+    for path, variable in variables.items():
+        if path.startswith("model/"):
+            variable.trainable = path not in frozen
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from legato.parts import Parts
 from legato.program import choose_program, make_schedule
 from legato.progress import make_reporter
 from legato.recorder import Recorder
-from legato.state import Clock, layer_paths, variable_paths
+from legato.state import Clock, variable_paths
 from legato.summaries import RunLog
 from legato.training import TrainSteps
 from legato.types import JSON, AuditEntry, AuditStatus, Logs
@@ -85,6 +85,7 @@ class Session:
         self._last_save = time.monotonic()
         self._variables: dict[str, keras.Variable] = {}
         self._inexact: list[str] = []
+        self._named: set[str] = set()
         self._saved_step = 0
         self._references = references
         self._store = CheckpointStore(
@@ -252,6 +253,7 @@ class Session:
             reporter=self._reporter,
             tolerates_nonfinite=self._tolerates_nonfinite(),
         )
+        self._name_inexact_data()
         unrepeatable = self._backend.unrepeatable()
         if unrepeatable:
             self._name_inexact(
@@ -291,6 +293,13 @@ class Session:
         self.clock.epoch = self._config.initial_epoch
         self._parts.whole.stop_training = False
         self._callbacks.on_train_begin(resuming=False)
+
+    def _name_inexact_data(self) -> None:
+        """Once; some reasons show only while data are drawn."""
+        why = self._parts.source.inexact
+        if why is not None and why not in self._named:
+            self._named.add(why)
+            self._name_inexact(why)
 
     def _name_inexact(self, message: str) -> None:
         """What cannot be exact is named before training goes on."""
@@ -334,7 +343,7 @@ class Session:
         self._reporter.start(
             self._schedule.train_steps,
             initial_step=clock.step,
-            description=type(self._parts.task).__name__,
+            description=self._parts.task.title,
             epochs=self._config.epochs,
         )
         reason = "failed"
@@ -456,33 +465,6 @@ class Session:
         if not self._variables or not known.issuperset(map(id, used)):
             self._variables = variable_paths(self._roots(), used)
 
-    def _frozen(self) -> dict[str, JSON]:
-        """Which layers and variables are not trainable."""
-        layers = layer_paths(self._roots())
-        return {
-            "layers": [k for k, v in layers.items() if not v.trainable],
-            "variables": [
-                path
-                for path, variable in self._variables.items()
-                if path.startswith("model/") and not variable.trainable
-            ],
-        }
-
-    def _freeze(self, saved: JSON) -> None:
-        """Put back what `_frozen` returned; the step is traced again then."""
-        match saved:
-            case {"layers": list(layers), "variables": list(variables)}:
-                pass
-            case _:
-                raise DamagedError("The saved trainable flags are damaged.")
-        # Parents come first, and set their children's.
-        for path, layer in layer_paths(self._roots()).items():
-            if layer.trainable != (path not in layers):
-                layer.trainable = path not in layers
-        for path, variable in self._variables.items():
-            if path.startswith("model/"):
-                variable.trainable = path not in variables
-
     def _read_arrays(self) -> dict[str, np.ndarray]:
         self._collect_variables()
         values = self._backend.read(list(self._variables.values()))
@@ -490,6 +472,7 @@ class Session:
 
     def _save(self) -> None:
         """Hand everything to the checkpoint writer."""
+        self._name_inexact_data()
         arrays = self._read_arrays()
         callbacks, callback_arrays = self._callbacks.get_state()
         random, random_arrays = restoring.get_random_state()
@@ -508,7 +491,7 @@ class Session:
             "random": random,
             "best": best.get_state(),
             "sinks": self._log.get_state(),
-            "trainable": self._frozen(),
+            "trainable": restoring.get_frozen(self._roots(), self._variables),
             "identity": self._identity,
             "train_steps": self._schedule.train_steps,
         }
@@ -561,7 +544,12 @@ class Session:
 
         self.audit = audit
         take("clock", self.clock.load)
-        take("trainable", self._freeze)
+        take(
+            "trainable",
+            lambda state: restoring.set_frozen(
+                state, self._roots(), self._variables
+            ),
+        )
         take(
             "data",
             lambda state: self._feed.set_state(

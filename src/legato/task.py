@@ -46,6 +46,11 @@ class Task:
             _reads.note(self, name, value)
         return value
 
+    @property
+    def title(self) -> str:
+        """What progress is shown under."""
+        return type(self).__name__
+
     def initialize(self, model: Any) -> None:
         """Prepare a new model, for example with pretrained weights.
 

@@ -59,7 +59,7 @@ def compiled(
     """A small classifier; what is given is made anew for each model."""
 
     def make() -> models.Kind:
-        model = models.mlp(*[layer() for layer in middle])
+        model = models.mlp(*middle)
         model.compile(
             optimizer() if optimizer else keras.optimizers.SGD(0.1),
             models.cross_entropy(),

@@ -40,13 +40,14 @@ def cross_entropy() -> keras.losses.Loss:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def mlp(*middle: Any) -> keras.Model:
+def mlp(*middle: Callable[[], Any]) -> keras.Model:
+    """A small classifier; layers draw their seeds when they are made."""
     keras.utils.set_random_seed(11)
     return keras.Sequential(
         [
             keras.Input((6,)),
             layers.Dense(12, activation="tanh"),
-            *middle,
+            *(make() for make in middle),
             layers.Dense(CLASSES),
         ]
     )

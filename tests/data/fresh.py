@@ -10,6 +10,7 @@ import random
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 
 
@@ -17,6 +18,7 @@ def main(path):
     from tests.data import reading
     from tests.data.sources import KINDS
 
+    keras.utils.set_random_seed(11)
     # Another process has drawn other things by now.
     random.seed()
     np.random.seed()

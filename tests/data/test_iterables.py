@@ -40,8 +40,11 @@ def epochs(source, count):
 
 
 def tf_epochs(dataset, count):
+    def labels(batch):
+        return (batch[-1] if isinstance(batch, tuple) else batch).tolist()
+
     return [
-        [int(i) for batch in dataset.as_numpy_iterator() for i in batch[-1]]
+        [i for batch in dataset.as_numpy_iterator() for i in labels(batch)]
         for _ in range(count)
     ]
 
@@ -57,6 +60,22 @@ TF = {
         base().shuffle(9, seed=3, reshuffle_each_iteration=False).batch(5)
     ),
     "twice": lambda: base().shuffle(5, seed=3).shuffle(5, seed=4).batch(5),
+    "thrice": lambda: (
+        base()
+        .shuffle(5, seed=3)
+        .shuffle(5, seed=4, reshuffle_each_iteration=False)
+        .map(lambda x, y: (x, y))
+        .shuffle(5, seed=5)
+        .batch(5)
+    ),
+    "random": lambda: (
+        tf()
+        .data.Dataset.random(seed=3, rerandomize_each_iteration=True)
+        .map(lambda i: i % 100)
+        .take(12)
+        .shuffle(5, seed=2)
+        .batch(5)
+    ),
     "repeated": lambda: base().shuffle(9, seed=3).repeat(2).batch(5),
     "cached before": lambda: base().cache().shuffle(9, seed=3).batch(5),
     "cached after": lambda: base().shuffle(9, seed=3).cache().batch(5),
@@ -250,8 +269,15 @@ def test_large_tf_datasets_are_not_copied(monkeypatch):
         read(source, 7)
 
 
-def test_tf_datasets_that_refer_to_a_variable():
-    source = fit_source(writes_variable().shuffle(9, seed=1).batch(5))
+def test_tf_datasets_that_cannot_be_copied(monkeypatch):
+    data = writes_variable().shuffle(9, seed=1)
+    assert "writes to a tf.Variable" in fit_source(data.batch(5)).inexact
+
+    def fail(*args, **kwargs):
+        raise tf().errors.InvalidArgumentError(None, None, "a handle")
+
+    monkeypatch.setattr(tf().raw_ops, "DatasetToGraphV2", fail)
+    source = fit_source(base().shuffle(9, seed=1).batch(5))
     assert "refers to what is outside of it" in source.inexact
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -46,9 +47,9 @@ def test_resumed_at_every_position(name):
 
 @pytest.mark.parametrize("name", [n for n in KINDS if n not in SOURCES])
 def test_resumed_at_some_positions(name):
-    whole, states = read_with_states(make(name), 12)
-    for position in (0, 1, 4, 5, 7):
-        rest = read(make(name), 12 - position, state=states[position])
+    whole, states = read_with_states(make(name), 9)
+    for position in (1, 5, 7):
+        rest = read(make(name), 9 - position, state=states[position])
         assert_equal(rest, whole[position:])
 
 
@@ -153,13 +154,12 @@ def test_the_example_has_the_shapes_of_the_chunks(name):
 
 
 def _leaves(nested):
-    import keras
-
     return keras.tree.flatten(nested)
 
 
 def test_in_a_new_process(tmp_path):
     positions, expected = {}, {}
+    keras.utils.set_random_seed(11)  # on which generators depend
     for name in KINDS:
         if name == "grain":
             try:

@@ -24,8 +24,10 @@ from legato.errors import DamagedError, LegatoError, RestoreError
 _SMALL_BYTES = 2**20
 _SMALL_ITEMS = 1000
 # Read whole to see whether they changed; of larger ones, some rows are.
-_READ_BYTES = 64 * 2**20
+_READ_BYTES = 16 * 2**20
 _SAMPLED_ROWS = 4096
+# Of arrays of indices up to this size there is a copy.
+_COPIED_BYTES = 64 * 2**20
 # What changed is saved up to these sizes.
 _SAVED_BYTES = 256 * 2**20
 _SAVED_ITEMS = 100_000
@@ -379,7 +381,7 @@ class _Array(_Large):
         self.what = f"an array of {held.nbytes} bytes"
         self._digest = self._compute()
         # Indices are shuffled in place; of data there need be no copy.
-        is_index = held.ndim == 1 and held.nbytes <= _READ_BYTES
+        is_index = held.ndim == 1 and held.nbytes <= _COPIED_BYTES
         self._copy = held.copy() if is_index else None
 
     def _compute(self) -> int:

@@ -201,9 +201,16 @@ def _batch_source(
 def _is_iterable(x: Any) -> bool:
     if isinstance(x, list | tuple | dict | set | str | bytes):
         return False
-    if keras_data.is_array(x):
+    if keras_data.is_array(x) or _gives_examples(x):
         return False
     return hasattr(x, "__iter__") or isinstance(x, keras_data.DataAdapter)
+
+
+def _gives_examples(x: Any) -> bool:
+    """Whether it is a dataset of single examples, not of batches."""
+    modules = {cls.__module__.partition(".")[0] for cls in type(x).__mro__}
+    loads = keras_data.is_torch_dataloader(x)
+    return not loads and bool(modules & {"torch", "datasets"})
 
 
 def _reader(x: Any) -> Reader:
@@ -356,7 +363,8 @@ def _refuse(x: Any, y: Any, sample_weight: Any, name: str) -> NoReturn:
                 raise DataError(
                     f"{part} is a {kind}, which are no data that `fit` takes. "
                     "Give arrays, a keras.utils.PyDataset, a tf.data.Dataset, "
-                    "a PyTorch DataLoader, or a generator of batches."
+                    "a PyTorch DataLoader, or a generator of batches. (What "
+                    "gives single examples needs a loader around it.)"
                 )
             raise DataError(
                 f"{part} is a {type(value).__name__} that holds a {kind}: a "

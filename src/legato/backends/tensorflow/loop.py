@@ -128,48 +128,20 @@ class TensorFlowLoop(CompiledLoop):
         required = mode == "compiled" or (
             mode is None and compilation == "always"
         )
+        leaves, num_logs = self._leaves, len(self.log_names)
         if required or (
             mode is None and compilation == "auto" and xla.gains(self._traced)
         ):
-            loop, specs = self._loop_over(xla.quick_step(self._traced))
+            step = xla.quick_step(self._traced)
             try:
-                self._run = xla.compile_function(loop, specs)
+                self._run = _make_loop(step, leaves, num_logs, True)
                 self.mode = "compiled"
                 return
             except xla.NotCompilableError as error:
                 if required:
                     raise StepError(_NOT_COMPILABLE.format(error)) from error
-        loop, specs = self._loop_over(self._traced)
-        self._run = tf.function(loop, autograph=False).get_concrete_function(
-            *specs
-        )
+        self._run = _make_loop(self._traced, leaves, num_logs, False)
         self.mode = "fused"
-
-    def _loop_over(
-        self, step: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], list[tf.TensorSpec]]:
-        """What runs a step as often as a call says, and its arguments."""
-        num_logs = len(self.log_names)
-        capacity = self._leaves[0].shape[0]
-
-        def loop(first: Any, num_steps: Any, *flat: Any) -> Any:
-            def body(index: Any, rows: Any) -> Any:
-                row = step(index, first + index, *flat)
-                if num_logs:
-                    rows = tf.tensor_scatter_nd_update(rows, [[index]], [row])
-                return index + 1, rows
-
-            _, rows = tf.while_loop(
-                lambda index, rows: index < num_steps,
-                body,
-                (tf.constant(0), tf.zeros((capacity, num_logs))),
-                parallel_iterations=1,
-            )
-            return rows
-
-        count = tf.TensorSpec((), tf.int32)
-        given = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in self._leaves]
-        return loop, [count, count, *given]
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
         LOST.refuse(self.variables)
@@ -184,3 +156,42 @@ class TensorFlowLoop(CompiledLoop):
             # It may have stopped between any two assignments.
             LOST.add(self.updated)
             raise
+
+
+def _make_loop(
+    step: Callable[..., Any],
+    leaves: list[Any],
+    num_logs: int,
+    is_compiled: bool,
+) -> Any:
+    """A graph that runs a step a number of times that is given with a call.
+
+    Raises:
+        NotCompilableError: XLA is to compile it, and cannot.
+    """
+    capacity = leaves[0].shape[0]
+    count = tf.TensorSpec((), tf.int32)
+    specs = [
+        count,
+        count,
+        *(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves),
+    ]
+
+    def loop(first: Any, num_steps: Any, *flat: Any) -> Any:
+        def body(index: Any, rows: Any) -> Any:
+            row = step(index, first + index, *flat)
+            if num_logs:
+                rows = tf.tensor_scatter_nd_update(rows, [[index]], [row])
+            return index + 1, rows
+
+        _, rows = tf.while_loop(
+            lambda index, rows: index < num_steps,
+            body,
+            (tf.constant(0), tf.zeros((capacity, num_logs))),
+            parallel_iterations=1,
+        )
+        return rows
+
+    if is_compiled:
+        return xla.compile_function(loop, specs)
+    return tf.function(loop, autograph=False).get_concrete_function(*specs)

@@ -1,6 +1,7 @@
 """`tf.data.Dataset`, on any backend."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ from legato.errors import DataError
 _COPIED_BYTES = 512 * 2**20
 
 # Where these follow a shuffle, a pass that was only begun does not leave its
-# generator where a whole pass does: they begin their input late, again or not.
+# generator where a whole pass does: they begin their input late, again, or
+# not at all.
 _LATE = ("Cache", "Concatenate", "Repeat", "ShuffleAndRepeat")
 
 
@@ -46,7 +48,7 @@ class TensorFlowDataset(Reader):
             self.length = cardinality
         self._graph: Any = None
         self._handles: list[Any] = []
-        self._is_late = False
+        self._skip: int | None = 0
         self._opened = 0
         if dataset.options().deterministic is False:
             self._note_order()
@@ -102,16 +104,18 @@ class TensorFlowDataset(Reader):
     def _find_counts(self, graph: Any, shuffles: list[Any]) -> None:
         """Finds where the graph keeps what it counts."""
         # Nodes come after their inputs.
-        begun = [node.name for node in shuffles]
+        shuffled: set[str] = set()
         late = []
         for node in graph.node:
-            if any(name.partition(":")[0] in begun for name in node.input):
-                begun.append(node.name)
+            after = any(n.partition(":")[0] in shuffled for n in node.input)
+            if after or node in shuffles:
+                shuffled.add(node.name)
                 if node.op.startswith(_LATE):
                     late.append(node)
-            elif node in shuffles and node.op.startswith(_LATE):
-                late.append(node)
-        self._is_late = bool(late)
+            if after and node in shuffles:
+                self._skip = 1  # a shuffle begins its input when it is drawn
+        if late:
+            self._skip = None
         # A cache of what comes before may be shared, and filled once.
         used = {name for node in (*shuffles, *late) for name in node.input}
         self._handles = [
@@ -164,7 +168,7 @@ class TensorFlowDataset(Reader):
     def open(self) -> Passes:
         """A copy that was never iterated over, where that matters."""
         if self._graph is None:
-            return _Passes(self._dataset, None)
+            return _Passes(self._dataset)
         self._opened += 1
         for handle, name in self._handles:
             # Under the same name a copy would share it with the dataset.
@@ -176,36 +180,42 @@ class TensorFlowDataset(Reader):
         copy = tf.data.experimental.from_variant(
             variant, self._dataset.element_spec
         )
-        return _Passes(copy, self._is_late)
+        return _CountedPasses(copy, self._skip)
 
 
 class _Passes(Passes):
-    """Iterates over a dataset.
+    """Iterates over a dataset."""
 
-    Args:
-        dataset: the dataset.
-        whole: whether passes that were skipped must be read, not only begun;
-            None: they need not even be begun.
-    """
-
-    def __init__(self, dataset: Any, whole: bool | None) -> None:
+    def __init__(self, dataset: Any) -> None:
         self._dataset: Any = dataset
-        self._whole = whole
-        self._begun = 0
 
     def begin(self, number: int) -> Iterator[Any]:
-        if self._whole is not None:
-            while self._begun < number:
-                self._begun += 1
-                skipped = iter(self._dataset)
-                if self._whole:
-                    for _ in skipped:
-                        pass
-            self._begun += 1
         return map(_to_numpy, iter(self._dataset))
 
     def close(self) -> None:
         self._dataset = None
+
+
+class _CountedPasses(_Passes):
+    """Iterates over a dataset that counts the iterations.
+
+    Args:
+        dataset: the dataset.
+        skip: what must be drawn of a pass that is skipped; None: all of it.
+    """
+
+    def __init__(self, dataset: Any, skip: int | None) -> None:
+        super().__init__(dataset)
+        self._skip = skip
+        self._begun = 0
+
+    def begin(self, number: int) -> Iterator[Any]:
+        while self._begun < number:
+            self._begun += 1
+            for _ in itertools.islice(iter(self._dataset), self._skip):
+                pass
+        self._begun += 1
+        return super().begin(number)
 
 
 def _to_numpy(element: Any) -> Any:
@@ -251,7 +261,7 @@ def _reshuffles(node: Any) -> bool:
 
 def _attribute(node: Any, name: str) -> Any:
     # To ask for one that is not there would put it there.
-    return node.attr[name] if name in node.attr else None
+    return node.attr.get(name)
 
 
 def _has_seed(node: Any) -> bool:
