@@ -8,7 +8,7 @@ import pytest
 
 from legato.checkpoint import CheckpointStore, load_checkpoint
 from tests.contracts import runs
-from tests.contracts.fit_scenarios import FIT_SCENARIOS
+from tests.contracts.fit_scenarios import FIT_SCENARIOS, TWELVE
 from tests.contracts.scenarios import SCENARIOS
 
 KILLS = 3
@@ -33,10 +33,11 @@ def undisturbed(tmp_path_factory):
 )
 def test_killed_at_random_instants(name, undisturbed, tmp_path):
     reference = undisturbed(name)
+    often = name in SCENARIOS or name.removeprefix("fit/") in TWELVE
     report = runs.train_with_kills(
         name,
         tmp_path / "run",
-        kills=KILLS,
+        kills=KILLS if often else 2,
         until=load_checkpoint(reference / "final").step,
         seed=zlib.crc32(name.encode()),
         keep_last=None,
@@ -45,6 +46,22 @@ def test_killed_at_random_instants(name, undisturbed, tmp_path):
     assert not found, (found, report)
     assert compared > 5000
     assert report.count("too late") < KILLS, report
+
+
+@pytest.mark.parametrize("name", TWELVE)
+def test_killed_between_epochs(name, tmp_path):
+    options = {"keep_last": None, "checkpoint_interval": "epoch"}
+    runs.train(f"fit/{name}", tmp_path / "whole", **options)
+    runs.train_with_kills(
+        f"fit/{name}",
+        tmp_path / "run",
+        kills=1,
+        until=load_checkpoint(tmp_path / "whole" / "final").step // 2,
+        seed=zlib.crc32(name.encode()),
+        **options,
+    )
+    found, _ = runs.differences(tmp_path / "whole", tmp_path / "run")
+    assert not found
 
 
 @pytest.mark.parametrize("steps_per_loop", [1, 7])
