@@ -253,6 +253,13 @@ def _children(obj: Any) -> Iterator[tuple[str, Any]]:
             yield f"{i}_{_snake(type(layer).__name__)}", layer
         for i, metric in enumerate(obj._metrics):
             yield f"metric{i}_{_snake(type(metric).__name__)}", metric
+        # Last: their variables are named after those of layers. (A GAN's has
+        # two; the one that Keras knows is a root of its own.)
+        for name, value in sorted(vars(obj).items(), key=lambda pair: pair[0]):
+            if name != "optimizer" and isinstance(
+                value, keras.optimizers.Optimizer
+            ):
+                yield name, value
     elif isinstance(obj, keras.metrics.Metric):
         yield from _numbered(obj, "_variables")
         for i, metric in enumerate(obj._metrics):

@@ -263,3 +263,5 @@ FIT_SCENARIOS: dict[str, FitScenario] = {
     "tf_data": FitScenario(make=dataset(tensorflow_dataset)),
     "data_loader": FitScenario(make=dataset(torch_loader)),
 }
+if "adversaries" in models.KINDS:
+    FIT_SCENARIOS["adversaries"] = FitScenario(make=models.adversaries)

@@ -459,6 +459,94 @@ def unsupervised() -> Kind:
     return Kind(model, {"x": points()[0], "batch_size": 16})
 
 
+class Adversaries(keras.Model):
+    """Two models, two optimizers, a step of its own: as in Keras's guides."""
+
+    def __init__(self, judge: keras.Model, forger: keras.Model) -> None:
+        super().__init__()
+        self.judge, self.forger = judge, forger
+        self.noise = keras.random.SeedGenerator(7)
+        self.means = [keras.metrics.Mean(name=n) for n in ("judge", "forger")]
+        self.built = True
+
+    def compile(self, judge_optimizer: Any, forger_optimizer: Any) -> None:
+        super().compile()
+        self.judge_optimizer = judge_optimizer
+        self.forger_optimizer = forger_optimizer
+        self.loss_of = keras.losses.BinaryCrossentropy(from_logits=True)
+
+    @property
+    def metrics(self) -> list[Any]:
+        return self.means
+
+    def forged(self, count: int) -> Any:
+        return self.forger(keras.random.normal((count, 4), seed=self.noise))
+
+    def improve(self, optimizer: Any, model: Any, loss_of: Any) -> Any:
+        variables = model.trainable_weights
+        if keras.config.backend() == "tensorflow":
+            import tensorflow as tf
+
+            with tf.GradientTape() as tape:
+                loss = loss_of()
+            gradients = tape.gradient(loss, variables)
+            optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            return loss
+        import torch
+
+        self.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        with torch.no_grad():
+            optimizer.apply([v.value.grad for v in variables], variables)
+        return loss
+
+    def train_step(self, real: Any) -> dict[str, Any]:
+        real = real[0] if isinstance(real, tuple) else real
+        count = ops.shape(real)[0]
+        forged = ops.stop_gradient(self.forged(count))
+
+        def judging() -> Any:
+            scores = self.judge(ops.concatenate([forged, real]), training=True)
+            wanted = ops.concatenate(
+                [ops.ones((count, 1)), ops.zeros((count, 1))]
+            )
+            return self.loss_of(wanted, scores)
+
+        def forging() -> Any:
+            scores = self.judge(self.forged(count))
+            return self.loss_of(ops.zeros((count, 1)), scores)
+
+        losses = (
+            self.improve(self.judge_optimizer, self.judge, judging),
+            self.improve(self.forger_optimizer, self.forger, forging),
+        )
+        for mean, loss in zip(self.means, losses, strict=True):
+            mean.update_state(loss)
+        return {mean.name: mean.result() for mean in self.means}
+
+
+def adversaries() -> Kind:
+    keras.utils.set_random_seed(24)
+    judge = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu"),
+            layers.Dense(1),
+        ]
+    )
+    forger = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(8, activation="relu"),
+            layers.Dense(6),
+        ]
+    )
+    model = Adversaries(judge, forger)
+    model.compile(keras.optimizers.Adam(), keras.optimizers.RMSprop())
+    return Kind(model, {"x": points()[0], "batch_size": 16})
+
+
 KINDS: dict[str, Callable[[], Kind]] = {
     kind.__name__: kind
     for kind in (
@@ -468,3 +556,6 @@ KINDS: dict[str, Callable[[], Kind]] = {
         unsupervised,
     )
 }  # fmt: skip
+if keras.config.backend() != "jax":
+    # Where a step of its own has the state of one optimizer only.
+    KINDS["adversaries"] = adversaries

@@ -107,6 +107,8 @@ def test_it_trains_as_keras_does(kind, tmp_path):
     compare(pairs)
     # And what comes after `fit` works.
     (theirs, _, _), (ours, _, _) = pairs
+    if kind == "adversaries":
+        return  # what is predicted, or measured, is not defined
     x = ours.data["x"]
     results = [
         made.model.evaluate(x, made.data.get("y"), return_dict=True, verbose=0)

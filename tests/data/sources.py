@@ -199,6 +199,9 @@ SOURCES = {
     "arrays, batch": lambda: fit_source(X, Y, batch_size=5, shuffle="batch"),
     "py": lambda: fit_source(Plain(), shuffle=True),
     "py in threads": lambda: fit_source(Plain(workers=3), shuffle=True),
+    "py in threads, steps": lambda: fit_source(
+        Plain(workers=3), shuffle=True, steps_per_epoch=7
+    ),
     "py augments": lambda: fit_source(Augments(), shuffle=True),
     "py reshuffles": lambda: fit_source(Reshuffles()),
     "py reshuffles much": lambda: fit_source(ReshufflesMuch()),

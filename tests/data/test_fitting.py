@@ -355,6 +355,7 @@ def test_an_array_that_is_filled_again_and_again():
     ):
         found = [int(batch[0][0, 0]) for batch in read(source, 5, capacity=8)]
         assert found == [0, 1, 2, 3, 4]
+        assert not source.example(1)[0].any()
 
 
 def test_batches_of_any_shapes():

@@ -79,6 +79,9 @@ TF = {
     "repeated": lambda: base().shuffle(9, seed=3).repeat(2).batch(5),
     "cached before": lambda: base().cache().shuffle(9, seed=3).batch(5),
     "cached after": lambda: base().shuffle(9, seed=3).cache().batch(5),
+    "cached evenly": lambda: (
+        base().take(20).shuffle(9, seed=3).cache().batch(5)
+    ),
     "both caches": lambda: (
         base().cache().shuffle(9, seed=3).cache().shuffle(9, seed=4).batch(5)
     ),

@@ -89,6 +89,7 @@ def test_end_epoch_in_the_middle_is_nothing(events):
     assert events == ["end", "begin", 0, 1]
     iterator.next_chunk(8)
     iterator.end_epoch()  # the last batch, a partial one, is to come
+    assert events[4:] == [2, 3, 4]
     iterator.next_chunk(8)
     iterator.end_epoch()
     iterator.end_epoch()
@@ -112,6 +113,20 @@ def test_resumed_between_the_hooks():
 def test_nothing_is_saved_of_what_does_not_change():
     _, states = read_with_states(fit_source(Plain()), 7)
     assert all(state["attributes"] is None for state in states)
+
+
+def test_a_dataset_is_not_looked_at_for_each_batch(monkeypatch):
+    source = fit_source(Reshuffles())
+    looks = []
+    look = source.attributes.look
+    monkeypatch.setattr(
+        source.attributes, "look", lambda: looks.append(1) or look()
+    )
+    iterator = source.iterate(seed=1, capacity=1)
+    take(iterator, source, 5)
+    assert len(looks) <= 2
+    take(iterator, source, 5)
+    assert len(looks) <= 4
 
 
 def test_a_pending_batch_is_saved():
@@ -170,6 +185,16 @@ def test_hooks_that_depend_on_what_was_drawn_cannot():
     read_with_states(source, 7)
     assert "frame changed and cannot be saved" in source.inexact
     assert "on_epoch_end only" in source.inexact
+
+
+def test_hooks_that_depend_on_what_was_drawn_in_an_epoch_before():
+    for mutates in (True, False):
+        source = fit_source(Frames(range(20), mutates))
+        iterator = source.iterate(seed=1, capacity=1)
+        take(iterator, source, 4)
+        iterator.end_epoch()
+        assert iterator.get_state()["repeat_hooks"] is not mutates
+        assert (source.inexact is not None) == mutates
 
 
 class DrawsFrames(Frames):

@@ -19,6 +19,7 @@ from tests.data.reading import (
     digest,
     read,
     read_with_states,
+    take,
     through_disk,
 )
 from tests.data.sources import KINDS, SOURCES
@@ -92,6 +93,34 @@ def test_the_next_iterator_begins_anew(name):
     assert_equal(read(source, 7), first)
     source.example(4)
     assert_equal(read(source, 7), first)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_iterator_can_be_sent_back(name):
+    if name == "generator":
+        pytest.skip("it comes once")
+    source = make(name)
+    whole, states = read_with_states(source, 9)
+    iterator = source.iterate(seed=5, capacity=4)
+    for position in (2, 0, 6, 4):
+        iterator.set_state(states[position])
+        assert_equal(take(iterator, source, 3), whole[position : position + 3])
+    iterator.close()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("arrays", "arrays, batch", "py", "py reshuffles", "iterable", "tf"),
+        *("torch", "torch seeded", "torch augmented"),
+    ],
+)
+def test_epochs_differ(name):
+    source = make(name)
+    size = source.batches_per_epoch
+    digests = [digest(b) for b in read(source, 3 * size)]
+    epochs = [tuple(digests[size * i : size * (i + 1)]) for i in range(3)]
+    assert len(set(epochs)) == 3
 
 
 @pytest.mark.parametrize("name", SOURCES)

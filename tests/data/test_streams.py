@@ -60,6 +60,17 @@ def test_streams_are_functions_of_their_keys():
         assert len({each[k] for each in found}) == 4
 
 
+def test_a_stream_begins_whatever_was_drawn_before():
+    found = []
+    with streams.kept():
+        for draws in (0, 1, 3):
+            streams.begin(1, "x")
+            found.append(draw_all())
+            for _ in range(draws):
+                draw_all()
+    assert found[0] == found[1] == found[2]
+
+
 def test_an_error_inside_puts_everything_back():
     seed_all(3)
     expected = draw_all()

@@ -333,7 +333,8 @@ class _Iterator(DataIterator):
             self._close_epoch()
         if self._hooks % 2:
             self._call_hook()
-        self._look()
+        if self._after_hooks is None:
+            self._look()
 
     def _reset_attributes(self) -> None:
         """The first epoch begins as in a new process: validation, again."""
