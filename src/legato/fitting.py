@@ -11,6 +11,7 @@ import numpy as np
 
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import find_checkpoint
+from legato.compat import keras_models
 from legato.compiled import CompiledTask, TrainMetrics, ValidationMetrics
 from legato.config import TrainerConfig
 from legato.data import DataSource, fit_source, split_validation
@@ -63,8 +64,8 @@ def fit(
     - `verbose` 1 shows a bar, and 2 shows plain lines.
 
     Of what the model was compiled with, `run_eagerly` and
-    `steps_per_execution` change nothing; `jit_compile=True` compiles steps on
-    PyTorch, where it is a choice.
+    `steps_per_execution` change nothing; `jit_compile=True` compiles steps
+    where that is a choice (`TrainerConfig.torch_compile`).
 
     Args:
         model: a compiled model; it is built by the first batch if need be.
@@ -133,7 +134,6 @@ def fit(
             f"validation_metrics={validation_metrics!r} and no validation "
             "data: give validation_data or validation_split."
         )
-    jit_compile: Any = model.jit_compile
     config = TrainerConfig(
         epochs=epochs,
         initial_epoch=initial_epoch,
@@ -147,7 +147,7 @@ def fit(
         resume=resume,
         # As in Keras: a NaN is TerminateOnNaN's to act upon.
         nonfinite_loss="warn",
-        torch_compile=True if jit_compile else "auto",
+        torch_compile=keras_models.asks_for_compiling(model) or "auto",
         progress=_progress(verbose),
     )
     task = CompiledTask(

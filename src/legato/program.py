@@ -77,8 +77,10 @@ def _saved_choices(saved: Any) -> tuple[LoopMode, int]:
 
 
 def _keep(mode: LoopMode, config: TrainerConfig) -> LoopMode | None:
-    wanted = {True: "compiled", False: "eager"}.get(config.torch_compile)  # type: ignore[arg-type]
-    if wanted in (None, mode) or wanted not in backends.current().modes:
+    modes = backends.current().modes
+    if config.torch_compile == "auto" or "compiled" not in modes:
+        return mode
+    if config.torch_compile == (mode == "compiled"):
         return mode
     if config.resume == "override":
         return None

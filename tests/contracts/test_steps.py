@@ -465,10 +465,12 @@ def test_metrics_are_updated_at_the_due_steps(interval, tmp_path):
             metric.reset_state()
         if (done + 1) % interval == 0:
             metric.update_state(batch[1], model(batch[0]))
-        expected.append(float(metric.result()))
+        # What no batch of the epoch has updated is no number.
+        updated = (done + 1) // interval > done // 5 * 5 // interval
+        expected.append(float(metric.result()) if updated else np.nan)
         step(batch)
     assert [r["accuracy"] for r in train_log(tmp_path)] == pytest.approx(
-        expected, rel=1e-6
+        expected, rel=1e-6, nan_ok=True
     )
     assert len(set(expected)) > 1
 
@@ -512,8 +514,7 @@ def test_traces_are_counted():
         task.build_model(),
         task.build_optimizer(),
         task.build_inputs("train"),
-        task.build_metrics(training=True),
-        metrics_interval=1,
+        dict.fromkeys(task.build_metrics(training=True), legato.Every(1)),
         mode=None,
         capacity=4,
     )
@@ -593,8 +594,7 @@ def test_modes_are_chosen_by_the_program(tmp_path):
             task.build_model(),
             task.build_optimizer(),
             legato.ArraySource(task.build_inputs("train").resident, 30),
-            [],
-            metrics_interval=0,
+            None,
             mode=None,
             capacity=4,
         )

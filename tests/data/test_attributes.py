@@ -242,9 +242,11 @@ def test_what_was_there_is_put_back_even_if_it_cannot_be_saved():
     built = data.opaque = Opaque(b"abc")
     tracked = Attributes(data)
     data.opaque = Opaque(b"cab")
-    assert tracked.look().lost == ["opaque"]
+    data.new = Opaque(b"new")
+    assert tracked.look().lost == ["opaque", "new"]
     tracked.reset()
     assert data.opaque is built
+    assert not hasattr(data, "new")
     assert tracked.look().state is None
 
 

@@ -53,6 +53,12 @@ def base():
     return tf().data.Dataset.from_tensor_slices((X, Y))
 
 
+def without_autotuning(dataset):
+    options = tf().data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
 TF = {
     "plain": lambda: base().batch(5),
     "shuffled": lambda: base().shuffle(23, seed=3).batch(5),
@@ -79,7 +85,7 @@ TF = {
     "repeated": lambda: base().shuffle(9, seed=3).repeat(2).batch(5),
     "cached before": lambda: base().cache().shuffle(9, seed=3).batch(5),
     "cached after": lambda: base().shuffle(9, seed=3).cache().batch(5),
-    "cached evenly": lambda: (
+    "cached evenly": lambda: without_autotuning(
         base().take(20).shuffle(9, seed=3).cache().batch(5)
     ),
     "both caches": lambda: (
@@ -401,6 +407,24 @@ def test_what_cannot_be_saved_is_named():
     read(source, 9)
     assert "opaque" in source.inexact
     assert "changed while it was read and cannot be saved" in source.inexact
+
+
+def test_a_pass_is_read_to_its_very_end():
+    class Ends(Iterates):
+        epoch = 0
+
+        def __iter__(self):
+            for i in range(self.length):
+                yield X + self.epoch, Y + i
+            self.epoch += 1
+
+    source = fit_source(Ends())
+    found = [int(b[0][0, 0]) for b in read(source, 9)]
+    assert found == [0] * 4 + [1] * 4 + [2]
+    _, states = read_with_states(source, 9)
+    for position in (0, 3, 4, 5, 8):
+        rest = read(fit_source(Ends()), 1, state=states[position])
+        assert int(rest[0][0][0, 0]) == found[position]
 
 
 def test_hidden_randomness_is_named():

@@ -51,6 +51,11 @@ def has_loss(model: Any) -> bool:
     return model._compile_loss is not None
 
 
+def asks_for_compiling(model: Any) -> bool:
+    """Whether `jit_compile=True` was given where Keras would not choose it."""
+    return bool(model.jit_compile) and not model._resolve_auto_jit_compile()
+
+
 def call_model(model: Any, x: Any, *, training: bool) -> Any:
     """The outputs, as Keras's own steps ask for them."""
     if model._call_has_training_arg:

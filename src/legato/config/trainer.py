@@ -120,10 +120,11 @@ class TrainerConfig(Config):
             0 leaves them out of the compiled step.
         steps_per_loop: at most this many steps run in one device call; None
             lets the engine choose. It does not change any bits.
-        torch_compile: on PyTorch, whether the steps are compiled
-            (`torch.compile`): several times as fast, after a compilation of
-            some ten seconds; "auto" compiles runs of 5,000 steps or more,
-            where the step allows it. Chosen when a run begins, and kept.
+        torch_compile: on PyTorch and TensorFlow, whether the steps are
+            compiled (by `torch.compile`, by XLA): several times as fast, after
+            a compilation of some seconds; "auto" compiles runs of 5,000 steps
+            or more, where the step allows it and gains by it. Chosen when a
+            run begins, and kept. JAX compiles always.
         best_metric: the epoch log that tells the best checkpoint, as it
             appears in the logs, such as "val_accuracy"; None keeps no best.
         best_mode: whether less ("min") or more ("max") of `best_metric` is

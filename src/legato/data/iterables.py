@@ -327,7 +327,7 @@ class _Iterator(DataIterator):
         source = self._source
         assert self._batches is not None and self._stream is not None
         with self._stream.active():
-            # To its very end: caches are complete only then, workers end.
+            # To its very end: a generator may do something there.
             next(self._batches, None)
         if self._given == 0:
             raise DataError("it gave no batch: it must give at least one.")

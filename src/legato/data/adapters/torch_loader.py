@@ -72,11 +72,21 @@ def _parts(loader: DataLoader) -> Iterator[Any]:
 class _Passes(Passes):
     def __init__(self, loader: DataLoader) -> None:
         self._loader: Any = loader
+        self._iterator: Any = None
 
     def begin(self, number: int) -> Iterator[Any]:
+        self.close()
         if self._loader.persistent_workers:
             self._loader._iterator = None
-        return iter(self._loader)
+        self._iterator = iter(self._loader)
+        return self._iterator
+
+    def close(self) -> None:
+        # Now: it would be done when garbage is collected, perhaps in a fork.
+        end_workers = getattr(self._iterator, "_shutdown_workers", None)
+        if end_workers is not None:
+            end_workers()
+        self._iterator = None
 
 
 class _Generator:
