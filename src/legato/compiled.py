@@ -88,7 +88,7 @@ class CompiledTask(Task):
                     continue
                 try:
                     keras_models.build_metrics(model, batch, metrics)
-                except (ValueError, TypeError) as error:
+                except Exception as error:  # of the metric's, or a backend's
                     raise ConfigError(
                         f"{argument}={asked!r}: the model cannot be measured "
                         f"by this: {error}"

@@ -147,7 +147,7 @@ def build_metrics(model: Any, batch: Any, metrics: CompileMetrics) -> None:
         metrics: of `make_metrics`.
 
     Raises:
-        ValueError, TypeError: they do not fit the outputs.
+        Anything: they do not fit the outputs.
     """
     if metrics.built:
         return

@@ -24,7 +24,12 @@ class Feed:
         Nothing is done where the data must be drawn in this thread, in turn
         with the callbacks.
         """
-        if self._ahead is None and self._iterator.draws_ahead:
+        # (A single batch is made sooner than it is handed over.)
+        if (
+            max_batches > 1
+            and self._ahead is None
+            and self._iterator.draws_ahead
+        ):
             future = self._executor.submit(
                 self._iterator.next_chunk, max_batches
             )
