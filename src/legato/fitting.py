@@ -1,6 +1,7 @@
 """`legato.fit`: what `keras.Model.fit` does, in runs that can be killed."""
 
 import contextlib
+import dataclasses
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ import keras
 import numpy as np
 
 from legato.callbacks import CallbackRunner
-from legato.checkpoint import find_checkpoint
+from legato.checkpoint import Checkpoint, find_checkpoint
 from legato.compat import keras_models
 from legato.compiled import CompiledTask, TrainMetrics, ValidationMetrics
 from legato.config import TrainerConfig
@@ -229,14 +230,25 @@ def evaluate(
         max_batches=steps,
     )
     hooks = CallbackRunner(callbacks or [], model=model, params={})
-    variables = variable_paths({"model": model})
-    touched = list(variables.values()) if checkpoint is not None else []
-    with kept(touched):
+    with kept(model.weights if checkpoint is not None else []):
         if checkpoint is not None:
-            assign_arrays(variables, find_checkpoint(checkpoint, which))
+            _load_weights(model, find_checkpoint(checkpoint, which))
         logs = evaluator(hooks, lambda: False)
     assert logs is not None  # nothing asks it to stop
     return logs
+
+
+def _load_weights(model: keras.Model, checkpoint: Checkpoint) -> None:
+    """Not the seeds: backends differ in their type, and nothing draws."""
+    named = variable_paths({"model": model})
+    weights = {id(variable) for variable in model.weights}
+    chosen = {path: v for path, v in named.items() if id(v) in weights}
+    arrays = {
+        path: array
+        for path, array in checkpoint.arrays.items()
+        if path in chosen or (path.startswith("model/") and path not in named)
+    }
+    assign_arrays(chosen, dataclasses.replace(checkpoint, arrays=arrays))
 
 
 def _require_compiled(model: Any) -> None:
