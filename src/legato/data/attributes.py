@@ -73,7 +73,7 @@ class Attributes:
         skip: frozenset[str] = frozenset(),
         apart: Sequence[object] = (),
     ) -> None:
-        self._owner = owner
+        self.subject = owner
         self._skip = skip
         self._large = _LargeObjects(apart)
         self._shallow = dict(_vars(owner))
@@ -87,7 +87,7 @@ class Attributes:
     def _capture(self) -> capture.Captured:
         self._large.begin()
         return capture.capture(
-            self._owner, skip=self._skip, references=self._large
+            self.subject, skip=self._skip, references=self._large
         )
 
     def look(self) -> "Look":
@@ -139,12 +139,12 @@ class Attributes:
         lost = self._large.unreturnable()
         if lost:
             raise RestoreError(
-                f"{type(self._owner).__name__}: {', '.join(lost[:3])} changed "
+                f"{type(self.subject).__name__}: {', '.join(lost[:3])} changed "
                 "in this process, and there is no copy of what was there. "
                 "Resume in a new process."
             )
         self._large.reset()
-        here = _vars(self._owner)
+        here = _vars(self.subject)
         for name in [n for n in here if n not in self._shallow]:
             del here[name]
         here.update(self._shallow)
@@ -153,7 +153,7 @@ class Attributes:
     def _restore(self, tree: Any, arrays: Mapping[str, Any]) -> None:
         try:
             capture.restore(
-                self._owner,
+                self.subject,
                 tree,
                 arrays,
                 skip=self._skip,
@@ -161,7 +161,7 @@ class Attributes:
             )
         except LegatoError as error:
             raise type(error)(
-                f"The state of {type(self._owner).__name__} does not fit: "
+                f"The state of {type(self.subject).__name__} does not fit: "
                 f"{error}"
             ) from error
 

@@ -15,6 +15,7 @@ from legato.data.batches import (
     shown,
     standardise,
 )
+from legato.data.holding import Hold
 from legato.data.readers import OneShot, Passes, Reader
 from legato.data.source import Chunk, DataIterator, DataState
 from legato.errors import (
@@ -237,6 +238,7 @@ class _Iterator(DataIterator):
         self._given = 0
         self._drawn = 0
         self._tracked: list[DataState] | None = None
+        self._hold = Hold(source.reader.tracked)
         self._passes: Passes | None = None
         self._batches: Iterator[Any] | None = None
         self._stream: streams.Stream | None = None
@@ -269,6 +271,7 @@ class _Iterator(DataIterator):
                     "batches in an epoch. Resume with the data of the run."
                 )
         self._leave()
+        self._hold.release()
         self._pass, self._given, self._tracked = pass_, batch, tracked
         self._drawn = batch
 
@@ -281,10 +284,12 @@ class _Iterator(DataIterator):
 
     def close(self) -> None:
         self._leave()
+        self._hold.release()
 
     def next_chunk(self, max_batches: int) -> Chunk:
         with self._source.named():
             found = None
+            self._source.reader.notes += self._hold.take()
             while found is None:
                 if self._batches is None:
                     self._begin()
@@ -307,10 +312,10 @@ class _Iterator(DataIterator):
         source = self._source
         tracked = source.reader.tracked
         if self._passes is None:
-            # As a new process finds them: then what had changed by then.
-            source._reset()
             self._passes = source.reader.open()
             if self._tracked is not None:
+                # As a new process finds them: then what had changed by then.
+                source._reset()
                 for each, state in zip(tracked, self._tracked, strict=True):
                     if not isinstance(state, dict | None):
                         raise DamagedError("data state: not that of objects.")

@@ -21,6 +21,7 @@ from legato.data.batches import (
     shown,
     standardise,
 )
+from legato.data.holding import Hold
 from legato.data.source import Chunk, DataIterator, DataState
 from legato.errors import DataError, LegatoWarning, RestoreError
 from legato.rng import Permutation, derive_seed
@@ -221,6 +222,7 @@ class _Iterator(DataIterator):
         # on_epoch_end, on_epoch_begin, on_epoch_end, ...: Keras calls the
         # first of them before the first epoch.
         self._hooks = 0
+        self._hold = Hold([source.attributes])
         self._order: tuple[int, np.ndarray] | None = None
         self._after_hooks: Look | None = None
         # Whether only the hooks have changed the dataset.
@@ -247,10 +249,11 @@ class _Iterator(DataIterator):
         return state
 
     def _look(self) -> Look:
+        attributes = self._source.attributes
         if self._after_hooks is None:  # nothing was drawn since
-            self._after_hooks = self._source.attributes.look()
+            self._after_hooks = self._hold.look(attributes)
         elif self._pool is None:
-            return self._source.attributes.look()
+            return self._hold.look(attributes)
         return self._after_hooks  # a pool may be changing it just now
 
     def _can_repeat_hooks(self, look: Look) -> bool:
@@ -295,7 +298,9 @@ class _Iterator(DataIterator):
         self._pass, self._batch, self._step = pass_, batch, step
         self._chunks.pending = pending
         self._hooks = 0
+        self._hold.release()
         if hooks:
+            self._hold.take()
             source.attributes.reset()
             while repeat_hooks and self._hooks < hooks:
                 self._call_hook()
@@ -306,6 +311,7 @@ class _Iterator(DataIterator):
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
+        self._hold.release()
 
     # -- hooks --------------------------------------------------------------
 
@@ -314,21 +320,20 @@ class _Iterator(DataIterator):
         ended = self._step == self._source.period
         if ended and self._chunks.pending is None:
             with streams.kept():
+                self._take()
                 self._close_epoch()
 
     def _close_epoch(self) -> None:
         if self._pool is not None:
             self._pool.drop()
         elif self._after_hooks is not None:
-            look = self._source.attributes.look()
+            look = self._hold.look(self._source.attributes)
             self._steady = self._steady and look.same(self._after_hooks)
         self._step = 0
         self._call_hook()
 
     def _open_epoch(self) -> None:
         """The hooks that are due before the next batch."""
-        if self._hooks == 0:
-            self._reset_attributes()
         if self._hooks == 0 or self._step == self._source.period:
             self._close_epoch()
         if self._hooks % 2:
@@ -336,13 +341,10 @@ class _Iterator(DataIterator):
         if self._after_hooks is None:
             self._look()
 
-    def _reset_attributes(self) -> None:
-        """The first epoch begins as in a new process: validation, again."""
-        try:
-            self._source.attributes.reset()
-        except RestoreError as error:
+    def _take(self) -> None:
+        for problem in self._hold.take():
             self._source.note(
-                f"it cannot be put back to how it was built: {error}",
+                f"it cannot be put back to how it was built: {problem}",
                 "Let on_epoch_end change an index array, not the data",
             )
 
@@ -367,6 +369,7 @@ class _Iterator(DataIterator):
 
     def next_chunk(self, max_batches: int) -> Chunk:
         with streams.kept():
+            self._take()
             if self._chunks.pending is None:
                 self._open_epoch()
                 self._begin_pass()

@@ -7,32 +7,16 @@ them changes meanwhile. `iterables` makes a source of it.
 import abc
 import itertools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from legato.compat import keras_data
 from legato.data import streams
-from legato.data.attributes import Attributes, Look
+from legato.data.attributes import Attributes
 from legato.data.batches import copied
-from legato.data.source import DataState
+from legato.data.holding import Tracked
 from legato.errors import DataError, RestoreError
 
 _END = object()
-
-
-class Tracked(Protocol):
-    """Something of the user's that changes while it is read."""
-
-    def look(self) -> Look:
-        """What changed since it was built."""
-        ...
-
-    def reset(self) -> None:
-        """Back to how it was built."""
-        ...
-
-    def set(self, state: DataState) -> None:
-        """Put a state back, after `reset`."""
-        ...
 
 
 class Passes(abc.ABC):

@@ -39,7 +39,8 @@ class TorchLoader(Iterable):
             for each in found
             if isinstance(each, torch.Generator)
         }
-        self.tracked = [_Generator(each) for each in generators.values()]
+        self.tracked.clear()
+        self.tracked.extend(map(_Generator, generators.values()))
         for part in parts.values():
             if hasattr(part, "__dict__"):
                 apart = [*parts.values(), *generators.values()]
@@ -93,11 +94,11 @@ class _Generator:
     """A `torch.Generator` of the user's."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
+        self.subject: Any = generator
         self._built = self._get()
 
     def _get(self) -> np.ndarray:
-        return self._generator.get_state().numpy().copy()
+        return self.subject.get_state().numpy().copy()
 
     def look(self) -> Look:
         now = self._get()
@@ -106,7 +107,7 @@ class _Generator:
         return Look({"generator": now}, [], {})
 
     def reset(self) -> None:
-        self._generator.set_state(torch.from_numpy(self._built.copy()))
+        self.subject.set_state(torch.from_numpy(self._built.copy()))
 
     def set(self, state: DataState) -> None:
         match state:
@@ -115,6 +116,6 @@ class _Generator:
             case {"generator": np.ndarray() as saved} if (
                 saved.dtype == np.uint8 and saved.shape == self._built.shape
             ):
-                self._generator.set_state(torch.from_numpy(saved.copy()))
+                self.subject.set_state(torch.from_numpy(saved.copy()))
             case _:
                 raise DamagedError("data state: not that of a generator.")

@@ -1,0 +1,101 @@
+"""One object of the user's, read by several iterators in turn.
+
+Training and validation may share a dataset, or a generator that both of their
+loaders draw from. Each iterator finds it as it left it itself: otherwise the
+order of training would depend on what validation did, and a validation that
+begins anew would take training back to the beginning.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from legato.data.attributes import Look
+from legato.data.source import DataState
+from legato.errors import RestoreError
+
+
+class Tracked(Protocol):
+    """Something of the user's that changes while it is read.
+
+    Attributes:
+        subject: the user's object.
+    """
+
+    subject: Any
+
+    def look(self) -> Look:
+        """What changed since it was built."""
+        ...
+
+    def reset(self) -> None:
+        """Back to how it was built."""
+        ...
+
+    def set(self, state: DataState) -> None:
+        """Put a state back, after `reset`."""
+        ...
+
+
+class Hold:
+    """An iterator's hold on the objects that it reads.
+
+    Args:
+        tracked: these.
+    """
+
+    def __init__(self, tracked: Sequence[Tracked]) -> None:
+        self._tracked = tracked
+        # What they were like when they were taken over by another one.
+        self._looks: dict[int, Look] = {}
+
+    def take(self) -> list[str]:
+        """Before the user's code runs: they are as this iterator left them.
+
+        Returns:
+            Why some could not be put back to how they were built.
+        """
+        problems = []
+        for tracked in self._tracked:
+            key = id(tracked.subject)
+            holder = _holder(key)
+            if holder is self:
+                continue
+            if holder is not None:
+                holder._give(key)
+            _HOLDERS[key] = weakref.ref(self)
+            look = self._looks.pop(key, None)
+            try:
+                tracked.reset()
+            except RestoreError as error:
+                problems.append(str(error))
+            if look is not None:
+                tracked.set(look.state)
+        return problems
+
+    def _give(self, key: int) -> None:
+        for tracked in self._tracked:
+            if id(tracked.subject) == key:
+                self._looks[key] = tracked.look()
+
+    def look(self, tracked: Tracked) -> Look:
+        """What one was like when this iterator had it last."""
+        given = self._looks.get(id(tracked.subject))
+        return tracked.look() if given is None else given
+
+    def release(self) -> None:
+        """The iterator is closed, or is sent to another position."""
+        self._looks.clear()
+        for tracked in self._tracked:
+            key = id(tracked.subject)
+            if _holder(key) is self:
+                del _HOLDERS[key]
+
+
+# By the id of an object, which its holder keeps alive.
+_HOLDERS: dict[int, "weakref.ref[Hold]"] = {}
+
+
+def _holder(key: int) -> Hold | None:
+    found = _HOLDERS.get(key)
+    return None if found is None else found()
