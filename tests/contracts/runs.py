@@ -1,7 +1,7 @@
 """Real processes that train, are killed, and are compared byte for byte.
 
-Children are forked from a server that has Keras and JAX imported and no
-device initialised, so that a kill costs a second and not ten.
+Children are forked from a server that has Keras and all backends imported and
+no device initialised, so that a kill costs a second and not ten.
 """
 
 import contextlib
@@ -24,16 +24,7 @@ from legato.storage import strict_json
 
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "legato.trainer",
-            "legato.fitting",
-            "tests.contracts.scenarios",
-            "tests.contracts.fit_scenarios",
-            "sklearn.datasets",
-            "tensorboardX",  # imports PyTorch, where that is installed
-        ]
-    )
+    context.set_forkserver_preload(["tests.contracts.preloaded"])
     return context
 
 

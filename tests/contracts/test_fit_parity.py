@@ -45,28 +45,47 @@ for _hook in (
     setattr(Everything, _hook, _recorder(_hook))
 
 
-def both(kind, tmp_path, recording=Epochs, callbacks=list, **arguments):
-    """Trains the same by Keras and by legato."""
-    pairs = []
-    for train in (keras.Model.fit, legato.fit):
-        made = KINDS[kind]()
-        recorder = recording()
-        more = {"run_dir": tmp_path / "run"} if train is legato.fit else {}
-        history = train(
-            made.model,
-            **{
-                **made.data,
-                "epochs": 3,
-                "shuffle": False,
-                "verbose": 0,
-                **arguments,
-                **more,
-            },
-            callbacks=[*callbacks(), recorder],
-        )
-        assert made.model.history is history
-        pairs.append((made, recorder, history))
-    return pairs
+def trained(
+    train, kind, run_dir, recording=Epochs, callbacks=list, **arguments
+):
+    """A new model, trained; who was called; the history."""
+    made = KINDS[kind]()
+    recorder = recording()
+    more = {"run_dir": run_dir} if train is legato.fit else {}
+    history = train(
+        made.model,
+        **{
+            **made.data,
+            "epochs": 3,
+            "shuffle": False,
+            "verbose": 0,
+            **arguments,
+            **more,
+        },
+        callbacks=[*callbacks(), recorder],
+    )
+    assert made.model.history is history
+    return made, recorder, history
+
+
+def check(kind, tmp_path, *args, **kwargs):
+    """Trains the same by Keras and by legato, and compares all of it."""
+    theirs = trained(keras.Model.fit, kind, None, *args, **kwargs)
+    ours = trained(legato.fit, kind, tmp_path / "run", *args, **kwargs)
+    try:
+        compare(ours, theirs)
+    except AssertionError:
+        # Keras on JAX was seen to differ from itself, under load: once in
+        # thousands of validations. Then it is no reference.
+        again = trained(keras.Model.fit, kind, None, *args, **kwargs)
+        try:
+            compare(again, theirs)
+        except AssertionError:
+            theirs = again
+            compare(ours, theirs)
+        else:
+            raise
+    return ours[0], theirs[0]
 
 
 def same(ours, theirs, where, rtol=1e-5, atol=1e-6):
@@ -81,32 +100,31 @@ def same(ours, theirs, where, rtol=1e-5, atol=1e-6):
         )
 
 
-def compare(pairs, rtol=1e-5, atol=1e-6):
-    (keras_made, keras_calls, keras_history), (made, calls, history) = pairs
+def compare(ours, theirs, rtol=1e-5, atol=1e-6):
+    made, calls, history = ours
+    keras_made, keras_calls, keras_history = theirs
     assert [c[:2] for c in calls.calls] == [c[:2] for c in keras_calls.calls]
-    for ours, theirs in zip(calls.calls, keras_calls.calls, strict=True):
-        same(ours[2], theirs[2], ours[:2], rtol, atol)
+    for call, keras_call in zip(calls.calls, keras_calls.calls, strict=True):
+        same(call[2], keras_call[2], call[:2], rtol, atol)
     assert history.epoch == keras_history.epoch
     same(history.history, keras_history.history, "history", rtol, atol)
-    for ours, theirs in zip(
+    for variable, keras_variable in zip(
         made.model.variables, keras_made.model.variables, strict=True
     ):
-        if "seed" not in ours.path:
+        if "seed" not in variable.path:
             np.testing.assert_allclose(
-                keras.ops.convert_to_numpy(ours.value),
-                keras.ops.convert_to_numpy(theirs.value),
+                keras.ops.convert_to_numpy(variable.value),
+                keras.ops.convert_to_numpy(keras_variable.value),
                 rtol=rtol,
                 atol=atol,
-                err_msg=ours.path,
+                err_msg=variable.path,
             )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_as_keras_does(kind, tmp_path):
-    pairs = both(kind, tmp_path)
-    compare(pairs)
+    ours, theirs = check(kind, tmp_path)
     # And what comes after `fit` works.
-    (theirs, _, _), (ours, _, _) = pairs
     if kind == "adversaries":
         return  # what is predicted, or measured, is not defined
     x = ours.data["x"]
@@ -125,7 +143,7 @@ def test_it_trains_as_keras_does(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_of_batches_see_what_keras_shows_them(kind, tmp_path):
-    compare(both(kind, tmp_path, Everything))
+    check(kind, tmp_path, Everything)
 
 
 @pytest.mark.parametrize(
@@ -143,16 +161,14 @@ def test_hooks_of_batches_see_what_keras_shows_them(kind, tmp_path):
     ids=str,
 )
 def test_arguments(arguments, tmp_path):
-    compare(both("sequential", tmp_path, Everything, **arguments))
+    check("sequential", tmp_path, Everything, **arguments)
 
 
 def test_averages_are_swapped_in(tmp_path):
-    compare(
-        both(
-            "averaged",
-            tmp_path,
-            callbacks=lambda: [keras.callbacks.SwapEMAWeights()],
-        )
+    check(
+        "averaged",
+        tmp_path,
+        callbacks=lambda: [keras.callbacks.SwapEMAWeights()],
     )
 
 
@@ -169,6 +185,4 @@ def test_training_stops_where_keras_stops(hook, tmp_path):
             self.model.stop_training = True
 
     setattr(Stopper, hook, stop)
-    compare(
-        both("sequential", tmp_path, Everything, callbacks=lambda: [Stopper()])
-    )
+    check("sequential", tmp_path, Everything, callbacks=lambda: [Stopper()])
