@@ -102,9 +102,8 @@ def _run(out, scenario, hook, step, epochs, kwargs):
 def fit(out, scenario, *kills, epochs=EPOCHS, **kwargs):
     """Trains through kills, each `(hook, step)`, to the end; the result."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["legato.trainer", "legato.compiled", "tensorflow", "tensorboardX"]
-    )
+    # (There is one server for all tests: they must preload the same.)
+    context.set_forkserver_preload(["tests.contracts.preloaded"])
     out.mkdir(parents=True, exist_ok=True)
     for hook, step in [*kills, (None, 0)]:
         process = context.Process(

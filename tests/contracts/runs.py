@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import keras
+
 from legato.storage import strict_json
 
 # Files of a run directory that may differ between two runs of one
@@ -28,8 +30,19 @@ def _context() -> Any:
     return context
 
 
-def _train(name: str, run_dir: str, overrides: dict[str, Any]) -> None:
+def _train(
+    name: str,
+    run_dir: str,
+    overrides: dict[str, Any],
+    compiled: str | None = None,
+) -> None:
     """The child: trains to the end and leaves its history behind."""
+    if compiled is not None and keras.config.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", compiled)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     from tests.contracts.fit_scenarios import FIT_SCENARIOS
     from tests.contracts.scenarios import SCENARIOS
 
@@ -50,11 +63,23 @@ def _train(name: str, run_dir: str, overrides: dict[str, Any]) -> None:
     out.write_text(json.dumps([history.epoch, history.history]))
 
 
-def start(name: str, run_dir: Path, **overrides: Any) -> Any:
-    """Begin to train a scenario in a new process."""
+def start(
+    name: str, run_dir: Path, *, compiled: Path | None = None, **overrides: Any
+) -> Any:
+    """Begin to train a scenario in a new process.
+
+    Args:
+        name: of the scenario.
+        run_dir: where it trains.
+        compiled: where XLA keeps what it compiled, for the processes of one
+            run: most of their time goes there. Two runs that are compared
+            must not share it: each is to be compiled for itself.
+        **overrides: of the scenario's config.
+    """
     # A user's process does not begin with pytest's random state either.
     process = _context().Process(
-        target=_train, args=(name, str(run_dir), overrides)
+        target=_train,
+        args=(name, str(run_dir), overrides, compiled and str(compiled)),
     )
     process.start()
     return process
@@ -100,9 +125,10 @@ def train_with_kills(
     """
     instants = random.Random(seed)
     checkpoints = run_dir / "checkpoints"
+    compiled = run_dir.with_name(f"{run_dir.name}-compiled")
     report = []
     for number in range(kills):
-        process = start(name, run_dir, **overrides)
+        process = start(name, run_dir, compiled=compiled, **overrides)
         # In the first half of what is left, or the run might end before.
         first = min(_newest(checkpoints) + 1, until - 1)
         target = instants.randint(first, (first + until) // 2)
@@ -124,7 +150,7 @@ def train_with_kills(
         killed = process.exitcode == -signal.SIGKILL
         step = _newest(checkpoints)
         report.append(f"{moment} {step}" if killed else "too late")
-    finish(start(name, run_dir, **overrides))
+    finish(start(name, run_dir, compiled=compiled, **overrides))
     return report
 
 

@@ -94,7 +94,9 @@ def test_resumed_at_every_position(name, tmp_path):
         for aside in (copy / "checkpoints").glob("aside-*"):
             shutil.rmtree(aside)
         (copy / "history.json").unlink()
-        processes.append((copy, runs.start(name, copy, **length)))
+        compiled = tmp_path / "compiled"
+        process = runs.start(name, copy, compiled=compiled, **length)
+        processes.append((copy, process))
         if len(processes) % 2 == 0:
             runs.finish(processes[-2][1])
     for copy, process in processes:
