@@ -79,8 +79,6 @@ def contestant(
         loss=model.build_loss(),
         metrics=["accuracy"],
     )
-    if hook:  # each step is some way for itself: fewer will do
-        x, y = x[: len(x) // 4], y[: len(y) // 4]
 
     def measure() -> float:
         timer = Timer()

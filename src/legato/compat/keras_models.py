@@ -5,7 +5,7 @@ Private names of Keras's trainers are touched here and nowhere else.
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import keras
 from keras.src import backend as keras_backend
@@ -44,6 +44,41 @@ def make_metrics(model: Any, metrics: Any, weighted: Any) -> CompileMetrics:
     """What `compile` would make of these metrics."""
     names = getattr(model, "output_names", None)
     return CompileMetrics(metrics, weighted, output_names=names)
+
+
+def means_by_name(
+    metric: keras.metrics.Metric,
+) -> dict[str, keras.metrics.Mean] | None:
+    """The means that a metric's results are; None if some are not means.
+
+    Args:
+        metric: which may be what `compile` made, and hold others.
+    """
+    held: list[Any] = [
+        inner
+        for group in getattr(metric, "metrics", ())
+        for inner in getattr(group, "metrics", [group])
+    ]
+    if not held:
+        return {metric.name: metric} if _is_mean(metric) else None
+    if not isinstance(metric, CompileMetrics) or not all(map(_is_mean, held)):
+        return None
+    # How they are named is Keras's business: it is asked with the means in
+    # the place of their results.
+    try:
+        for mean in held:
+            vars(mean)["result"] = lambda mean=mean: mean
+        return metric.result()
+    finally:
+        for mean in held:
+            del vars(mean)["result"]
+
+
+def _is_mean(metric: keras.metrics.Metric) -> TypeGuard[keras.metrics.Mean]:
+    return (
+        isinstance(metric, keras.metrics.Mean)
+        and type(metric).result is keras.metrics.Mean.result
+    )
 
 
 def has_loss(model: Any) -> bool:

@@ -16,7 +16,7 @@ class Feed:
         self._iterator = iterator
         self._state = iterator.get_state()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="legato-feed")
-        self._ahead: tuple[int, Future[Chunk]] | None = None
+        self._ahead: Future[Chunk] | None = None
 
     def prefetch(self, max_batches: int) -> None:
         """Begin to make the chunk that `take(max_batches)` will want.
@@ -24,16 +24,21 @@ class Feed:
         Nothing is done where the data must be drawn in this thread, in turn
         with the callbacks.
         """
-        # (A single batch is made sooner than it is handed over.)
-        if (
-            max_batches > 1
-            and self._ahead is None
-            and self._iterator.draws_ahead
-        ):
-            future = self._executor.submit(
+        if self._ahead is not None or not self._iterator.draws_ahead:
+            return
+        if max_batches > 1:
+            self._ahead = self._executor.submit(
                 self._iterator.next_chunk, max_batches
             )
-            self._ahead = max_batches, future
+            return
+        # A single batch is made sooner than it is handed over, and the device
+        # works meanwhile.
+        future: Future[Chunk] = Future()
+        try:
+            future.set_result(self._iterator.next_chunk(1))
+        except Exception as error:  # for `take` to raise, in its turn
+            future.set_exception(error)
+        self._ahead = future
 
     def take(self, max_batches: int) -> Chunk:
         """The next chunk, of at most `max_batches` batches.
@@ -43,8 +48,7 @@ class Feed:
         """
         chunk = None
         if self._ahead is not None:
-            _, future = self._ahead
-            self._ahead = None
+            future, self._ahead = self._ahead, None
             chunk = future.result()
             if chunk.num_batches > max_batches:
                 # The plan changed (a callback stopped training, say): go back.
@@ -71,8 +75,8 @@ class Feed:
     def set_state(self, state: DataState) -> None:
         """Go to a position, dropping what was prefetched."""
         if self._ahead is not None:
-            if not self._ahead[1].cancel():
-                self._ahead[1].exception()  # wait; what it raised is moot
+            if not self._ahead.cancel():
+                self._ahead.exception()  # wait; what it raised is moot
             self._ahead = None
         self._iterator.set_state(state)
         self._state = state

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from legato import backends
+from legato.compat.keras_models import means_by_name
 from legato.errors import ConfigError, StepError
 from legato.metrics.when import Every, Sample, When, any_due, as_tensor
 
@@ -154,8 +155,9 @@ def check_metrics(
 class Results:
     """The current results of metrics, on the host.
 
-    Those of Keras's own metrics are computed in one call of the device. What
-    another metric's `result` looks at is not known, so it simply runs.
+    Means, which most of Keras's metrics are, are divided here. What else is
+    Keras's own is computed in one call of the device. What another metric's
+    `result` looks at is not known, so it simply runs.
 
     Args:
         metrics: the metrics.
@@ -178,8 +180,7 @@ class Results:
             named = value if isinstance(value, dict) else {metric.name: value}
             self._names[metric] = list(named)
             for name, each in named.items():
-                array = np.asarray(keras.ops.convert_to_numpy(each))
-                out[name] = float(array) if array.ndim == 0 else array.tolist()
+                out[name] = each if type(each) is float else _on_host(each)
         return out
 
     def names(self, metric: keras.metrics.Metric) -> list[str]:
@@ -191,10 +192,51 @@ class Results:
         present = sum(len(metric.variables) for metric in self._own)
         if self._compute is None or present != self._num_variables:
             self._num_variables = present
-            self._compute = backends.current().compile_reading(
-                lambda: [metric.result() for metric in self._own]
+            self._compute = _read_means(self._own) or (
+                backends.current().compile_reading(
+                    lambda: [metric.result() for metric in self._own]
+                )
             )
         return self._compute()
+
+
+def _read_means(
+    metrics: Sequence[keras.metrics.Metric],
+) -> Callable[[], list[Any]] | None:
+    """Reads the results of means; None if not all of them are.
+
+    A call of the device for each division, or one for all, would be a large
+    part of a small step where a callback looks at each batch.
+    """
+    means = [means_by_name(metric) for metric in metrics]
+    if any(each is None for each in means):
+        return None
+    named = [each or {} for each in means]
+    variables = [
+        variable
+        for each in named
+        for mean in each.values()
+        for variable in (mean.total, mean.count)
+    ]
+
+    def read() -> list[Any]:
+        values = iter(backends.current().read(variables))
+        return [
+            {name: _divide_no_nan(next(values), next(values)) for name in each}
+            for each in named
+        ]
+
+    return read
+
+
+def _divide_no_nan(total: np.ndarray, count: np.ndarray) -> float:
+    """As `keras.metrics.Mean.result`, to the bit."""
+    return float(total / count.astype(total.dtype)) if count else 0.0
+
+
+def _on_host(result: Any) -> Any:
+    array = np.asarray(keras.ops.convert_to_numpy(result))
+    return float(array) if array.ndim == 0 else array.tolist()
 
 
 def _is_kerass_own(metric: Any) -> bool:

@@ -169,15 +169,19 @@ class JaxLoop(CompiledLoop):
         self.log_names = program.log_names
         self.mode = mode or _choose_mode(program.closed)
         self.traces = traces
+        self._num_arrays = len(program.updated) + len(program.read_only)
         self._resident = resident
         self._capacity = jax.tree.leaves(operands)[0].shape[0]
         make = self._fused if self.mode == "fused" else self._stepwise
         self._run = make(program)
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
-        taken: set[int] = set()
-        updated = [_own_array(v, taken) for v in self.updated]
-        read_only = [_own_array(v, taken) for v in self.read_only]
+        updated = [v._value for v in self.updated]
+        read_only = [v._value for v in self.read_only]
+        if len({*map(id, updated), *map(id, read_only)}) < self._num_arrays:
+            taken: set[int] = set()
+            updated = [_own_array(a, taken) for a in updated]
+            read_only = [_own_array(a, taken) for a in read_only]
         new, logs = self._run(
             updated, read_only, self._resident, operands, step, num_steps
         )
@@ -191,8 +195,10 @@ class JaxLoop(CompiledLoop):
 
         def loop(
             updated: Any, read_only: Any, resident: Any, operands: Any,
-            step: Any, num_steps: Any,
+            numbers: Any,
         ) -> Any:  # fmt: skip
+            step, num_steps = numbers
+
             def body(index: Any, carry: Any) -> Any:
                 values, rows = carry
                 values, row = run(
@@ -209,10 +215,9 @@ class JaxLoop(CompiledLoop):
             updated: Any, read_only: Any, resident: Any, operands: Any,
             step: int, num_steps: int,
         ) -> Any:  # fmt: skip
-            return compiled(
-                updated, read_only, resident, operands,
-                np.int32(step), np.int32(num_steps),
-            )  # fmt: skip
+            # (One array: each argument that is not on the device costs time.)
+            numbers = np.array([step, num_steps], np.int32)
+            return compiled(updated, read_only, resident, operands, numbers)
 
         return call
 
@@ -224,7 +229,8 @@ class JaxLoop(CompiledLoop):
             step: int, num_steps: int,
         ) -> Any:  # fmt: skip
             rows = []
-            operands = jax.device_put(operands)
+            if num_steps > 1:  # for one, the call does it, and quicker
+                operands = jax.device_put(operands)
             for index in range(num_steps):
                 updated, row = compiled(
                     updated, read_only, resident, operands,
@@ -258,13 +264,12 @@ def _has_convolution(jaxpr: Any) -> bool:
     )
 
 
-def _own_array(variable: keras.Variable, taken: set[int]) -> Any:
-    """The variable's array, copied if another one holds the same.
+def _own_array(value: Any, taken: set[int]) -> Any:
+    """A variable's array, copied if another one holds the same.
 
     `a.assign(b)` makes two variables share one array, which cannot be donated
     (its memory reused) twice.
     """
-    value = variable._value
     if id(value) in taken:
         value = jnp.array(value, copy=True)
     taken.add(id(value))
