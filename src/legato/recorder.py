@@ -95,8 +95,8 @@ class Recorder:
         """
         clock = self._clock
         names = self._log_names()
-        for k, name in enumerate(names):
-            column = rows[:, k].tolist()
+        columns = rows.T.tolist()
+        for name, column in zip(names, columns, strict=True):
             if name == self._task.loss:
                 self._check_finite(column)
             epoch = clock.epoch_logs.get(name, 0.0)
@@ -108,7 +108,10 @@ class Recorder:
             clock.interval_logs[name] = interval
         clock.epoch_examples += chunk.num_batches * chunk.batch_size
         clock.interval_steps += chunk.num_batches
-        clock.last_logs = dict(zip(names, rows[-1].tolist(), strict=True))
+        clock.last_logs = {
+            name: column[-1]
+            for name, column in zip(names, columns, strict=True)
+        }
         self._reporter.update(clock.step, clock.last_logs)
 
     def batch_logs(self) -> Logs:

@@ -173,6 +173,8 @@ class Results:
 
     def __call__(self) -> dict[str, Any]:
         """Results by name: floats, or lists for arrays."""
+        if not self._metrics:
+            return {}
         computed = iter(self._of_own() if self._own else [])
         out: dict[str, Any] = {}
         for metric, is_own in zip(self._metrics, self._is_own, strict=True):

@@ -61,6 +61,8 @@ class JaxBackend(Backend):
 
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
         if isinstance(logs, list):
+            if len(logs) == 1:  # as a callback that acts at each batch has it
+                return np.asarray(logs[0])[None]
             return np.stack(jax.device_get(logs))
         return np.asarray(logs)[:num_steps]
 

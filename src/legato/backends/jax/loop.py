@@ -222,7 +222,14 @@ class JaxLoop(CompiledLoop):
         return call
 
     def _stepwise(self, run: Any) -> Any:
-        compiled = jax.jit(run, donate_argnums=0)
+        def one(
+            updated: Any, read_only: Any, resident: Any, operands: Any,
+            numbers: Any,
+        ) -> Any:  # fmt: skip
+            index, step = numbers
+            return run(updated, read_only, resident, operands, index, step)
+
+        compiled = jax.jit(one, donate_argnums=0)
 
         def call(
             updated: Any, read_only: Any, resident: Any, operands: Any,
@@ -232,10 +239,10 @@ class JaxLoop(CompiledLoop):
             if num_steps > 1:  # for one, the call does it, and quicker
                 operands = jax.device_put(operands)
             for index in range(num_steps):
+                numbers = np.array([index, step + index], np.int32)
                 updated, row = compiled(
-                    updated, read_only, resident, operands,
-                    np.int32(index), np.int32(step + index),
-                )  # fmt: skip
+                    updated, read_only, resident, operands, numbers
+                )
                 rows.append(row)
             return updated, rows
 
