@@ -35,9 +35,9 @@ LAYERS = [
         "program",
         "restoring",
     },
-    {"summaries", "callbacks", "progress", "recorder"},
+    {"summaries", "callbacks", "progress", "recorder", "diff"},
     {"session", "trainer", "experiment", "fitting"},
-    {"tasks"},
+    {"tasks", "verify", "testing"},
     {"cli", "__main__"},
     {"__init__"},
 ]

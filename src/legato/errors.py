@@ -76,6 +76,10 @@ class ExactnessError(LegatoError):
     """Resuming would not be exact, and `exact="strict"` was asked for."""
 
 
+class VerifyError(LegatoError):
+    """A proof could not be carried through."""
+
+
 class LegatoWarning(UserWarning):
     """The base of all warnings that legato gives."""
 

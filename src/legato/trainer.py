@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
@@ -67,12 +67,15 @@ class Trainer:
         config: as given.
         run_dir: as given.
         audit: what became of each part of the state at the last resume.
+        session_type: of what `train` makes; `legato.verify` watches by it.
 
     Raises:
         ConfigError: an argument is wrong, or the Task builds something else
             than it must.
         DataError: the data are wrong.
     """
+
+    session_type: ClassVar[Callable[..., Session]] = Session
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class Trainer:
         self._has_trained = True
         with (
             storage.RunLock(self.run_dir),
-            Session(
+            self.session_type(
                 self._parts,
                 self.config,
                 self.run_dir,

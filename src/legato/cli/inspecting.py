@@ -229,15 +229,20 @@ def _read_tail(path: Path, size: int) -> bytes | None:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    # Files and pipes have no width: let long names have their line.
-    width = None if sys.stdout.isatty() else 160
-    console = Console(width=width, highlight=False, markup=False)
+    console = make_console()
     if report["kind"] == "run":
         _show_run(report, console)
     else:
         _show_checkpoint(report, console)
+
+
+def make_console() -> "Console":
+    """Where tables are printed."""
+    from rich.console import Console
+
+    # Files and pipes have no width: let long names have their line.
+    width = None if sys.stdout.isatty() else 160
+    return Console(width=width, highlight=False, markup=False)
 
 
 def _show_run(report: dict[str, Any], console: "Console") -> None:
@@ -263,7 +268,7 @@ def _show_run(report: dict[str, Any], console: "Console") -> None:
         for each in report["checkpoints"]
     ]
     if rows:
-        _show_table(
+        show_table(
             console,
             ["checkpoint", "step", "size", "written", "state", ""],
             rows,
@@ -306,7 +311,7 @@ def _show_checkpoint(report: dict[str, Any], console: "Console") -> None:
     ]
     total = _size(sum(each["bytes"] for each in arrays))
     rows.append([f"{len(arrays)} arrays", "", "", total])
-    _show_table(console, ["array", "dtype", "shape", "size"], rows)
+    show_table(console, ["array", "dtype", "shape", "size"], rows)
     console.print()
     pairs: dict[str, Any] = {}
     for part, value in report["host"].items():
@@ -327,9 +332,10 @@ def _show_pairs(console: "Console", pairs: dict[str, Any]) -> None:
         console.print(f"{printable(name):{width}}  {printable(str(value))}")
 
 
-def _show_table(
+def show_table(
     console: "Console", headers: list[str], rows: list[list[str]]
 ) -> None:
+    """Prints a table; what is in it may come from a file."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
