@@ -37,12 +37,8 @@ def _train(
     compiled: str | None = None,
 ) -> None:
     """The child: trains to the end and leaves its history behind."""
-    if compiled is not None and keras.config.backend() == "jax":
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", compiled)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if compiled is not None:
+        keep_compiled(Path(compiled))
     from tests.contracts.fit_scenarios import FIT_SCENARIOS
     from tests.contracts.scenarios import SCENARIOS
 
@@ -61,6 +57,16 @@ def _train(
             history = trainer.train()
     out = Path(run_dir, "history.json")
     out.write_text(json.dumps([history.epoch, history.history]))
+
+
+def keep_compiled(directory: Path) -> None:
+    """Let XLA keep what this process compiles, for those that come."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def start(

@@ -15,7 +15,9 @@ def _run(spec, output):
     import contextlib
 
     from legato.verify import child
+    from tests.contracts.runs import keep_compiled
 
+    keep_compiled(Path(output).parent / "compiled")
     with (
         Path(output).open("w") as file,
         contextlib.redirect_stdout(file),
@@ -25,7 +27,10 @@ def _run(spec, output):
 
 
 class Forked(Process):
-    """A process forked from a server that has imported what is slow."""
+    """A process forked from a server that has imported what is slow.
+
+    XLA keeps what it compiled for the processes of one test.
+    """
 
     def __init__(self, spec, output):
         context = multiprocessing.get_context("forkserver")
