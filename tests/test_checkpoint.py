@@ -842,8 +842,7 @@ def test_ctrl_c_at_random_instants_harms_nothing(tmp_path):
         timer = threading.Timer(
             rng.random() * 0.01, signal.pthread_kill, (main, signal.SIGINT)
         )
-        # The interrupt may come where Python must ignore it: in a destructor,
-        # or in what JAX has called at each garbage collection.
+        # The interrupt may come where Python must ignore it: in a destructor.
         late = time.monotonic() + 1
         with contextlib.suppress(KeyboardInterrupt):
             timer.start()
