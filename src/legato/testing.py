@@ -65,10 +65,9 @@ def explain(verdict: Verdict) -> str:
         lines.append(verdict.failure)
     if verdict.first is not None:
         first = verdict.first
-        where = "at the end" if first.step is None else f"at step {first.step}"
         lines.append(
-            f"The killed run differs first {where} (step {first.after} was "
-            f"the same), in {', '.join(first.parts[:4])}."
+            f"The killed run differs first {first.where}, in "
+            f"{', '.join(first.parts[:4])}."
         )
         lines += [f"  {d.path}: {d}" for d in first.differences[:8]]
         if verdict.is_repeatable is False:

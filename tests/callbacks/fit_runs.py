@@ -6,7 +6,6 @@ Children are forked from a server that has imported what is slow to import.
 import csv
 import functools
 import json
-import multiprocessing
 import os
 import signal
 import traceback
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from tests.contracts import runs
 
 EPOCHS = 4
 STEPS = 5
@@ -101,12 +101,9 @@ def _run(out, scenario, hook, step, epochs, kwargs):
 
 def fit(out, scenario, *kills, epochs=EPOCHS, **kwargs):
     """Trains through kills, each `(hook, step)`, to the end; the result."""
-    context = multiprocessing.get_context("forkserver")
-    # (There is one server for all tests: they must preload the same.)
-    context.set_forkserver_preload(["tests.contracts.preloaded"])
     out.mkdir(parents=True, exist_ok=True)
     for hook, step in [*kills, (None, 0)]:
-        process = context.Process(
+        process = runs.context().Process(
             target=_run, args=(out, scenario, hook, step, epochs, kwargs)
         )
         process.start()

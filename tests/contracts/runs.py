@@ -24,10 +24,11 @@ from legato.storage import strict_json
 # Checkpoints' manifests hold the run's id, and are covered by what they hash.
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.contracts.preloaded"])
-    return context
+def context() -> Any:
+    """Of the one server for all tests, which must preload the same."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.contracts.preloaded"])
+    return found
 
 
 def _train(
@@ -83,7 +84,7 @@ def start(
         **overrides: of the scenario's config.
     """
     # A user's process does not begin with pytest's random state either.
-    process = _context().Process(
+    process = context().Process(
         target=_train,
         args=(name, str(run_dir), overrides, compiled and str(compiled)),
     )

@@ -1,6 +1,5 @@
 """Faults that were planted are found, and named rightly."""
 
-import multiprocessing
 from pathlib import Path
 
 import keras
@@ -8,6 +7,7 @@ import pytest
 
 from legato.verify import Target, verify
 from legato.verify.children import Process
+from tests.contracts import runs
 from tests.verify import planted
 
 
@@ -33,9 +33,7 @@ class Forked(Process):
     """
 
     def __init__(self, spec, output):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.contracts.preloaded"])
-        self._process = context.Process(target=_run, args=(spec, output))
+        self._process = runs.context().Process(target=_run, args=(spec, output))
         self._process.start()
         self.pid = self._process.pid
 

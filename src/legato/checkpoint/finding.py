@@ -18,6 +18,7 @@ from typing import Any
 from legato import storage
 from legato.checkpoint.format import (
     Checkpoint,
+    list_steps,
     load_checkpoint,
     parse_step,
     place_identity,
@@ -151,7 +152,7 @@ class RunReader:
             RunDirError: if they cannot be listed.
         """
         try:
-            names = os.listdir(self.run_dir / CHECKPOINTS)
+            return list_steps(self.run_dir / CHECKPOINTS)
         except FileNotFoundError:
             return []
         except OSError as e:
@@ -159,8 +160,6 @@ class RunReader:
                 f"{self.run_dir}: its checkpoints cannot be listed: "
                 f"{e.strerror}. Give the directory of a run that you may read."
             ) from e
-        found = (parse_step(name) for name in names)
-        return sorted(step for step in found if step is not None)
 
     def find(self, which: str | int) -> Checkpoint:
         """The checkpoint that `check_which` returned.

@@ -89,6 +89,16 @@ def parse_step(name: str) -> int | None:
     return step if name == step_name(step) else None  # one spelling only
 
 
+def list_steps(directory: Path) -> list[int]:
+    """The steps of the committed checkpoints in a directory, ascending.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    found = map(parse_step, os.listdir(directory))
+    return sorted(step for step in found if step is not None)
+
+
 def load_checkpoint(
     path: str | os.PathLike[str], *, run_id: str | None = None
 ) -> Checkpoint:

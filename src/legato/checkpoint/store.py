@@ -16,8 +16,8 @@ from legato.checkpoint.format import (
     STATE,
     About,
     Checkpoint,
+    list_steps,
     load_checkpoint,
-    parse_step,
     read_about,
     step_name,
 )
@@ -227,8 +227,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps of the committed checkpoints, ascending."""
-        found = (parse_step(name) for name in os.listdir(self._directory))
-        return sorted(step for step in found if step is not None)
+        return list_steps(self._directory)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""

@@ -157,9 +157,8 @@ def _show_first(verdict: "Verdict", console: Any) -> None:
 
     first = verdict.first
     assert first is not None
-    where = "at the end" if first.step is None else f"at step {first.step}"
     console.print(
-        f"\nDIFFERS first {where} (step {first.after} was the same), in "
+        f"\nDIFFERS first {first.where}, in "
         f"{printable(', '.join(first.parts[:4]))}"
         f"{' and more' if len(first.parts) > 4 else ''}."
     )

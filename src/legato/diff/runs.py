@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from legato.checkpoint import FINAL, Checkpoint, load_checkpoint
-from legato.checkpoint.format import parse_step, step_name
+from legato.checkpoint.format import list_steps, step_name
 from legato.checkpoint.store import BEST, CHECKPOINTS
 from legato.diff.checkpoints import (
     ABSENT,
@@ -112,10 +112,9 @@ def compare_runs(a: Path, b: Path) -> RunComparison:
 
 def _steps(run: Path) -> set[int]:
     try:
-        names = os.listdir(run / CHECKPOINTS)
+        return set(list_steps(run / CHECKPOINTS))
     except OSError:
         return set()
-    return {step for step in map(parse_step, names) if step is not None}
 
 
 def _paths(a: Path, b: Path, step: int) -> tuple[Path, Path]:

@@ -42,8 +42,7 @@ def main(spec_path: str) -> int:
     evidence = Evidence(Path(spec["evidence"]))
     sys.path[:] = spec["path"]
     _note_warnings(evidence)
-    if spec["watch"]:
-        watch_calls(evidence)
+    watch_calls(evidence)
     if spec["backend"]:
         os.environ["KERAS_BACKEND"] = spec["backend"]
     with Board(Path(spec["board"])) as board:

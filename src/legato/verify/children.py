@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from legato.checkpoint.format import parse_step
+from legato.checkpoint.format import list_steps
 from legato.checkpoint.store import CHECKPOINTS
 from legato.errors import VerifyError
 from legato.storage.files import TEMPORARY
@@ -213,7 +213,6 @@ class Runs:
             "board": f"{stem}.board",
             "checkpoint_interval": every,
             "batches": batches,
-            "watch": True,
             "path": sys.path,
         }
         stem.with_suffix(".json").write_text(json.dumps(spec))
@@ -387,6 +386,5 @@ def _environment() -> dict[str, str]:
 def last_step(run_dir: Path) -> int:
     """The last step of which a run has a checkpoint; 0 if it has none."""
     with contextlib.suppress(OSError):
-        found = map(parse_step, os.listdir(run_dir / CHECKPOINTS))
-        return max((step for step in found if step is not None), default=0)
+        return max(list_steps(run_dir / CHECKPOINTS), default=0)
     return 0

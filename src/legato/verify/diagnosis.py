@@ -41,6 +41,12 @@ class FirstDifference:
     differences: list[Difference]
 
     @property
+    def where(self) -> str:
+        """The first step that differs, and the last that does not."""
+        at = "at the end" if self.step is None else f"at step {self.step}"
+        return f"{at} (step {self.after} was the same)"
+
+    @property
     def parts(self) -> list[str]:
         """The parts of the state that differ, in a person's words."""
         return list(dict.fromkeys(map(part_of, self.differences)))
@@ -218,29 +224,26 @@ def _of_global(record: dict[str, Any]) -> Cause:
     )
 
 
+def _of_call(record: dict[str, Any], why: str, remedy: str) -> Cause:
+    what = f"{record['name']} is called in {_place(record)}: {why}"
+    return Cause(what=what, remedy=remedy)
+
+
 def _of_clock(record: dict[str, Any]) -> Cause:
-    return Cause(
-        what=(
-            f"{record['name']} is called in {_place(record)}: what it returns "
-            "is another thing in each run"
-        ),
-        remedy=(
-            "Let nothing that decides about training depend on it: count "
-            "steps instead of seconds."
-        ),
+    return _of_call(
+        record,
+        "what it returns is another thing in each run",
+        "Let nothing that decides about training depend on it: count steps "
+        "instead of seconds.",
     )
 
 
 def _of_draw(record: dict[str, Any]) -> Cause:
-    return Cause(
-        what=(
-            f"{record['name']} is called in {_place(record)}: it draws from a "
-            "generator that is not part of the run"
-        ),
-        remedy=(
-            "Draw from a generator with a seed that is kept in a callback or "
-            "in the data source, or keyed by the epoch and the index."
-        ),
+    return _of_call(
+        record,
+        "it draws from a generator that is not part of the run",
+        "Draw from a generator with a seed that is kept in a callback or in "
+        "the data source, or keyed by the epoch and the index.",
     )
 
 
