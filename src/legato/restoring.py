@@ -110,7 +110,9 @@ def set_frozen(
         DamagedError: it is not that.
     """
     match saved:
-        case {"layers": list(layers), "variables": list(frozen)}:
+        case {"layers": list(layers), "variables": list(frozen)} if all(
+            isinstance(path, str) for path in (*layers, *frozen)
+        ):
             pass
         case _:
             raise DamagedError("The saved trainable flags are damaged.")
@@ -120,7 +122,13 @@ def set_frozen(
             layer.trainable = path not in layers
     for path, variable in variables.items():
         if path.startswith("model/"):
-            variable.trainable = path not in frozen
+            try:
+                variable.trainable = path not in frozen
+            except RuntimeError as error:  # PyTorch's, of integers
+                raise DamagedError(
+                    f"The saved trainable flags are damaged: {path} cannot be "
+                    f"trained: {error}"
+                ) from error
 
 
 @contextlib.contextmanager

@@ -1,20 +1,27 @@
 """A run directory: made, recognised, or refused."""
 
 import json
+import os
+import re
+import stat
 import uuid
 from pathlib import Path
 
 from legato import storage
-from legato.errors import RunDirError
+from legato.errors import DamagedError, RunDirError
+from legato.storage import strict_json
 from legato.version import __version__
 
 RUN = "run.json"
 CONFIG = "config.yaml"
 
+_MAX_BYTES = 64 * 1024
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
 
 def is_run(run_dir: Path) -> bool:
     """Whether a run was begun there."""
-    return (run_dir / RUN).exists()
+    return os.path.lexists(run_dir / RUN)
 
 
 def prepare_run_directory(run_dir: Path) -> None:
@@ -57,7 +64,7 @@ def read_run_id(run_dir: Path) -> str:
         RunDirError: it cannot be written, or is damaged.
     """
     if is_run(run_dir):
-        return _read_id(run_dir / RUN)
+        return find_run_id(run_dir)
     run_id = str(uuid.uuid4())
     record = json.dumps({"run_id": run_id, "legato": __version__})
     try:
@@ -70,18 +77,34 @@ def read_run_id(run_dir: Path) -> str:
     return run_id
 
 
-def _read_id(path: Path) -> str:
+def find_run_id(run_dir: Path) -> str:
+    """The id of a run that is there.
+
+    Raises:
+        RunDirError: it is not the directory of a run.
+    """
+    path = run_dir / RUN
+    # A link could lead anywhere, and a pipe would wait for ever.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        return str(uuid.UUID(json.loads(path.read_bytes())["run_id"]))
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+        fd = os.open(path, flags)
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise DamagedError("not a regular file")
+            raw = file.read(_MAX_BYTES + 1)
+        record = strict_json.loads(raw, name=RUN, max_bytes=_MAX_BYTES)
+    except (OSError, DamagedError) as error:
         raise RunDirError(
-            f"{path} is not that of a run: {error!r}. If the directory holds "
-            "nothing of value, choose another run_dir."
+            f"{path} is not that of a run: "
+            f"{error.strerror if isinstance(error, OSError) else error}. Give "
+            "the directory of a run, or of one of its checkpoints; to begin a "
+            "run, an empty or a new one."
         ) from error
+    match record:
+        case {"run_id": str(run_id)} if _RUN_ID.fullmatch(run_id):
+            return run_id
+    raise RunDirError(
+        f"{path} is not that of a run: it holds no run_id. Give the directory "
+        "of a run, or of one of its checkpoints; to begin a run, an empty or "
+        "a new one."
+    )

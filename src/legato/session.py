@@ -378,7 +378,13 @@ class Session:
                 updated: Any = optimizer
                 optimizer.finalize_variable_values(updated._trainable_variables)
         self._callbacks.on_train_end(dict(self.clock.training_logs))
-        self._log.flush()
+        try:
+            self._log.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"The logs in {self._run_dir} could not be written: {error}. "
+                "The checkpoints are not affected: run it again."
+            ) from error
         self._store.save_final(self.clock.step, self._read_arrays())
 
     def _load_final(self) -> bool:
@@ -481,8 +487,6 @@ class Session:
         arrays |= {f"data/{k}": v for k, v in data_arrays.items()}
         arrays |= {f"random/{k}": v for k, v in random_arrays.items()}
         best = self._recorder.best
-        # Written before the checkpoint that counts them.
-        self._log.flush()
         host: dict[str, JSON] = {
             "clock": self.clock.to_json(),
             "data": data,
@@ -500,6 +504,7 @@ class Session:
             arrays,
             host,
             best=best.is_new,
+            # A checkpoint counts the lines of the logs: they go first.
             before_commit=self._log.sync,
         )
         best.is_new = False

@@ -5,6 +5,7 @@ and are rewound when it is resumed; wall-clock figures are not, and live apart
 in `timing.jsonl`.
 """
 
+import contextlib
 import datetime
 import struct
 import time
@@ -116,12 +117,18 @@ class RunLog:
         self._timing.flush()
 
     def sync(self) -> None:
-        """Make what was flushed durable: it survives a power cut too.
+        """Write and make durable: it survives a power cut too.
 
         May be called from another thread than the one that writes.
+
+        Raises:
+            OSError: it failed; nothing is lost, and it can be repeated.
         """
         for file in self._files().values():
+            file.flush()
             file.fsync()
+        with contextlib.suppress(OSError):  # no part of the run
+            self._timing.flush()
 
     def _files(self) -> dict[str, storage.RecordFile]:
         """The files that are part of the exact run, by name."""

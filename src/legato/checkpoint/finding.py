@@ -8,7 +8,6 @@ is as one that was never listed.
 
 import operator
 import os
-import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,11 +32,9 @@ from legato.errors import (
     LegatoWarning,
     RunDirError,
 )
-from legato.run_directory import RUN
-from legato.storage import strict_json
+from legato.run_directory import RUN, find_run_id
 from legato.storage.commit import MANIFEST
 
-_RUN_BYTES = 64 * 1024
 _LOOKS = 20  # at the list of checkpoints, if each of them goes meanwhile
 _SHOWN_STEPS = 20
 _SLICE_SECS = 0.1  # a request to stop is noticed this often
@@ -137,7 +134,7 @@ class RunReader:
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
-        self.run_id = _read_run_id(run_dir)
+        self.run_id = find_run_id(run_dir)
         # What it leads to could be another run's.
         if (run_dir / CHECKPOINTS).is_symlink():
             raise RunDirError(
@@ -441,32 +438,6 @@ def _load_own(path: Path, run: Path | None) -> Checkpoint:
     except DamagedError as e:
         others = f" {RunReader(run)._there_are()}" if run is not None else ""
         raise CheckpointError(f"{e}.{others}") from e
-
-
-def _read_run_id(run_dir: Path) -> str:
-    path = run_dir / RUN
-    # A link could lead anywhere, and a pipe would wait for ever.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags)
-        with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise DamagedError("not a regular file")
-            raw = file.read(_RUN_BYTES + 1)
-        record = strict_json.loads(raw, name=RUN, max_bytes=_RUN_BYTES)
-    except (OSError, DamagedError) as e:
-        raise RunDirError(
-            f"{path} is not that of a run: "
-            f"{e.strerror if isinstance(e, OSError) else e}. Give the "
-            "directory of a run, or of one of its checkpoints."
-        ) from e
-    match record:
-        case {"run_id": str(run_id)}:
-            return run_id
-    raise RunDirError(
-        f"{path} is not that of a run: it holds no run_id. Give the directory "
-        "of a run, or of one of its checkpoints."
-    )
 
 
 def _warn(message: str) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ class RecordFile:
 
     Records are kept in memory until `flush`, and are never torn by an error
     (a failed `flush` can be repeated). After a kill the last record may be
-    torn: rewind to where a whole one ended.
+    torn: rewind to where a whole one ended. One thread may append while
+    another one flushes.
 
     Args:
         path: the file; made if there is none. Not a symbolic link.
@@ -125,18 +127,21 @@ class RecordFile:
     def __init__(self, path: Path, *, fs: FileSystem = OS):
         self._path = path
         self._fs = fs
+        self._lock = threading.RLock()
         self._pending = bytearray()
         self._fd = fs.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self._size = os.fstat(self._fd).st_size
 
     def append_bytes(self, record: bytes) -> None:
         """Adds a record, in memory."""
-        self._pending += record
+        with self._lock:
+            self._pending += record
 
     @property
     def offset(self) -> int:
         """Where the next record will begin, in bytes from the beginning."""
-        return self._size + len(self._pending)
+        with self._lock:
+            return self._size + len(self._pending)
 
     def flush(self) -> None:
         """Hands all records to the system: they survive the process.
@@ -144,23 +149,23 @@ class RecordFile:
         Raises:
             OSError: if it failed. The records are kept for the next time.
         """
-        if not self._pending:
-            return
-        # A flush that failed or was interrupted may have written some of them:
-        # they would be there twice.
-        found = os.fstat(self._fd).st_size
-        if found > self._size:
-            self._fs.truncate(self._fd, self._size)
-        self._size = min(found, self._size)
-        write_all(self._fd, self._pending, self._fs)
-        self._size += len(self._pending)
-        self._pending = bytearray()
+        with self._lock:
+            if not self._pending:
+                return
+            # A flush that failed or was interrupted may have written some of
+            # them: they would be there twice.
+            found = os.fstat(self._fd).st_size
+            if found > self._size:
+                self._fs.truncate(self._fd, self._size)
+            self._size = min(found, self._size)
+            write_all(self._fd, self._pending, self._fs)
+            self._size += len(self._pending)
+            self._pending = bytearray()
 
     def fsync(self) -> None:
         """Makes what was flushed durable: it survives a power cut.
 
-        It does not flush, so that another thread may call it while this one
-        appends.
+        It does not flush, and no one has to wait for it.
 
         Raises:
             OSError: if it failed.
