@@ -35,7 +35,7 @@ LAYERS = [
         "program",
         "restoring",
     },
-    {"summaries", "callbacks", "progress", "recorder", "diff"},
+    {"summaries", "callbacks", "progress", "recorder", "recovery", "diff"},
     {"session", "trainer", "experiment", "fitting"},
     {"tasks", "verify", "testing"},
     {"cli", "__main__"},

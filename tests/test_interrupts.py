@@ -25,7 +25,8 @@ with Interrupts() as interrupts:
 _COMPILE = """
 import hashlib
 from legato.interrupts import Interrupts
-with Interrupts(before_exit=lambda: print("written", flush=True)) as interrupts:
+with Interrupts() as interrupts:
+    interrupts.before_exit = lambda: print("written", flush=True)
     interrupts.compiling = True
     print("ready", flush=True)
     # In C for a minute, without the interpreter's lock, as a compilation.

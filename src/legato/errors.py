@@ -7,7 +7,8 @@ The tree::
     |-- DataError (also ValueError)       the training data is wrong
     |-- BackendError                      a backend is missing or unsuitable
     |-- StepError                         a user's step broke its contract
-    |   `-- NonFiniteLossError            the loss became NaN or infinite
+    |   `-- BadLossError                  the loss is above a bound
+    |       `-- NonFiniteLossError        it became NaN or infinite
     |-- RunDirError                       the run directory cannot be used
     |-- CheckpointError                   a checkpoint cannot be read or written
     |   `-- DamagedError                  bytes on disk are not what was written
@@ -44,16 +45,22 @@ class StepError(LegatoError):
     """A user's step broke its contract (no loss, no gradients, ...)."""
 
 
-class NonFiniteLossError(StepError):
-    """The loss became NaN or infinite; `step` says at which step.
+class BadLossError(StepError):
+    """The loss is not one to train on with.
 
     Attributes:
-        step: the step (completed updates) whose loss was not finite.
+        step: the step, from 1, whose loss it is.
+        loss: the loss.
     """
 
-    def __init__(self, message: str, step: int) -> None:
+    def __init__(self, message: str, step: int, loss: float) -> None:
         super().__init__(message)
         self.step = step
+        self.loss = loss
+
+
+class NonFiniteLossError(BadLossError):
+    """The loss became NaN or infinite."""
 
 
 class RunDirError(LegatoError):

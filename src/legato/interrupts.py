@@ -27,10 +27,10 @@ class Interrupts:
 
     Args:
         max_seconds: ask to stop after so long; None for no limit.
-        before_exit: called by the watcher before it ends the process.
         clock: seconds, monotonic.
 
     Attributes:
+        before_exit: called by the watcher before it ends the process.
         compiling: set it around calls that may compile for long.
     """
 
@@ -38,14 +38,13 @@ class Interrupts:
         self,
         *,
         max_seconds: float | None = None,
-        before_exit: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.before_exit: Callable[[], None] = lambda: None
         self.compiling = False
         self._signal: signal.Signals | None = None
         self._clock = clock
         self._deadline = None if max_seconds is None else clock() + max_seconds
-        self._before_exit = before_exit
         self._old_handlers: dict[int, Any] = {}
         self._sockets: tuple[socket.socket, socket.socket] | None = None
         self._old_fd = -1
@@ -58,6 +57,10 @@ class Interrupts:
         if self._deadline is not None and self._clock() >= self._deadline:
             return "max_time"
         return None
+
+    def is_asked(self) -> bool:
+        """Whether there is a reason to stop."""
+        return self.reason is not None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
@@ -101,7 +104,7 @@ class Interrupts:
                 # Ending the process would take a notebook or a REPL with it.
                 mild = received[0] == signal.SIGINT and hasattr(sys, "ps1")
                 if asked and self.compiling and not mild:
-                    self._before_exit()
+                    self.before_exit()
                     sys.stderr.write(
                         f"legato: {signal.Signals(received[0]).name} while "
                         "compiling: stopped; nothing new was to be saved. Run "

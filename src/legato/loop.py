@@ -101,7 +101,7 @@ def run(
         until the end:
             on_epoch_begin, if an epoch begins
             n steps in one device call, up to the next stop
-            deliver their logs
+            deliver their logs (or, for steps that are skipped, neither)
             summary; validation; on_epoch_end; save: what is due
 
     Args:
@@ -145,23 +145,26 @@ def run(
             if callbacks_stop()  # in a hook that came before: as in Keras,
             else _plan(clock.step, schedule, hooks, pace)  # after one batch
         )
-        if hooks.batch_hooks_active:
-            hooks.on_train_batch_begin(clock.step_in_epoch)
-        began = time.perf_counter()
-        logs = steps.run(clock.step, chunk)
-        feed.prefetch(
-            _plan(clock.step + chunk.num_batches, schedule, hooks, pace)
-        )
-        rows = steps.rows(logs, chunk)
-        pace.learn(chunk.num_batches, time.perf_counter() - began)
+        rows = None
+        if not schedule.is_skipped(clock.step + 1):
+            if hooks.batch_hooks_active:
+                hooks.on_train_batch_begin(clock.step_in_epoch)
+            began = time.perf_counter()
+            logs = steps.run(clock.step, chunk)
+            feed.prefetch(
+                _plan(clock.step + chunk.num_batches, schedule, hooks, pace)
+            )
+            rows = steps.rows(logs, chunk)
+            pace.learn(chunk.num_batches, time.perf_counter() - began)
 
         clock.step += chunk.num_batches
         clock.step_in_epoch += chunk.num_batches
-        recorder.steps(chunk, rows)
-        if hooks.wants_batch_logs:
-            hooks.on_train_batch_end(
-                clock.step_in_epoch - 1, recorder.batch_logs()
-            )
+        if rows is not None:
+            recorder.steps(chunk, rows)
+            if hooks.wants_batch_logs:
+                hooks.on_train_batch_end(
+                    clock.step_in_epoch - 1, recorder.batch_logs()
+                )
         if schedule.summary_is_due(clock.step):
             recorder.summary()
         # As in Keras, a stop in mid-epoch still ends the epoch.

@@ -67,6 +67,21 @@ class Parts:
             for optimizer in self.optimizers.values()
         )
 
+    def shared_variables(self) -> list[keras.Variable]:
+        """Those of metrics that training and validation both use.
+
+        A compiled model's are: validation must leave them as they are, for
+        the epoch that they count has not been read yet.
+        """
+        validation = self.evaluator.metrics if self.evaluator else []
+        training = {id(v) for metric in self.metrics for v in metric.variables}
+        return [
+            variable
+            for metric in validation
+            for variable in metric.variables
+            if id(variable) in training
+        ]
+
 
 def build_parts(task: Task, config: TrainerConfig) -> Parts:
     """Build everything that a Task defines.

@@ -95,7 +95,11 @@ def _keep(mode: LoopMode, config: TrainerConfig) -> LoopMode | None:
 
 
 def make_schedule(
-    config: TrainerConfig, batches_per_epoch: int, *, validates: bool
+    config: TrainerConfig,
+    batches_per_epoch: int,
+    *,
+    validates: bool,
+    skipped: tuple[tuple[int, int], ...] = (),
 ) -> Schedule:
     """The cadences of a run.
 
@@ -103,6 +107,7 @@ def make_schedule(
         config: of the trainer.
         batches_per_epoch: of the training data.
         validates: whether there is anything to validate on.
+        skipped: see `Schedule`.
     """
     per_epoch = config.steps_per_epoch or batches_per_epoch
     interval: Any = config.checkpoint_interval
@@ -115,4 +120,5 @@ def make_schedule(
         checkpoint_interval=None if config.checkpoint_seconds else interval,
         validation_freq=freq if isinstance(freq, int) else frozenset(freq),
         summary_interval=config.summary_interval,
+        skipped=skipped,
     )

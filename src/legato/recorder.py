@@ -11,9 +11,11 @@ import numpy as np
 
 from legato.config import TrainerConfig
 from legato.data import Chunk
-from legato.errors import ConfigError, LegatoWarning, NonFiniteLossError
+from legato.errors import ConfigError, LegatoWarning
 from legato.metrics import Results, When, any_due
 from legato.progress import ProgressReporter
+from legato.recovery import LossWatch
+from legato.schedule import Schedule
 from legato.state import Clock
 from legato.summaries import RunLog
 from legato.task import Task
@@ -30,13 +32,14 @@ class Recorder:
         task: names the loss, and says what logs mean.
         clock: holds the sums, so that they are saved with it.
         config: policies.
+        schedule: which steps are trained on.
         metrics: the training metrics, and when each is updated.
         directions: whether less or more of a log is better.
         log_names: names of the step's logs, known once it is traced.
         learning_rates: the current ones by name.
         log: where summaries go.
         reporter: where progress goes.
-        tolerates_nonfinite: whether a loss that is not finite only warns.
+        watch: looks at each loss.
 
     Attributes:
         best: the best value so far.
@@ -48,25 +51,26 @@ class Recorder:
         task: Task,
         clock: Clock,
         config: TrainerConfig,
+        schedule: Schedule,
         metrics: Mapping[keras.metrics.Metric, When],
         directions: Mapping[str, str],
         log_names: Callable[[], Sequence[str]],
         learning_rates: Callable[[], Logs],
         log: RunLog,
         reporter: ProgressReporter,
-        tolerates_nonfinite: bool,
+        watch: LossWatch,
     ) -> None:
         self.best = Best(config, directions)
         self._task = task
         self._clock = clock
+        self._schedule = schedule
         self._metrics = metrics
         self._read_metrics = Results(list(metrics))
         self._log_names = log_names
         self._learning_rates = learning_rates
         self._log = log
         self._reporter = reporter
-        self._tolerates_nonfinite = tolerates_nonfinite
-        self._warned = False
+        self._watch = watch
         self._timed_from = time.perf_counter(), 0
 
     def start(self) -> None:
@@ -91,14 +95,14 @@ class Recorder:
             rows: float32 of shape `[steps, names]`.
 
         Raises:
-            NonFiniteLossError: a loss is NaN or infinite.
+            BadLossError: a loss is not finite, or above the bound.
         """
         clock = self._clock
         names = self._log_names()
         columns = rows.T.tolist()
         for name, column in zip(names, columns, strict=True):
             if name == self._task.loss:
-                self._check_finite(column)
+                self._watch.check(column, clock.step)
             epoch = clock.epoch_logs.get(name, 0.0)
             interval = clock.interval_logs.get(name, 0.0)
             for value in column:
@@ -135,34 +139,12 @@ class Recorder:
     def _results(self) -> dict[str, Any]:
         """The metrics; NaN for those that the epoch has not updated."""
         clock, results = self._clock, self._read_metrics()
+        trained = self._schedule.trained(clock.epoch_first_step, clock.step)
         for metric, when in self._metrics.items():
-            if not any_due(when, clock.epoch_first_step, clock.step):
+            if not any(any_due(when, first, stop) for first, stop in trained):
                 for name in self._read_metrics.names(metric):
                     results[name] = math.nan
         return results
-
-    def _check_finite(self, losses: list[float]) -> None:
-        for i, loss in enumerate(losses):
-            if math.isfinite(loss):
-                continue
-            step = self._clock.step - len(losses) + i + 1
-            message = f"The loss became {loss} at step {step}"
-            if not self._tolerates_nonfinite:
-                raise NonFiniteLossError(
-                    f"{message}. No checkpoint was written since; resuming "
-                    "repeats the steps before it exactly. Lower the learning "
-                    "rate, clip gradients (clipnorm=), look at the inputs of "
-                    'that batch, or set nonfinite_loss="warn" to go on.',
-                    step,
-                )
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"{message}; training goes on.",
-                    LegatoWarning,
-                    stacklevel=2,
-                )
-            return
 
     def summary(self) -> None:
         """Write means since the last summary, metrics and learning rates."""

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,10 +13,31 @@ import rich.table
 from legato import backends
 from legato.checkpoint import Checkpoint
 from legato.compat import keras_tracing
-from legato.errors import DamagedError, RestoreError
+from legato.errors import DamagedError, RestoreError, RunDirError
 from legato.rng import get_host_state, set_host_state
 from legato.state import layer_paths
 from legato.types import JSON, AuditEntry, AuditStatus
+
+
+def check_resume(
+    resume: str, run_dir: Path, checkpoint: Checkpoint | None
+) -> None:
+    """Check that there is what `resume=` asks for.
+
+    Raises:
+        RunDirError: there is not.
+    """
+    if resume == "must" and checkpoint is None:
+        raise RunDirError(
+            f'resume="must": there is no checkpoint in {run_dir}. Give the '
+            'run_dir of a run, or resume="auto" to begin one.'
+        )
+    if resume == "never" and checkpoint is not None:
+        raise RunDirError(
+            f'resume="never": {run_dir} holds a run at step '
+            f'{checkpoint.step}. Choose another run_dir, or resume="auto" to '
+            "go on with it."
+        )
 
 
 def assign_arrays(

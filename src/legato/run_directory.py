@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import stat
 import uuid
 from pathlib import Path
 
@@ -84,15 +83,9 @@ def find_run_id(run_dir: Path) -> str:
         RunDirError: it is not the directory of a run.
     """
     path = run_dir / RUN
-    # A link could lead anywhere, and a pipe would wait for ever.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags)
-        with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise DamagedError("not a regular file")
-            raw = file.read(_MAX_BYTES + 1)
-        record = strict_json.loads(raw, name=RUN, max_bytes=_MAX_BYTES)
+        raw = storage.read_file(path, max_bytes=_MAX_BYTES)
+        record = strict_json.loads(raw, name=RUN)
     except (OSError, DamagedError) as error:
         raise RunDirError(
             f"{path} is not that of a run: "

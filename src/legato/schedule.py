@@ -20,6 +20,8 @@ class Schedule:
             epochs, or after those with these numbers (from 1).
         checkpoint_interval: see `Interval`; None where it is a duration.
         summary_interval: steps between summaries; 0 for none.
+        skipped: first and last of the steps, from 1, whose batches are not
+            trained on; ascending, with steps between them.
     """
 
     train_steps: int
@@ -28,11 +30,21 @@ class Schedule:
     checkpoint_interval: Interval
     summary_interval: int
     validation_freq: int | Set[int] = 1
+    skipped: tuple[tuple[int, int], ...] = ()
 
     def next_stop(self, step: int) -> int:
-        """The nearest step after `step` at which anything is due."""
+        """The nearest step after `step` at which anything is due.
+
+        Those up to it are all trained on, or all skipped.
+        """
         return min(
             self.train_steps,
+            *(
+                edge
+                for first, last in self.skipped
+                for edge in (first - 1, last)
+                if edge > step
+            ),
             *(
                 step + every - step % every
                 for every in (
@@ -44,6 +56,19 @@ class Schedule:
                 if every
             ),
         )
+
+    def is_skipped(self, step: int) -> bool:
+        """Whether the batch of this step is not trained on."""
+        return any(first <= step <= last for first, last in self.skipped)
+
+    def trained(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The parts of `[first, stop)`, counted from 0, that are trained on."""
+        parts = []
+        for skipped, until in self.skipped:
+            if skipped - 1 < stop and until > first:
+                parts.append((first, skipped - 1))
+                first = until
+        return [(a, b) for a, b in [*parts, (first, stop)] if a < b]
 
     def epoch_ends(self, step: int) -> bool:
         """Whether an epoch ends with this step."""

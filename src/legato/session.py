@@ -17,12 +17,13 @@ from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig
 from legato.data import Feed, join_arrays, split_arrays
 from legato.errors import (
+    BadLossError,
     CheckpointError,
     DamagedError,
     ExactnessError,
     ExactnessWarning,
     Interrupted,
-    RunDirError,
+    StepError,
     Stopped,
 )
 from legato.interrupts import Interrupts
@@ -30,6 +31,7 @@ from legato.parts import Parts
 from legato.program import choose_program, make_schedule
 from legato.progress import make_reporter
 from legato.recorder import Recorder
+from legato.recovery import LossWatch, Recovery
 from legato.state import Clock, variable_paths
 from legato.summaries import RunLog
 from legato.training import TrainSteps
@@ -55,12 +57,15 @@ class Session:
         run_id: the run's id.
         callbacks: the user's callbacks.
         references: what callbacks may hold and must not save a copy of.
+        interrupts: what asks the run to stop.
 
     Attributes:
         steps: the training step, once `identify` was called.
         clock: where the run is.
         history: of the whole run.
         audit: what became of each part of the state; empty for a new run.
+        recovers: whether the loss went wrong, and another session, which goes
+            back to a checkpoint before that, is to go on.
 
     Raises:
         RunDirError: `resume=` forbids it.
@@ -75,8 +80,10 @@ class Session:
         run_id: str,
         callbacks: Sequence[keras.callbacks.Callback],
         references: Mapping[str, object],
+        interrupts: Interrupts,
     ) -> None:
         self.clock = Clock()
+        self.recovers = False
         self.audit: list[AuditEntry] = []
         self._parts = parts
         self._config = config
@@ -87,6 +94,7 @@ class Session:
         self._inexact: list[str] = []
         self._named: set[str] = set()
         self._saved_step = 0
+        self._begins = False
         self._references = references
         self._store = CheckpointStore(
             run_dir,
@@ -95,24 +103,25 @@ class Session:
             keep_every=config.keep_every,
             timeout_secs=config.checkpoint_timeout,
         )
-        self._checkpoint = self._find_checkpoint()
+        self._recovery = Recovery(run_dir, config.recovery_max_trials)
+        self._checkpoint = self._recovery.find_checkpoint(self._store)
+        restoring.check_resume(config.resume, run_dir, self._checkpoint)
         self._seed = self._choose_seed()
         self._log = RunLog(run_dir)
         self._reporter = make_reporter(config.progress)
-        self._interrupts = Interrupts(
-            max_seconds=config.max_seconds, before_exit=self._store.wait
-        )
+        self._interrupts = interrupts
+        interrupts.before_exit = self._store.wait
         self._schedule = make_schedule(
             config,
             parts.source.batches_per_epoch,
             validates=parts.evaluator is not None,
+            skipped=self._recovery.skipped,
         )
         self._callbacks = self._make_callbacks(callbacks)
         assert self._callbacks.history is not None  # asked for
         self.history = self._callbacks.history
 
     def __enter__(self) -> Self:
-        self._interrupts.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -122,23 +131,6 @@ class Session:
         finally:
             self._callbacks.close()
             self._log.close()
-            self._interrupts.__exit__(*exc)
-
-    def _find_checkpoint(self) -> Checkpoint | None:
-        checkpoint = self._store.restore()
-        resume = self._config.resume
-        if resume == "must" and checkpoint is None:
-            raise RunDirError(
-                f'resume="must": there is no checkpoint in {self._run_dir}. '
-                'Give the run_dir of a run, or resume="auto" to begin one.'
-            )
-        if resume == "never" and checkpoint is not None:
-            raise RunDirError(
-                f'resume="never": {self._run_dir} holds a run at step '
-                f"{checkpoint.step}. Choose another run_dir, or "
-                'resume="auto" to go on with it.'
-            )
-        return checkpoint
 
     def _choose_seed(self) -> int:
         """The seed of the order of the data: that which the run began with."""
@@ -245,13 +237,14 @@ class Session:
             task=parts.task,
             clock=self.clock,
             config=self._config,
+            schedule=self._schedule,
             metrics=parts.metrics,
             directions=parts.directions(),
             log_names=lambda: self.steps.log_names,
             learning_rates=parts.learning_rates,
             log=self._log,
             reporter=self._reporter,
-            tolerates_nonfinite=self._tolerates_nonfinite(),
+            watch=self._watch_losses(),
         )
         self._name_inexact_data()
         unrepeatable = self._backend.unrepeatable()
@@ -275,21 +268,29 @@ class Session:
                 )
         self._checkpoint = None  # its arrays are large
 
-    def _tolerates_nonfinite(self) -> bool:
-        policy = self._config.nonfinite_loss
-        handled = any(
+    def _watch_losses(self) -> LossWatch:
+        loss = self._parts.task.loss
+        if self._recovery.is_on and loss not in self.steps.log_names:
+            raise StepError(
+                f"recovery_max_trials={self._config.recovery_max_trials}: "
+                f"train_step returns no {loss!r} to go by, but "
+                f"{', '.join(self.steps.log_names) or 'nothing'}. Return the "
+                "loss by that name, or set it to 0."
+            )
+        ends = not self._recovery.is_on and any(
             isinstance(callback, keras.callbacks.TerminateOnNaN)
             for callback in self._callbacks.callbacks
         )
-        if policy is None:
-            return handled or self._parts.scales_loss()
-        return policy == "warn"
+        return LossWatch(
+            self._config, is_expected=ends or self._parts.scales_loss()
+        )
 
     def _begin_new(self) -> None:
         self._log.rewind(None)
         if self._parts.task.order_seed is None:
             # What happened since the model was built does not count.
             set_random_seed(self._config.seed)
+        self._begins = True
         self.clock.epoch = self._config.initial_epoch
         self._parts.whole.stop_training = False
         self._callbacks.on_train_begin(resuming=False)
@@ -325,7 +326,7 @@ class Session:
             "validate": self._validate,
             "save": self._save,
             "save_is_due": self._save_is_due,
-            "stop_requested": self._stop_requested,
+            "stop_requested": self._interrupts.is_asked,
             "callbacks_stop": lambda: bool(self._parts.whole.stop_training),
         }
 
@@ -352,6 +353,9 @@ class Session:
             self._store.wait()
             reason = self._interrupts.reason or "done"
         except BaseException as error:
+            if isinstance(error, BadLossError) and self._recover(error):
+                reason = "recovering"
+                return
             self._leave_valid_variables(error)
             raise
         finally:
@@ -360,6 +364,16 @@ class Session:
         if not clock.finished:
             self._raise_stopped()
         self._finish()
+
+    def _recover(self, error: BadLossError) -> bool:
+        """Write down what is to be skipped; the next session goes back."""
+        self._store.wait()  # the best, which is to stay
+        best = self._recorder.best.get_state()
+        trial = self._recovery.plan(error, best, self._store.steps())
+        if trial is not None:
+            self._recovery.record(trial)
+            self.recovers = True
+        return self.recovers
 
     def end(self) -> None:
         """In the place of training, where the last step is done already.
@@ -404,29 +418,19 @@ class Session:
         )
         raise Interrupted(message) if reason == "SIGINT" else Stopped(message)
 
-    def _stop_requested(self) -> bool:
-        return self._interrupts.reason is not None
-
     def _validate(self) -> Logs | None:
         parts = self._parts
         assert parts.evaluator is not None
-        # A compiled model's metrics are the same in training, whose epoch has
-        # not been read yet.
-        training = {id(v) for metric in parts.metrics for v in metric.variables}
-        shared = [
-            variable
-            for metric in parts.evaluator.metrics
-            for variable in metric.variables
-            if id(variable) in training
-        ]
-        with restoring.kept(shared):
-            return parts.evaluator(self._callbacks, self._stop_requested)
+        with restoring.kept(parts.shared_variables()):
+            return parts.evaluator(self._callbacks, self._interrupts.is_asked)
 
     def _save_is_due(self) -> bool:
         self._store.poll()
         every = self._config.checkpoint_seconds
         late = every is not None and time.monotonic() - self._last_save > every
-        return late or self._recorder.best.is_new
+        # (A loss may go wrong before the first one is due.)
+        first = self._recovery.is_on and self._begins
+        return late or first or self._recorder.best.is_new
 
     def _leave_valid_variables(self, error: BaseException) -> None:
         """After a failure: values in all variables, and word of whose."""
@@ -494,6 +498,7 @@ class Session:
             "callbacks": callbacks,
             "random": random,
             "best": best.get_state(),
+            "recovery": self._recovery.get_state(),
             "sinks": self._log.get_state(),
             "trainable": restoring.get_frozen(self._roots(), self._variables),
             "identity": self._identity,
@@ -508,6 +513,7 @@ class Session:
             before_commit=self._log.sync,
         )
         best.is_new = False
+        self._begins = False
         self._saved_step = self.clock.step
         self._last_save = time.monotonic()
 
@@ -570,10 +576,13 @@ class Session:
                 state, arrays.get("random", {})
             ),
         )
+        trial = self._recovery.adopt(host.get("recovery", []))
         if self._recorder.best.is_kept:
             take("best", self._recorder.best.set_state)
+            if trial is not None:
+                self._recorder.best.set_state(trial.best)
         take("sinks", lambda s: self._log.rewind(s, lenient=override))
-        self._decide_whether_finished(host.get("train_steps"))
+        self.clock.extend(host.get("train_steps"), self._schedule.train_steps)
         parts.whole.stop_training = self.clock.stop_training
         self._saved_step = self.clock.step
         self._reporter.message(
@@ -581,13 +590,4 @@ class Session:
                 f"Resumed {self._run_dir} at step {self.clock.step}:",
                 self.audit,
             )
-        )
-
-    def _decide_whether_finished(self, train_steps: JSON) -> None:
-        """A run that is made longer goes on, also one that stopped early."""
-        clock, steps = self.clock, self._schedule.train_steps
-        if isinstance(train_steps, int) and steps > train_steps:
-            clock.stop_training = False
-        clock.finished = not clock.duties and (
-            clock.stop_training or clock.step >= steps
         )

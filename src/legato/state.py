@@ -102,6 +102,19 @@ class Clock:
         for name, value in values.items():
             setattr(self, name, value)
 
+    def extend(self, saved_steps: JSON, train_steps: int) -> None:
+        """A run that is made longer goes on, also one that stopped early.
+
+        Args:
+            saved_steps: how long the run was to be when it was saved.
+            train_steps: how long it is to be.
+        """
+        if isinstance(saved_steps, int) and train_steps > saved_steps:
+            self.stop_training = False
+        self.finished = not self.duties and (
+            self.stop_training or self.step >= train_steps
+        )
+
 
 def _encode(value: Any) -> JSON:
     match value:

@@ -53,6 +53,7 @@ class Trainer:
         restore the newest intact checkpoint, or begin at step 0
         until the end: steps in device loops; and, when they are due,
             summaries, validation, on_epoch_end, a checkpoint
+        where the loss went wrong: restore an earlier one, and skip those steps
 
     Args:
         task: what is learned.
@@ -135,7 +136,9 @@ class Trainer:
         Raises:
             Stopped: a signal or `max_time` ended it; everything is saved.
             Interrupted: Ctrl-C ended it; everything is saved.
-            NonFiniteLossError: the loss became NaN or infinite.
+            NonFiniteLossError: the loss became NaN or infinite (and no
+                recovery is left).
+            BadLossError: it rose above `loss_upper_bound`, likewise.
             StepError: the step broke its contract.
             RestoreError: the checkpoint is another run's.
             RunDirError: the run directory is in use, or is something else.
@@ -146,29 +149,36 @@ class Trainer:
         self.config.require_length()
         prepare_run_directory(self.run_dir)
         self._has_trained = True
+        config = self.config
         with (
             storage.RunLock(self.run_dir),
-            self.session_type(
-                self._parts,
-                self.config,
-                self.run_dir,
-                read_run_id(self.run_dir),
-                self._callbacks,
-                references={"trainer": self, "task": self.task},
-            ) as session,
+            Interrupts(max_seconds=config.max_seconds) as interrupts,
         ):
-            session.identify()
-            with session.compiling():
-                session.steps.trace()
-            session.begin()
-            _write_config(self.run_dir / CONFIG, self._config_yaml)
-            self.audit = session.audit
-            if session.clock.finished:
-                session.end()
-            else:
-                with session.training():
-                    loop.run(**session.for_loop())
-        return session.history
+            while True:
+                with self.session_type(
+                    self._parts,
+                    config,
+                    self.run_dir,
+                    read_run_id(self.run_dir),
+                    self._callbacks,
+                    references={"trainer": self, "task": self.task},
+                    interrupts=interrupts,
+                ) as session:
+                    session.identify()
+                    with session.compiling():
+                        session.steps.trace()
+                    session.begin()
+                    _write_config(self.run_dir / CONFIG, self._config_yaml)
+                    self.audit = session.audit
+                    if session.clock.finished:
+                        session.end()
+                    else:
+                        with session.training():
+                            loop.run(**session.for_loop())
+                if not session.recovers:
+                    return session.history
+                if config.resume == "never":  # which was heeded
+                    config = config.replace(resume="auto")
 
     def evaluate(
         self,
@@ -256,19 +266,15 @@ class Trainer:
         report = on_result or self._show_result
         results: dict[int | str, Logs] = {}
         with Interrupts() as interrupts:
-
-            def stop_requested() -> bool:
-                return interrupts.reason is not None
-
             for checkpoint in watch_checkpoints(
                 self.run_dir,
                 timeout_secs=timeout,
-                stop_requested=stop_requested,
+                stop_requested=interrupts.is_asked,
             ):
                 # The first one waits for the compiler.
                 interrupts.compiling = not results
                 self._load(checkpoint, evaluator)
-                logs = self._measure(evaluator, stop_requested)
+                logs = self._measure(evaluator, interrupts.is_asked)
                 interrupts.compiling = False
                 if logs is None:
                     break

@@ -204,8 +204,7 @@ def differences(a: Path, b: Path) -> tuple[list[str], int]:
                 _read(b / place / file),
             )
     files = ["metrics.jsonl", "history.json"]
-    if (a / "log.csv").exists():
-        files.append("log.csv")
+    files += [f for f in ("log.csv", "recovery.json") if (a / f).exists()]
     for file in files:
         compare(file, _read(a / file), _read(b / file))
     for split in ("train", "validation"):

@@ -573,6 +573,43 @@ class Recurrent(Classifier):
         }
 
 
+class Spoilt(Classifier):
+    """(n) One example makes its own loss NaN, and one ruins the weights.
+
+    The latter has an ordinary loss with a gigantic gradient: it shows at the
+    next step only.
+    """
+
+    def build_inputs(self, split: str) -> Any:
+        features, labels = classes_data(split)
+        if split == "train":
+            features[7, 0] = np.nan
+            features[100, 0] = 99.0
+        return legato.ArraySource(
+            (features, labels), batch_size=32, shuffle=split == "train"
+        )
+
+    def train_step(
+        self, inputs: Any, model: Any, optimizer: Any, metrics: Any = None
+    ) -> Any:
+        features, labels = inputs
+        ruins = ops.cast(ops.any(features[:, 0] > 90.0), "float32")
+        features = ops.where(features > 90.0, 0.0, features)
+
+        def forward() -> Any:
+            outputs = model(features, training=True)
+            mean = ops.mean(ops.square(outputs))
+            nothing = ruins * 1e6 * (mean - ops.stop_gradient(mean))
+            return self.build_losses(labels, outputs) + nothing, outputs
+
+        (loss, outputs), gradients = legato.value_and_grad(
+            forward, model.trainable_variables, optimizer
+        )
+        optimizer.apply(gradients, model.trainable_variables)
+        self.process_metrics(metrics, labels, outputs)
+        return {self.loss: loss}
+
+
 def _no_callbacks(task: legato.Task) -> list[keras.callbacks.Callback]:
     del task
     return []
@@ -662,6 +699,16 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "recurrent": Scenario(
         make_task=Recurrent, config=_config(train_metrics_interval=3)
+    ),
+    "recovering": Scenario(
+        make_task=Spoilt,
+        make_callbacks=lambda task: [WarmUp(0.1, 6)],
+        config=_config(
+            train_steps=13,
+            best_metric="val_loss",
+            loss_upper_bound=50.0,
+            recovery_max_trials=20,
+        ),
     ),
     "metric_cadence": Scenario(
         make_task=Classifier, config=_config(train_metrics_interval=3)

@@ -1,7 +1,5 @@
 """The journal of commits: it tells that a checkpoint was removed."""
 
-import os
-import stat
 from pathlib import Path
 
 from legato import storage
@@ -57,11 +55,8 @@ class Journal:
             raise DamagedError(f"{self.path}: {e.strerror}") from e
 
     def _newest(self) -> int | None:
-        fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         claimed: set[int] = set()
-        with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise DamagedError(f"{self.path}: not a regular file")
+        with storage.open_regular(self.path) as file:
             while line := file.readline(1000):
                 if not line.endswith(b"\n") and len(line) < 1000:
                     break  # torn by a kill

@@ -290,12 +290,16 @@ class CheckpointStore:
             self._repair_best()
         return restored
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, *, keep_best: bool = False) -> None:
         """Makes the checkpoint of a step the newest.
 
         Later checkpoints, and a `best/` of a later step, are set aside
         (`aside-...`), so that the run does not mix two histories; `best/` is
         published again from the newest that was best, if it is still there.
+
+        Args:
+            step: the checkpoint's.
+            keep_best: leave `best/` as it is.
 
         Raises:
             CheckpointError: if there is no checkpoint of that step.
@@ -308,6 +312,8 @@ class CheckpointStore:
         for later in reversed(steps[steps.index(step) + 1 :]):
             self._set_aside(self.path(later), "aside")
         self._journal.record_rewind(step)
+        if keep_best:
+            return
         published = self._published()
         if published is not None and published > step:
             self._set_aside(self._best, "aside")

@@ -9,7 +9,6 @@ import datetime
 import json
 import math
 import os
-import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +109,20 @@ def _inspect_run(path: Path) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "set_aside": set_aside,
         "best": _check(best) if best.is_dir() else None,
+        "skipped_steps": _skipped_steps(path),
         "last_record": _last_record(path / "metrics.jsonl"),
     }
+
+
+def _skipped_steps(path: Path) -> list[list[int]] | str:
+    """First and last of those that recoveries skipped; or what is wrong."""
+    from legato.errors import RunDirError
+    from legato.recovery import Recovery
+
+    try:
+        return [list(each) for each in Recovery(path, 0).skipped]
+    except RunDirError as error:
+        return str(error)
 
 
 def _check(path: Path) -> dict[str, Any]:
@@ -216,16 +227,16 @@ def _last_record(path: Path) -> Any:
 
 def _read_tail(path: Path, size: int) -> bytes | None:
     """Reads the end of a plain file; None where there is no such file."""
+    from legato import storage
+    from legato.errors import DamagedError
+
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+        with storage.open_regular(path) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
+            return file.read(size)
+    except (OSError, DamagedError):
         return None
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            return None
-        file.seek(max(0, found.st_size - size))
-        return file.read(size)
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -280,6 +291,12 @@ def _show_run(report: dict[str, Any], console: "Console") -> None:
     if best is not None:
         state = f"step {best['step']}" if best["intact"] else "DAMAGED"
         console.print(f"best: {state}")
+    skipped = report["skipped_steps"]
+    if isinstance(skipped, str):
+        console.print(printable(skipped))
+    elif skipped:
+        steps = ", ".join(f"{first} to {last}" for first, last in skipped)
+        console.print(f"skipped by recoveries: steps {steps}")
     if report["last_record"] is not None:
         console.print()
         console.print("last record of metrics.jsonl:")

@@ -137,6 +137,12 @@ class TrainerConfig(Config):
         nonfinite_loss: "error" stops at a loss that is NaN or infinite and
             "warn" goes on; None is "error", but "warn" where a
             LossScaleOptimizer will skip the step.
+        loss_upper_bound: a loss above it is as bad as one that is not finite;
+            None for no bound.
+        recovery_max_trials: how often the run goes back to a checkpoint and
+            skips the steps that spoilt the loss, before it gives up; 0 for
+            never.
+        recovery_begin_steps: the bound holds only after so many steps.
         max_time: the longest that this process may train, as a duration or in
             seconds; after it training ends with everything saved and status
             75.
@@ -182,6 +188,11 @@ class TrainerConfig(Config):
     exact: Literal["strict", "warn", "off"] = "warn"
     resume: Literal["auto", "must", "never", "override"] = "auto"
     nonfinite_loss: Literal["error", "warn"] | None = None
+    loss_upper_bound: Annotated[
+        float | None, pydantic.Field(allow_inf_nan=False)
+    ] = None
+    recovery_max_trials: Annotated[int, _whole(0, " (0 for never)")] = 0
+    recovery_begin_steps: Annotated[int, _whole(0)] = 0
     max_time: Annotated[
         str | float | None, pydantic.PlainValidator(_check_max_time)
     ] = None
@@ -193,6 +204,26 @@ class TrainerConfig(Config):
             raise ValueError(
                 f"train_steps={self.train_steps} and epochs={self.epochs} are "
                 "both given: give one, and set the other to null (None)"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _recovers_from_something(self) -> "TrainerConfig":
+        if self.recovery_begin_steps and self.loss_upper_bound is None:
+            raise ValueError(
+                f"recovery_begin_steps={self.recovery_begin_steps} says from "
+                "where on loss_upper_bound holds, which is not given: give "
+                "it, or leave both out"
+            )
+        if (
+            self.recovery_max_trials
+            and self.loss_upper_bound is None
+            and self.nonfinite_loss == "warn"
+        ):
+            raise ValueError(
+                f"recovery_max_trials={self.recovery_max_trials} has nothing "
+                'to recover from: nonfinite_loss="warn" goes on, and no '
+                "loss_upper_bound is given"
             )
         return self
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from legato import storage
 from legato.errors import DamagedError
 
 EVENTS = "tfevents"
@@ -71,8 +72,7 @@ def _records(path: Path) -> Iterator[bytes]:
     """In the framing of TFRecord files: length, its CRC, data, its CRC."""
     from tensorboardX.record_writer import masked_crc32c
 
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags), "rb") as file:
+    with storage.open_regular(path) as file:
         left = os.fstat(file.fileno()).st_size
         while left >= _LENGTH.size + 2 * _CRC_SIZE:
             head = file.read(_LENGTH.size)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from legato import storage
 from legato.checkpoint import FINAL, Checkpoint, load_checkpoint
 from legato.checkpoint.format import list_steps, step_name
 from legato.checkpoint.store import BEST, CHECKPOINTS
@@ -191,10 +192,12 @@ def _compare_metrics(a: Path, b: Path) -> Compared:
 
 def _read_text(path: Path) -> str:
     try:
-        with _open(path) as file:
+        with storage.open_regular(path) as file:
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
+    except DamagedError as error:
+        return str(error)  # it names the path: no two are the same
 
 
 def _parse(line: str | None) -> Any:
@@ -320,7 +323,10 @@ def _contents(path: Path) -> Any:
     """Something that is equal where two files mean the same."""
     if path.suffix == ".keras":
         try:
-            with _open(path) as file, zipfile.ZipFile(file) as archive:
+            with (
+                storage.open_regular(path) as file,
+                zipfile.ZipFile(file) as archive,
+            ):
                 # (The metadata hold the date at which it was saved.)
                 return sorted(
                     (member.filename, member.file_size, member.CRC)
@@ -330,7 +336,7 @@ def _contents(path: Path) -> Any:
         except (zipfile.BadZipFile, OSError, NotImplementedError):
             pass  # then by its bytes
     digest = hashlib.sha256()
-    with _open(path) as file:
+    with storage.open_regular(path) as file:
         for block in iter(_reader(file), b""):
             digest.update(block)
     return digest.hexdigest()
@@ -338,9 +344,3 @@ def _contents(path: Path) -> Any:
 
 def _reader(file: Any) -> Callable[[], bytes]:
     return lambda: file.read(_BLOCK)
-
-
-def _open(path: Path) -> Any:
-    # A link could lead anywhere, and a pipe would wait for ever.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    return os.fdopen(os.open(path, flags), "rb")

@@ -1,12 +1,14 @@
 """Small files: replaced whole, or appended to line by line."""
 
+import errno
 import json
 import os
 import secrets
 import shutil
+import stat
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from legato.errors import DamagedError
 
@@ -106,6 +108,43 @@ def write_file(path: Path, data: bytes, *, fs: FileSystem = OS) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_regular(path: Path, *, dir_fd: int | None = None) -> BinaryIO:
+    """Opens a file of a run directory, which may be hostile, for reading.
+
+    A symbolic link could lead anywhere, and a named pipe would wait for ever.
+
+    Raises:
+        DamagedError: it is a link or no regular file.
+        OSError: it is not there, or cannot be opened.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise DamagedError(f"{path}: not a regular file") from error
+        raise
+    file = os.fdopen(fd, "rb")
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise DamagedError(f"{path}: not a regular file")
+    return file
+
+
+def read_file(path: Path, *, max_bytes: int) -> bytes:
+    """Reads a small file of a run directory, which may be hostile.
+
+    Raises:
+        DamagedError: it is a link, no regular file, or larger.
+        OSError: it is not there, or cannot be read.
+    """
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise DamagedError(f"{path}: more than {max_bytes} bytes")
+    return data
 
 
 class RecordFile:
