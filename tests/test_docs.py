@@ -5,13 +5,12 @@ namespace, in an empty directory. One that only shows something is marked
 `py`.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import Forked, run_script
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,15 +68,9 @@ def test_links_lead_somewhere(page):
 def test_python_runs(page, tmp_path):
     script = tmp_path / "page.py"
     script.write_text(python_of(page.read_text("utf-8")), "utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env={"KERAS_BACKEND": "jax", **os.environ},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    process = Forked(run_script, script, cwd=tmp_path)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-4000:]
 
 
 def test_the_checks_can_fail(tmp_path):

@@ -5,10 +5,10 @@ import subprocess
 import sys
 import time
 
-import keras
 import pytest
 
 from legato.interrupts import Interrupts
+from tests.processes import Forked
 
 _LOOP = """
 import sys, time
@@ -90,29 +90,33 @@ def test_the_time_is_a_reason_too():
     assert interrupts.reason == "max_time"
 
 
-_TRAIN = """
-import sys
-import legato
-from legato.tasks.digits import Digits
-config = legato.TrainerConfig(**eval(sys.argv[2]))
-trainer = legato.Trainer(Digits(), run_dir=sys.argv[1], config=config)
-print("ready", flush=True)
-trainer.train()
-"""
+def train(run_dir, config):
+    import legato
+    from legato.tasks.digits import Digits
+
+    trainer = legato.Trainer(
+        Digits(), run_dir=run_dir, config=legato.TrainerConfig(**config)
+    )
+    print("ready", flush=True)
+    trainer.train()
+
+
+def start(run_dir, config):
+    process = Forked(train, run_dir, config)
+    assert process.read_line() == "ready"
+    return process
 
 
 def test_a_stopped_run_goes_on_exactly(tmp_path):
     config = {
-        # PyTorch takes longer for half of them.
-        "train_steps": 1500 if keras.config.backend() == "torch" else 3000,
+        "train_steps": 1500,
         "validation_interval": 50,
         "checkpoint_interval": 150,
         "progress": "none",
     }
     for run_dir, stops in (("whole", 0), ("stopped", 3)):
         for number in range(stops + 1):
-            arguments = str(tmp_path / run_dir), repr(config)
-            process = run(_TRAIN, *arguments)
+            process = start(tmp_path / run_dir, config)
             if number < stops:
                 # During a compilation, a validation, or between steps.
                 time.sleep(0.9 + 0.35 * number)
@@ -135,7 +139,7 @@ def test_max_time_ends_with_everything_saved(tmp_path):
         "checkpoint_interval": 10**6,
         "progress": "none",
     }
-    process = run(_TRAIN, str(tmp_path / "run"), repr(config))
+    process = start(tmp_path / "run", config)
     process.communicate(timeout=120)
     assert process.returncode == 75
     names = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]

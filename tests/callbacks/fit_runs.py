@@ -14,7 +14,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from tests.contracts import runs
+from tests.processes import context
 
 EPOCHS = 4
 STEPS = 5
@@ -103,7 +103,7 @@ def fit(out, scenario, *kills, epochs=EPOCHS, **kwargs):
     """Trains through kills, each `(hook, step)`, to the end; the result."""
     out.mkdir(parents=True, exist_ok=True)
     for hook, step in [*kills, (None, 0)]:
-        process = runs.context().Process(
+        process = context().Process(
             target=_run, args=(out, scenario, hook, step, epochs, kwargs)
         )
         process.start()

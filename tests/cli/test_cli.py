@@ -162,7 +162,11 @@ def run_raising(error, monkeypatch, *flags):
     [
         (errors.ConfigError("no"), 2, "legato: error: no\n"),
         (errors.DataError("no"), 1, "legato: error: no\n"),
-        (errors.NonFiniteLossError("no", 3), 1, "legato: error: no\n"),
+        (
+            errors.BadLossError("no", 3, 9.0),
+            1,
+            "legato: error: no\n",
+        ),
         (errors.CheckpointError("\x1b[2Jno"), 1, "error: \\x1b[2Jno\n"),
         (errors.Stopped("stopped by SIGTERM"), 75, "stopped by SIGTERM\n"),
         (errors.Interrupted("saved step 5"), 75, "legato: saved step 5\n"),

@@ -11,6 +11,7 @@ import time
 import keras
 import pytest
 from tests import evaluated_by_hand
+from tests.processes import Forked, run_legato
 
 from legato import cli
 from legato.errors import LegatoWarning
@@ -66,7 +67,11 @@ EVIL = "open('pwned', 'w').close()\n"
 STEPS = (4, 5, 8, 10)
 
 
-def start(*arguments, cwd, **environment):
+def start(*arguments, cwd):
+    return Forked(run_legato, *arguments, cwd=cwd)
+
+
+def start_python(*arguments, cwd, **environment):
     paths = [str(cwd), *sys.path]
     return subprocess.Popen(
         [sys.executable, "-m", "legato", *arguments],
@@ -237,7 +242,7 @@ def test_another_backend_measures_the_same(project):
     finish(start("train", "small.yaml", task, "--run-dir=dropout", cwd=project))
     arguments = ("evaluate", "small.yaml", task, "--run-dir=dropout", "--json")
     out, _ = finish(
-        start(*arguments, cwd=project, KERAS_BACKEND=other[BACKEND])
+        start_python(*arguments, cwd=project, KERAS_BACKEND=other[BACKEND])
     )
     found = json.loads(out)["results"]
     assert found == close(by_hand(project / "dropout/final"))
@@ -374,14 +379,14 @@ def test_beside_a_run_that_trains(project):
     both = ("small.yaml", *changes, "--run-dir=both", "trainer.keep_last=2")
     evaluation = start("evaluate", *both, "--continuous", "--json", cwd=project)
     training = start("train", *both, cwd=project)
-    first = evaluation.stdout.readline()
+    evaluation.read_line()
     (project / "go").touch()  # the training waits for that
     finish(training)
     out, _ = finish(evaluation)
 
     alone = ("--run-dir=alone", "trainer.keep_last=null")
     finish(start("train", "small.yaml", *changes, *alone, cwd=project))
-    *records, last = lines_of(first + out)
+    *records, last = lines_of(out)
     assert last["checkpoint"] == "both/final"
     steps = [record["step"] for record in records]
     assert steps == sorted(set(steps)) and steps[-1] == 100 == last["step"]
@@ -432,13 +437,11 @@ def test_a_run_that_does_not_end(project, capsys):
 def test_a_signal_ends_it_with_75(project, number):
     shutil.rmtree("run/final")
     process = start("evaluate", "small.yaml", "--continuous", cwd=project)
-    lines = [process.stdout.readline() for _ in STEPS]
+    for step in STEPS:
+        assert process.read_line().startswith(f"step {step}: ")
     process.send_signal(number)
     out, err = finish(process, 75)
-    assert [line.split(":")[0] for line in lines] == [
-        f"step {step}" for step in STEPS
-    ]
-    assert out == ""
+    assert len(out.splitlines()) == len(STEPS)
     assert f"legato: {number.name}: stopped measuring run; check" in err
 
 
@@ -452,7 +455,7 @@ def test_a_signal_before_the_first_result(project, number, flags):
     )
     config = ("small.yaml", "task=slow_task:Small", *flags)
     process = start("evaluate", *config, cwd=project)
-    while "importing" not in process.stderr.readline():
+    while "importing" not in process.read_line(err=True):
         pass
     process.send_signal(number)
     _, err = finish(process, 75)

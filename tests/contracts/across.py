@@ -21,8 +21,8 @@ from tests.contracts.scenarios import SCENARIOS
 STEPS = 20
 
 # Each backend draws noise of its own, and two that round float16 differently
-# are 1e-3 apart after one step.
-NAMES = sorted({*SCENARIOS} - {"gan", "vae", "half_precision"})
+# are 1e-3 apart after one step. (Nor are weights spoilt by the same numbers.)
+NAMES = sorted({*SCENARIOS} - {"gan", "vae", "half_precision", "recovering"})
 
 
 def same_everywhere(model: Any) -> None:

@@ -1,12 +1,7 @@
-"""Real processes that train, are killed, and are compared byte for byte.
-
-Children are forked from a server that has Keras and all backends imported and
-no device initialised, so that a kill costs a second and not ten.
-"""
+"""Real processes that train, are killed, and are compared byte for byte."""
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,20 +10,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import keras
-
 from legato.storage import strict_json
+from tests.processes import context, keep_compiled
 
 # Files of a run directory that may differ between two runs of one
 # experiment: wall-clock figures, the run's id, and who holds the lock.
 # Checkpoints' manifests hold the run's id, and are covered by what they hash.
-
-
-def context() -> Any:
-    """Of the one server for all tests, which must preload the same."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.contracts.preloaded"])
-    return found
 
 
 def _train(
@@ -39,7 +26,7 @@ def _train(
 ) -> None:
     """The child: trains to the end and leaves its history behind."""
     if compiled is not None:
-        keep_compiled(Path(compiled))
+        keep_compiled(compiled)
     from tests.contracts.fit_scenarios import FIT_SCENARIOS
     from tests.contracts.scenarios import SCENARIOS
 
@@ -58,16 +45,6 @@ def _train(
             history = trainer.train()
     out = Path(run_dir, "history.json")
     out.write_text(json.dumps([history.epoch, history.history]))
-
-
-def keep_compiled(directory: Path) -> None:
-    """Let XLA keep what this process compiles, for those that come."""
-    if keras.config.backend() == "jax":
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def start(
@@ -174,8 +151,15 @@ def _temporary(checkpoints: Path) -> set[str]:
     return set()
 
 
-def differences(a: Path, b: Path) -> tuple[list[str], int]:
+def differences(
+    a: Path, b: Path, *, common_only: bool = False
+) -> tuple[list[str], int]:
     """Compare two finished runs of one experiment.
+
+    Args:
+        a: the directory of a run.
+        b: that of another.
+        common_only: of the checkpoints, compare those that both have.
 
     Returns:
         What differs, and the number of bytes that were compared.
@@ -190,6 +174,8 @@ def differences(a: Path, b: Path) -> tuple[list[str], int]:
             found.append(what)
 
     ours, theirs = _checkpoints(a), _checkpoints(b)
+    if common_only:
+        ours = theirs = [name for name in ours if name in theirs]
     if ours != theirs or not ours:
         found.append(f"checkpoints {ours} and {theirs}")
     places = [f"checkpoints/{name}" for name in ours if name in theirs]

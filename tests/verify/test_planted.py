@@ -7,7 +7,7 @@ import pytest
 
 from legato.verify import Target, verify
 from legato.verify.children import Process
-from tests.contracts import runs
+from tests.processes import context
 from tests.verify import planted
 
 
@@ -33,7 +33,7 @@ class Forked(Process):
     """
 
     def __init__(self, spec, output):
-        self._process = runs.context().Process(target=_run, args=(spec, output))
+        self._process = context().Process(target=_run, args=(spec, output))
         self._process.start()
         self.pid = self._process.pid
 

@@ -1,0 +1,126 @@
+"""Processes that start in a tenth of a second, with Keras imported.
+
+They are forked from a server that has Keras and all backends imported and no
+device initialised. What a new interpreter alone has (another hash seed, its
+own imports) is what `subprocess` is for.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def context() -> Any:
+    """Of the one server for all tests, which must preload the same."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.contracts.preloaded"])
+    return found
+
+
+class Forked:
+    """A process whose output is read, as that of a `subprocess.Popen`.
+
+    Args:
+        target: what it runs; must be importable. What it returns is the
+            status, if that is an int.
+        *arguments: of that.
+        cwd: where.
+        env: more of the environment.
+    """
+
+    def __init__(
+        self,
+        target: Callable[..., Any],
+        *arguments: Any,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="forked-")
+        self._files = [Path(self._folder.name, n) for n in ("out", "err")]
+        for file in self._files:
+            file.touch()
+        self._process = context().Process(
+            target=_run,
+            args=(self._files, cwd, dict(env or {}), target, arguments),
+        )
+        self._process.start()
+        self._lines_read = [0, 0]
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def read_line(self, *, err: bool = False, timeout_secs: float = 60) -> str:
+        """The next line of its output, or of its errors."""
+        until = time.monotonic() + timeout_secs
+        while time.monotonic() < until:
+            ended = self._process.exitcode is not None
+            *lines, _ = self._files[err].read_text().split("\n")  # whole ones
+            if len(lines) > self._lines_read[err]:
+                self._lines_read[err] += 1
+                return lines[self._lines_read[err] - 1]
+            assert not ended, self._files[1].read_text()
+            time.sleep(0.005)
+        raise TimeoutError(self._files[1].read_text())
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+        """Waits for its end; all that it wrote."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError(self._files[1].read_text())
+        out, err = (file.read_text() for file in self._files)
+        return out, err
+
+
+def _run(
+    files: list[Path],
+    cwd: Path | None,
+    env: dict[str, str],
+    target: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    for number, file in enumerate(files, 1):
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+    os.environ.update(env)
+    if cwd is not None:
+        os.chdir(cwd)
+    status = target(*arguments)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def run_script(path: Path) -> None:
+    """As `python path` would."""
+    sys.argv = [str(path)]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def run_legato(*arguments: str) -> int:
+    """As `python -m legato ...` would."""
+    from legato.cli import main
+
+    sys.path.insert(0, "")
+    return main(list(arguments))
+
+
+def keep_compiled(directory: str) -> None:
+    """Let XLA keep what this process compiles, for those that come."""
+    if os.environ["KERAS_BACKEND"] == "jax":
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
