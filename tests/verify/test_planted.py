@@ -7,7 +7,7 @@ import pytest
 
 from legato.verify import Target, verify
 from legato.verify.children import Process
-from tests.processes import context
+from tests.processes import context, keep_compiled
 from tests.verify import planted
 
 
@@ -15,9 +15,8 @@ def _run(spec, output):
     import contextlib
 
     from legato.verify import child
-    from tests.contracts.runs import keep_compiled
 
-    keep_compiled(Path(output).parent / "compiled")
+    keep_compiled(str(Path(output).parent / "compiled"))
     with (
         Path(output).open("w") as file,
         contextlib.redirect_stdout(file),
