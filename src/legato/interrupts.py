@@ -18,7 +18,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Interrupts:
     """While active: a signal sets a flag that the loop reads.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. While `compiling`, when
+    A signal that the process ignores stays ignored. A second Ctrl-C raises
+    KeyboardInterrupt at once. While `compiling`, when
     the main thread cannot act for minutes and has nothing new to save, a
     watcher thread ends the process with status 75.
 
@@ -78,7 +79,10 @@ class Interrupts:
             target=self._watch, name="legato-signals", daemon=True
         ).start()
         for number in _SIGNALS:
-            self._old_handlers[number] = signal.signal(number, self._handle)
+            # What was started in the background, say, ignores Ctrl-C: it is
+            # meant for another program.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._old_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:

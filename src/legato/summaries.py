@@ -35,11 +35,10 @@ class ScalarEvents:
     parts are used, and the bytes are written here.
 
     Args:
-        directory: made if there is none.
+        directory: made with the file, if there is none.
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self.file = storage.RecordFile(directory / _EVENTS)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -125,8 +124,7 @@ class RunLog:
             OSError: it failed; nothing is lost, and it can be repeated.
         """
         for file in self._files().values():
-            file.flush()
-            file.fsync()
+            file.sync()
         with contextlib.suppress(OSError):  # no part of the run
             self._timing.flush()
 

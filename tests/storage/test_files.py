@@ -39,6 +39,19 @@ class Failing(FileSystem):
         super().rename(source, target)
 
 
+class Making(FileSystem):
+    """No new file can be made for a while."""
+
+    def __init__(self, failures):
+        self.failures = failures
+
+    def open(self, path, flags):
+        if flags & os.O_CREAT and self.failures:
+            self.failures -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().open(path, flags)
+
+
 def test_a_file_is_made_and_replaced(tmp_path):
     path = tmp_path / "config.yaml"
     write_file(path, b"a: 1\n")
@@ -73,7 +86,7 @@ def test_a_symbolic_link_is_replaced_not_followed(tmp_path):
 def test_records_are_plain_json_lines(tmp_path):
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.append({"step": 1, "loss": 0.1, "text": "é"})
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert not (tmp_path / "metrics.jsonl").exists()
     lines.append({"loss": math.nan})
     lines.close()
     lines.close()
@@ -91,8 +104,7 @@ def test_rewinding_and_writing_again_gives_the_same_bytes(tmp_path):
         offsets.append(lines.offset)
         if step % 3 == 0:
             lines.flush()
-    lines.flush()
-    lines.fsync()
+    lines.sync()
     whole = path.read_bytes()
     assert offsets[-1] == len(whole)
     lines.close()
@@ -156,4 +168,18 @@ def test_an_unfit_record_leaves_the_file_alone(tmp_path):
     with pytest.raises(TypeError):
         lines.append({"a": object()})
     lines.close()
-    assert (tmp_path / "m").read_bytes() == b""
+    assert not (tmp_path / "m").exists()
+
+
+def test_it_is_made_when_there_is_room(tmp_path):
+    path = tmp_path / "folder" / "m"
+    fs = Making(failures=2)
+    lines = JsonLines(path, fs=fs)
+    lines.append({"a": 1})
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            lines.sync()
+        assert lines.offset == 9
+    lines.sync()
+    assert path.read_bytes() == b'{"a": 1}\n'
+    lines.close()

@@ -70,12 +70,9 @@ class Journal:
         return max(claimed, default=None)
 
     def _append(self, record: dict[str, int | str]) -> None:
-        new = not self.path.exists()
         lines = storage.JsonLines(self.path, fs=self._fs)
         try:
             lines.append(record)
-            lines.fsync()
+            lines.sync()
         finally:
             lines.close()
-        if new:
-            storage.sync_directory(self.path.parent, self._fs)

@@ -1,5 +1,6 @@
 """Small files: replaced whole, or appended to line by line."""
 
+import contextlib
 import errno
 import json
 import os
@@ -156,11 +157,12 @@ class RecordFile:
     another one flushes.
 
     Args:
-        path: the file; made if there is none. Not a symbolic link.
+        path: the file; if there is none, the first `flush` with something to
+            write makes it, and its directory. Not a symbolic link.
         fs: how to write.
 
     Raises:
-        OSError: if it cannot be opened.
+        OSError: if it is there and cannot be opened.
     """
 
     def __init__(self, path: Path, *, fs: FileSystem = OS):
@@ -168,7 +170,14 @@ class RecordFile:
         self._fs = fs
         self._lock = threading.RLock()
         self._pending = bytearray()
-        self._fd = fs.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        self._fd = -1
+        self._size = 0
+        self._is_new = False
+        with contextlib.suppress(FileNotFoundError):
+            self._open()
+
+    def _open(self, flags: int = 0) -> None:
+        self._fd = self._fs.open(self._path, os.O_RDWR | os.O_APPEND | flags)
         self._size = os.fstat(self._fd).st_size
 
     def append_bytes(self, record: bytes) -> None:
@@ -191,6 +200,10 @@ class RecordFile:
         with self._lock:
             if not self._pending:
                 return
+            if self._fd < 0:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._open(os.O_CREAT)
+                self._is_new = True
             # A flush that failed or was interrupted may have written some of
             # them: they would be there twice.
             found = os.fstat(self._fd).st_size
@@ -201,15 +214,23 @@ class RecordFile:
             self._size += len(self._pending)
             self._pending = bytearray()
 
-    def fsync(self) -> None:
-        """Makes what was flushed durable: it survives a power cut.
+    def sync(self) -> None:
+        """Flushes, and makes durable: the records survive a power cut.
 
-        It does not flush, and no one has to wait for it.
+        Another thread may append meanwhile.
 
         Raises:
-            OSError: if it failed.
+            OSError: if it failed. It can be repeated.
         """
+        self.flush()
+        if self._fd < 0:
+            return
         self._fs.fsync(self._fd)
+        if self._is_new:
+            directory = self._path.parent
+            for each in (directory, directory.parent):
+                sync_directory(each, self._fs)
+            self._is_new = False
 
     def truncate_to(self, offset: int) -> None:
         """Removes all records from an offset on.
@@ -234,13 +255,12 @@ class RecordFile:
         Raises:
             OSError: if the flush failed.
         """
-        if self._fd < 0:
-            return
         try:
             self.flush()
         finally:
-            os.close(self._fd)
-            self._fd = -1
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
 
 class JsonLines(RecordFile):
@@ -254,6 +274,8 @@ class JsonLines(RecordFile):
 
     def __init__(self, path: Path, *, fs: FileSystem = OS):
         super().__init__(path, fs=fs)
+        if self._fd < 0:
+            return
         try:
             whole = _whole_lines(self._fd)
             if whole != self._size:

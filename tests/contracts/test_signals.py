@@ -1,0 +1,168 @@
+"""Signals in every phase of a run: it stops soon, and goes on exactly."""
+
+import itertools
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import keras
+
+import legato
+from legato.checkpoint import load_checkpoint
+from legato.errors import Interrupted
+from legato.storage import FileSystem
+from tests.contracts import runs
+from tests.contracts.scenarios import Classifier
+from tests.processes import Forked, keep_compiled
+
+PHASES = ("compiling", "training", "validation", "saving")
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+STOPS_WITHIN_SECS = 2.0
+WRITE_SECS = 1.0  # a checkpoint, at 50 ms for each fsync
+
+
+class Phase:
+    """Tells another process what this one is doing, and lets it take its time.
+
+    Args:
+        path: of the file in which it is told; None tells no one.
+    """
+
+    def __init__(self, path):
+        self._path = path
+        self._entered = set()
+
+    def enter_once(self, name, secs):
+        if name not in self._entered:
+            self._entered.add(name)
+            self.enter(name, secs)
+
+    def enter(self, name, secs):
+        if self._path is not None:
+            self._path.write_text(name)
+            time.sleep(secs)
+
+
+class Slow(Classifier):
+    def __init__(self, phase):
+        self._phase = phase
+
+    def train_step(self, inputs, model, optimizer, metrics=None):
+        self._phase.enter_once("compiling", 0.3)
+        return super().train_step(inputs, model, optimizer, metrics)
+
+
+class Tell(keras.callbacks.Callback):
+    def __init__(self, phase):
+        super().__init__()
+        self._phase = phase
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._phase.enter("training", 0.01)
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self._phase.enter("validation", 0.05)
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        del state
+
+
+def train(run_dir, told):
+    """A run in a process of its own."""
+    phase = Phase(told)
+    if told is not None:
+        keep_compiled(str(told.with_name("compiled")))
+        real = FileSystem.fsync
+
+        def fsync(self, fd):
+            phase.enter("saving", 0.05)
+            real(self, fd)
+
+        FileSystem.fsync = fsync
+    trainer = legato.Trainer(
+        Slow(phase),
+        run_dir=run_dir,
+        config=legato.TrainerConfig(
+            train_steps=90,
+            validation_interval=4,
+            checkpoint_interval=8,
+            keep_last=None,
+            progress="none",
+        ),
+        callbacks=[Tell(phase)],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            history = trainer.train()
+        except Interrupted:
+            return 75  # as the command does
+    Path(run_dir, "history.json").write_text(repr(history.history))
+    return 0
+
+
+def stop(run_dir, told, phase, name):
+    """Begins, and sends a signal in a phase; how long it took to end."""
+    told.write_text("")
+    process = Forked(train, run_dir, told)
+    until = time.monotonic() + 60
+    while told.read_text() != phase and process.returncode is None:
+        assert time.monotonic() < until, phase
+        time.sleep(0.002)
+    assert process.returncode is None, process.communicate()
+    process.send_signal(getattr(signal, name))
+    began = time.monotonic()
+    process.communicate()
+    assert process.returncode == 75
+    return time.monotonic() - began
+
+
+def test_a_signal_in_any_phase(tmp_path):
+    whole = Forked(train, tmp_path / "whole", None)
+    run_dir = tmp_path / "run"
+    for name, phase in itertools.product(SIGNALS, PHASES):
+        secs = stop(run_dir, tmp_path / "told", phase, name)
+        if phase == "compiling":
+            assert secs < 0.3, name  # at once
+        else:
+            assert secs < STOPS_WITHIN_SECS + WRITE_SECS, (name, phase, secs)
+            load_checkpoint(max((run_dir / "checkpoints").glob("step_*")))
+    final = Forked(train, run_dir, None)
+    for process in (whole, final):
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    found, _ = runs.differences(tmp_path / "whole", run_dir, common_only=True)
+    assert not found
+
+
+def test_ctrl_c_that_the_process_ignores_stays_ignored(tmp_path):
+    process = Forked(ignoring, tmp_path / "run")
+    assert process.read_line() == "training"
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 0
+
+
+def ignoring(run_dir):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    class Say(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            print("training", flush=True)
+            time.sleep(0.1)
+
+    return train_plainly(run_dir, [Say()])
+
+
+def train_plainly(run_dir, callbacks):
+    legato.Trainer(
+        Classifier(),
+        run_dir=run_dir,
+        config=legato.TrainerConfig(train_steps=10, progress="none"),
+        callbacks=callbacks,
+    ).train()
+    return 0
