@@ -43,6 +43,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
             "--trust-run-dir"
         ),
     )
+    experiments.add_run_dir(parser)
     parser.add_argument(
         "--checkpoint",
         metavar="best|latest|STEP",

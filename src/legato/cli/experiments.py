@@ -22,9 +22,12 @@ CONFIG_HELP = (
 
 
 def add_arguments(
-    parser: argparse.ArgumentParser, *, metavar: str, config_help: str
+    parser: argparse.ArgumentParser,
+    *,
+    metavar: str = "CONFIG",
+    config_help: str = CONFIG_HELP,
 ) -> None:
-    """Adds the arguments that say what is run, where, and on which backend."""
+    """Adds the arguments that say what is run, and on which backend."""
     parser.add_argument("config", metavar=metavar, help=config_help)
     parser.add_argument(
         "overrides",
@@ -33,15 +36,19 @@ def add_arguments(
         help="changes to the config, such as trainer.train_steps=1000",
     )
     parser.add_argument(
-        "--run-dir", metavar="DIR", help="default: runs/ and CONFIG's name"
-    )
-    parser.add_argument(
         "--backend",
         choices=["jax", "tensorflow", "torch"],
         help=(
             "default: KERAS_BACKEND, then the config's, then the first "
             "installed"
         ),
+    )
+
+
+def add_run_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that says where."""
+    parser.add_argument(
+        "--run-dir", metavar="DIR", help="default: runs/ and CONFIG's name"
     )
 
 

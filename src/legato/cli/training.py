@@ -18,9 +18,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
             "run was stopped or killed."
         ),
     )
-    experiments.add_arguments(
-        parser, metavar="CONFIG", config_help=experiments.CONFIG_HELP
-    )
+    experiments.add_arguments(parser)
+    experiments.add_run_dir(parser)
     parser.add_argument(
         "--max-time",
         metavar="T",

@@ -28,15 +28,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
             "anything differs."
         ),
     )
-    parser.add_argument(
-        "config", metavar="CONFIG", help=experiments.CONFIG_HELP
-    )
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="changes to the config, such as trainer.validation_interval=20",
-    )
+    experiments.add_arguments(parser)
     parser.add_argument(
         "--kills", metavar="N", type=int, default=5, help="default: 5"
     )
@@ -52,11 +44,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         help="train so many steps only, in place of the config's",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=["jax", "tensorflow", "torch"],
-        help="default: as for legato train",
     )
     parser.add_argument(
         "--keep",
