@@ -1295,3 +1295,20 @@ def test_a_run_that_is_begun_anew_is_watched_from_its_beginning(tmp_path):
     os.rename(run, tmp_path / "old")
     save(begin_run(run, "another"), 1)
     assert watch.rest() == [(1, "step_00000001")]
+
+
+def test_the_best_of_a_history_that_was_left_gives_way(tmp_path):
+    store = open_store(tmp_path)
+    save(store, 60, 95, best=(60, 95))
+    store.rewind(60, keep_best=True)
+    assert store.best_step() == 95
+    save(store, 80)
+    store = open_store(tmp_path)
+    assert store.restore().step == 80
+    # Killed between the commit of another best and its publication.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "copy_directory", lambda *_, **__: None)
+        save(store, 90, best=(90,))
+    store = open_store(tmp_path)
+    assert store.restore().step == 90
+    assert store.best_step() == 90

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import (
     EventAccumulator,
 )
 
-from legato.errors import RestoreError
+from legato.errors import RestoreError, RunDirError
 from legato.summaries import METRICS, RunLog
 
 
@@ -108,3 +108,19 @@ def test_what_is_no_position_is_refused(tmp_path, state):
     with pytest.raises(RestoreError, match="log positions"):
         log.rewind(state)
     log.close()
+
+
+@pytest.mark.parametrize("name", ["summaries", "summaries/x"])
+def test_a_link_among_the_summaries_is_refused(name, tmp_path):
+    outside = tmp_path / "outside"
+    run_dir = tmp_path / "run"
+    (run_dir / "summaries").mkdir(parents=True)
+    outside.mkdir()
+    victim = outside / "events.out.tfevents.legato"
+    victim.write_bytes(b"x" * 100)
+    if name == "summaries":
+        (run_dir / name).rmdir()
+    (run_dir / name).symlink_to(outside)
+    with pytest.raises(RunDirError, match="symbolic link"):
+        RunLog(run_dir).rewind(None)
+    assert victim.stat().st_size == 100

@@ -131,6 +131,8 @@ class Recorder:
     def _means(self) -> Logs:
         """The means of the step's logs over the epoch's examples."""
         clock = self._clock
+        if not clock.epoch_examples:  # all its steps were skipped
+            return dict.fromkeys(self._log_names(), math.nan)
         return {
             name: total / clock.epoch_examples
             for name, total in clock.epoch_logs.items()
@@ -152,7 +154,7 @@ class Recorder:
         values: dict[str, Any] = {
             name: total / clock.interval_steps
             for name, total in clock.interval_logs.items()
-        }
+        } or dict.fromkeys(self._log_names(), math.nan)
         values.update(self._results())
         values.update(self._learning_rates())
         self._log.write("train", clock.step, values)
@@ -179,6 +181,7 @@ class Recorder:
             # As in Keras: the metrics of the model, if these are meant.
             same = results.keys() == clock.last_logs.keys()
             logs = results if same else dict(clock.last_logs)
+            logs = logs or dict.fromkeys(self._log_names(), math.nan)
         else:
             logs = self._means() | results
         logs |= clock.validation_logs

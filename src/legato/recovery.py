@@ -23,10 +23,12 @@ from legato.config import TrainerConfig
 from legato.errors import (
     BadLossError,
     CheckpointError,
+    ConfigError,
     DamagedError,
     LegatoWarning,
     NonFiniteLossError,
     RunDirError,
+    StepError,
 )
 from legato.storage import strict_json
 from legato.types import JSON
@@ -114,21 +116,16 @@ class Recovery:
         """For a checkpoint."""
         return [dataclasses.asdict(trial) for trial in self.trials]
 
-    def adopt(self, state: JSON) -> Trial | None:
-        """Take the trials of the checkpoint that the run goes on from.
+    def last_after(self, state: JSON) -> Trial | None:
+        """The last trial that a checkpoint does not know of.
 
-        Returns:
-            The last of those that came after it.
+        Args:
+            state: what `get_state` returned when it was saved.
 
         Raises:
-            DamagedError: they are not trials.
+            DamagedError: it did not.
         """
         unknown = self._unknown_to(state)
-        known = _parse(state)
-        if len(known) > len(self.trials):
-            # The file was removed, or its last version did not reach the disk.
-            self.trials = known
-            self._write()
         return unknown[-1] if unknown else None
 
     def _unknown_to(self, state: JSON) -> list[Trial]:
@@ -151,19 +148,27 @@ class Recovery:
 
         Raises:
             CheckpointError: there are checkpoints, and none will do.
+            RunDirError: the trials cannot be written.
         """
         newest = store.restore()
-        if newest is None or self._is_on_path(newest):
+        if newest is None:
+            return None
+        known = _parse(newest.host.get("recovery", []))
+        if len(known) > len(self.trials):
+            # The file was removed, or its last version did not reach the disk.
+            self._unknown_to(newest.host["recovery"])  # or it is another's
+            self.trials = known
+            try:
+                self._write()
+            except OSError as error:
+                raise RunDirError(f"{self._path}: {error}.") from error
+        if self._is_on_path(newest):
             return newest
         for step in reversed(store.steps()):
-            if step < newest.step:
-                try:
-                    found = store.restore(step)
-                except DamagedError:
-                    continue
-                if found is not None and self._is_on_path(found):
-                    store.rewind(step, keep_best=True)
-                    return found
+            found = store.find(step) if step < newest.step else None
+            if found is not None and self._is_on_path(found):
+                store.rewind(step, keep_best=True)
+                return found
         first = min(trial.first for trial in self.trials)
         raise CheckpointError(
             f"{self._path} says to go back before step {first}, and no "
@@ -200,8 +205,9 @@ class Recovery:
             )
             return None
         first = last = error.step
-        if self.skipped:
-            before, end = max(s for s in self.skipped if s[1] < last)
+        earlier = [each for each in self.skipped if each[1] < last]
+        if earlier:
+            before, end = earlier[-1]
             width = end - before + 1
             if last - end <= 2 * width:
                 first = max(1, before - width)
@@ -345,6 +351,53 @@ class LossWatch:
             warnings.warn(
                 f"{message}; training goes on.", LegatoWarning, stacklevel=3
             )
+
+
+def watch_losses(
+    config: TrainerConfig,
+    *,
+    loss: str,
+    log_names: Sequence[str],
+    scales_loss: bool,
+    ends_on_nan: bool,
+    is_one_shot: bool,
+) -> LossWatch:
+    """What says when a loss is bad, in a run where that can be told.
+
+    Args:
+        config: policies.
+        loss: the name of the loss.
+        log_names: of what a step returns.
+        scales_loss: whether a LossScaleOptimizer skips what is not finite.
+        ends_on_nan: whether a callback ends training then.
+        is_one_shot: whether the data cannot be drawn again.
+
+    Raises:
+        ConfigError: the run can never recover, and is asked to.
+        StepError: so does its step.
+    """
+    if config.recovery_max_trials:
+        asked = f"recovery_max_trials={config.recovery_max_trials}"
+        if is_one_shot:
+            raise ConfigError(
+                f"{asked}: going back takes data that can be drawn again, and "
+                "a generator cannot. Give an object whose __iter__ makes a "
+                "new one, a keras.utils.PyDataset or arrays; or set it to 0."
+            )
+        if scales_loss and config.loss_upper_bound is None:
+            raise ConfigError(
+                f"{asked}: a LossScaleOptimizer skips the steps that are not "
+                "finite, so that there is nothing to recover from. Give a "
+                "loss_upper_bound, or set it to 0."
+            )
+        if loss not in log_names:
+            raise StepError(
+                f"{asked}: train_step returns no {loss!r} to go by, but "
+                f"{', '.join(log_names) or 'nothing'}. Return the loss by "
+                "that name, or set it to 0."
+            )
+        ends_on_nan = False  # a recovery comes first
+    return LossWatch(config, is_expected=ends_on_nan or scales_loss)
 
 
 _KEPT = (

@@ -19,24 +19,27 @@ from legato.state import layer_paths
 from legato.types import JSON, AuditEntry, AuditStatus
 
 
-def check_resume(
-    resume: str, run_dir: Path, checkpoint: Checkpoint | None
-) -> None:
+def check_resume(resume: str, run_dir: Path, steps: Sequence[int]) -> None:
     """Check that there is what `resume=` asks for.
+
+    Args:
+        resume: of the config.
+        run_dir: the run directory.
+        steps: of which there are checkpoints.
 
     Raises:
         RunDirError: there is not.
     """
-    if resume == "must" and checkpoint is None:
+    if resume == "must" and not steps:
         raise RunDirError(
             f'resume="must": there is no checkpoint in {run_dir}. Give the '
             'run_dir of a run, or resume="auto" to begin one.'
         )
-    if resume == "never" and checkpoint is not None:
+    if resume == "never" and steps:
         raise RunDirError(
             f'resume="never": {run_dir} holds a run at step '
-            f'{checkpoint.step}. Choose another run_dir, or resume="auto" to '
-            "go on with it."
+            f'{max(steps)}. Choose another run_dir, or resume="auto" to go on '
+            "with it."
         )
 
 

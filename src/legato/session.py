@@ -23,7 +23,6 @@ from legato.errors import (
     ExactnessError,
     ExactnessWarning,
     Interrupted,
-    StepError,
     Stopped,
 )
 from legato.interrupts import Interrupts
@@ -31,7 +30,7 @@ from legato.parts import Parts
 from legato.program import choose_program, make_schedule
 from legato.progress import make_reporter
 from legato.recorder import Recorder
-from legato.recovery import LossWatch, Recovery
+from legato.recovery import Recovery, watch_losses
 from legato.state import Clock, variable_paths
 from legato.summaries import RunLog
 from legato.training import TrainSteps
@@ -58,6 +57,7 @@ class Session:
         callbacks: the user's callbacks.
         references: what callbacks may hold and must not save a copy of.
         interrupts: what asks the run to stop.
+        before: the session of this process that recovers, if one does.
 
     Attributes:
         steps: the training step, once `identify` was called.
@@ -81,6 +81,7 @@ class Session:
         callbacks: Sequence[keras.callbacks.Callback],
         references: Mapping[str, object],
         interrupts: Interrupts,
+        before: "Session | None" = None,
     ) -> None:
         self.clock = Clock()
         self.recovers = False
@@ -104,10 +105,10 @@ class Session:
             timeout_secs=config.checkpoint_timeout,
         )
         self._recovery = Recovery(run_dir, config.recovery_max_trials)
+        if before is None:
+            restoring.check_resume(config.resume, run_dir, self._store.steps())
         self._checkpoint = self._recovery.find_checkpoint(self._store)
-        restoring.check_resume(config.resume, run_dir, self._checkpoint)
         self._seed = self._choose_seed()
-        self._log = RunLog(run_dir)
         self._reporter = make_reporter(config.progress)
         self._interrupts = interrupts
         interrupts.before_exit = self._store.wait
@@ -117,9 +118,10 @@ class Session:
             validates=parts.evaluator is not None,
             skipped=self._recovery.skipped,
         )
-        self._callbacks = self._make_callbacks(callbacks)
+        self._callbacks = self._make_callbacks(callbacks, before)
         assert self._callbacks.history is not None  # asked for
         self.history = self._callbacks.history
+        self._log = RunLog(run_dir)  # the last: it holds files open
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +146,9 @@ class Session:
         return seed
 
     def _make_callbacks(
-        self, callbacks: Sequence[keras.callbacks.Callback]
+        self,
+        callbacks: Sequence[keras.callbacks.Callback],
+        before: "Session | None",
     ) -> CallbackRunner:
         config, schedule = self._config, self._schedule
         epochs = schedule.train_steps / schedule.steps_per_epoch
@@ -161,6 +165,7 @@ class Session:
             references=self._references,
             notes=self._run_dir / "callbacks.json",
             add_history=True,
+            as_made=before and before._callbacks.as_made,
         )
 
     # -- beginning ----------------------------------------------------------
@@ -244,7 +249,14 @@ class Session:
             learning_rates=parts.learning_rates,
             log=self._log,
             reporter=self._reporter,
-            watch=self._watch_losses(),
+            watch=watch_losses(
+                self._config,
+                loss=parts.task.loss,
+                log_names=self.steps.log_names,
+                scales_loss=parts.scales_loss(),
+                ends_on_nan=self._callbacks.end_on_nan,
+                is_one_shot=parts.source.is_one_shot,
+            ),
         )
         self._name_inexact_data()
         unrepeatable = self._backend.unrepeatable()
@@ -256,6 +268,8 @@ class Session:
         self._feed = Feed(
             parts.source.iterate(seed=self._seed, capacity=self._capacity)
         )
+        if self._recovery.is_on:
+            self._prepare_to_recover()
         if checkpoint is None:
             self._begin_new()
         else:
@@ -268,22 +282,12 @@ class Session:
                 )
         self._checkpoint = None  # its arrays are large
 
-    def _watch_losses(self) -> LossWatch:
-        loss = self._parts.task.loss
-        if self._recovery.is_on and loss not in self.steps.log_names:
-            raise StepError(
-                f"recovery_max_trials={self._config.recovery_max_trials}: "
-                f"train_step returns no {loss!r} to go by, but "
-                f"{', '.join(self.steps.log_names) or 'nothing'}. Return the "
-                "loss by that name, or set it to 0."
-            )
-        ends = not self._recovery.is_on and any(
-            isinstance(callback, keras.callbacks.TerminateOnNaN)
-            for callback in self._callbacks.callbacks
-        )
-        return LossWatch(
-            self._config, is_expected=ends or self._parts.scales_loss()
-        )
+    def _prepare_to_recover(self) -> None:
+        if not self._callbacks.as_made:
+            self._callbacks.remember()
+        if self._parts.evaluator:
+            # Any checkpoint must hold all variables that there will be.
+            self._parts.evaluator.build()
 
     def _begin_new(self) -> None:
         self._log.rewind(None)
@@ -576,7 +580,7 @@ class Session:
                 state, arrays.get("random", {})
             ),
         )
-        trial = self._recovery.adopt(host.get("recovery", []))
+        trial = self._recovery.last_after(host.get("recovery", []))
         if self._recorder.best.is_kept:
             take("best", self._recorder.best.set_state)
             if trial is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from legato import storage
-from legato.errors import DamagedError, RestoreError
+from legato.errors import DamagedError, RestoreError, RunDirError
 from legato.types import JSON
 
 METRICS = "metrics.jsonl"
@@ -90,6 +90,7 @@ class RunLog:
         self._timing = storage.JsonLines(run_dir / TIMING)
         self._summaries = run_dir / SUMMARIES
         self._events: dict[str, ScalarEvents] = {}
+        self._is_named = False  # durably: the directory of the summaries
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write a record of a kind ("train", "validation", "epoch").
@@ -123,8 +124,14 @@ class RunLog:
         Raises:
             OSError: it failed; nothing is lost, and it can be repeated.
         """
-        for file in self._files().values():
+        files = self._files()
+        for file in files.values():
             file.sync()
+        if len(files) > 1 and not self._is_named:
+            # The directories were made with the files in them.
+            for directory in (self._summaries, self._summaries.parent):
+                storage.sync_directory(directory)
+            self._is_named = True
         with contextlib.suppress(OSError):  # no part of the run
             self._timing.flush()
 
@@ -154,15 +161,20 @@ class RunLog:
 
         Raises:
             RestoreError: the logs are shorter than the state says.
+            RunDirError: a directory of them is a symbolic link.
         """
         offsets = {} if state is None else state
         if not isinstance(offsets, dict) or not all(
             isinstance(offset, int) for offset in offsets.values()
         ):
             raise RestoreError(f"The saved log positions are {state!r:.80}.")
+        if self._summaries.is_symlink():
+            raise _link(self._summaries)
         if self._summaries.exists():
             # Those of a killed process may be of a split not yet written.
             for directory in self._summaries.iterdir():
+                if directory.is_symlink():
+                    raise _link(directory)
                 if directory.is_dir():
                     self._events[directory.name] = ScalarEvents(directory)
         for name in offsets:
@@ -183,5 +195,13 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close; idempotent."""
-        for file in (*self._files().values(), self._timing):
-            file.close()
+        with contextlib.ExitStack() as stack:
+            for file in (*self._files().values(), self._timing):
+                stack.callback(file.close)
+
+
+def _link(path: Path) -> RunDirError:
+    # What it leads to could be another run's, and would be cut.
+    return RunDirError(
+        f"{path} is a symbolic link: make the run directory itself one instead."
+    )

@@ -149,20 +149,21 @@ class Trainer:
         self.config.require_length()
         prepare_run_directory(self.run_dir)
         self._has_trained = True
-        config = self.config
+        session = None
         with (
             storage.RunLock(self.run_dir),
-            Interrupts(max_seconds=config.max_seconds) as interrupts,
+            Interrupts(max_seconds=self.config.max_seconds) as interrupts,
         ):
             while True:
                 with self.session_type(
                     self._parts,
-                    config,
+                    self.config,
                     self.run_dir,
                     read_run_id(self.run_dir),
                     self._callbacks,
                     references={"trainer": self, "task": self.task},
                     interrupts=interrupts,
+                    before=session,
                 ) as session:
                     session.identify()
                     with session.compiling():
@@ -177,8 +178,6 @@ class Trainer:
                             loop.run(**session.for_loop())
                 if not session.recovers:
                     return session.history
-                if config.resume == "never":  # which was heeded
-                    config = config.replace(resume="auto")
 
     def evaluate(
         self,

@@ -1,6 +1,8 @@
 """Going back when the loss goes wrong: what is skipped, counted, and kept."""
 
 import json
+import os
+import signal
 import warnings
 
 import keras
@@ -10,6 +12,7 @@ from keras import ops
 
 import legato
 from legato.checkpoint import load_checkpoint
+from legato.data.fitting import fit_source
 from legato.errors import (
     BadLossError,
     ConfigError,
@@ -255,9 +258,185 @@ def test_forged_trials(record, tmp_path):
 
 def test_a_loss_that_is_scaled_may_be_infinite_now_and_then(tmp_path):
     task = SCENARIOS["half_precision"].make_task()
-    trainer = make_trainer(tmp_path, task, recovery_max_trials=1)
-    trainer.train()
-    assert not (tmp_path / RECOVERY).exists()
+    with pytest.raises(ConfigError, match="a LossScaleOptimizer"):
+        make_trainer(tmp_path / "a", task, recovery_max_trials=1).train()
+    task = SCENARIOS["half_precision"].make_task()
+    make_trainer(
+        tmp_path / "b", task, recovery_max_trials=1, loss_upper_bound=1e9
+    ).train()
+    assert not (tmp_path / "b" / RECOVERY).exists()
+
+
+class Decays(keras.callbacks.Callback):
+    """What its constructor set changes, after the first checkpoint."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+        self.table = np.ones(200_000)  # large, and so not saved while it is
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.factor *= 0.5
+        if self.params["steps"] and batch == 3:
+            self.table[7] += 1
+
+
+def test_callbacks_are_put_back_as_in_a_new_process(tmp_path, monkeypatch):
+    found = []
+    for name in ("here", "anew"):
+        callback = Decays()
+
+        def trainer(callback, name=name):
+            return make_trainer(
+                tmp_path / name,
+                Marked(_6=np.nan),
+                [callback],
+                recovery_max_trials=2,
+                checkpoint_interval=100,
+            )
+
+        if name == "anew":
+            # As if it were killed when the trial was written down.
+            with monkeypatch.context() as patch:
+                patch.setattr(Recovery, "record", record_and_die)
+                with pytest.raises(Killed):
+                    trainer(callback).train()
+            callback = Decays()
+        train_quietly(trainer(callback))
+        found.append((callback.factor, callback.table.tobytes()))
+    assert found[0] == found[1]
+    assert found[0][0] == 0.5**12
+
+
+class Killed(BaseException):
+    pass
+
+
+def record_and_die(self, trial):
+    self.trials.append(trial)
+    self._write()
+    raise Killed
+
+
+class Stops(keras.callbacks.Callback):
+    """Ctrl-C, once the run has gone back, at the step before the bad one."""
+
+    def __init__(self, run_dir):
+        super().__init__()
+        self._run_dir = run_dir
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 5 and (self._run_dir / RECOVERY).exists():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        del state
+
+
+def test_the_trials_of_the_checkpoint_are_skipped_too(tmp_path):
+    def again(name, *callbacks):
+        return make_trainer(
+            tmp_path / name,
+            Marked(_6=np.nan),
+            callbacks,
+            recovery_max_trials=1,
+            exact="off",
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        train_quietly(again("stopped", Stops(tmp_path / "stopped")))
+    before = trials(tmp_path / "stopped")
+    (tmp_path / "stopped" / RECOVERY).unlink()
+    train_quietly(again("stopped"))
+    train_quietly(again("whole"))
+    assert trials(tmp_path / "stopped") == trials(tmp_path / "whole") == before
+    finals = [
+        (tmp_path / name / "final" / "state.safetensors").read_bytes()
+        for name in ("stopped", "whole")
+    ]
+    assert finals[0] == finals[1]
+
+
+def test_a_damaged_checkpoint_on_the_way_back(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        Marked(_7=np.nan),
+        checkpoint_interval=2,
+        keep_last=None,
+        recovery_max_trials=1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recovery, "record", record_and_die)
+        with pytest.raises(Killed):
+            trainer.train()
+    # The trial says 8; let it have spoilt the weights from 6 on.
+    written = json.loads((tmp_path / RECOVERY).read_text())
+    written[0]["first"] = 5
+    (tmp_path / RECOVERY).write_text(json.dumps(written))
+    for file in (tmp_path / "checkpoints/step_00000004").iterdir():
+        file.write_bytes(b"x")
+    train_quietly(
+        make_trainer(
+            tmp_path,
+            Marked(_7=np.nan),
+            checkpoint_interval=2,
+            keep_last=None,
+            recovery_max_trials=1,
+        )
+    )
+    assert load_checkpoint(tmp_path / "final").step == 13
+
+
+def test_an_epoch_that_is_skipped_whole_has_logs_all_the_same(tmp_path):
+    class Short(Marked):
+        def build_inputs(self, split):
+            if split == "validation":
+                return None
+            features, labels = classes_data(split)
+            rows = np.arange(150, dtype="int32")
+            return legato.ArraySource(
+                (features[:30], labels[:30], rows[:30]),
+                batch_size=15,
+                shuffle=False,
+            )
+
+    trainer = make_trainer(
+        tmp_path,
+        Short(_0=np.nan, _1=np.nan),
+        recovery_max_trials=9,
+        train_steps=2,
+        summary_interval=1,
+    )
+    history = train_quietly(trainer)
+    assert history.epoch == [0]
+    assert list(history.history) == ["loss", "accuracy"]
+    assert np.isnan(history.history["loss"]).all()
+
+
+def test_a_bad_step_before_all_that_was_skipped(tmp_path):
+    recovery = Recovery(tmp_path, 9)
+    recovery.trials.append(
+        Trial(step=50, loss=np.inf, first=50, last=50, best=None)
+    )
+    trial = recovery.plan(BadLossError("", 45, 1.0), None, [0])
+    assert (trial.first, trial.last) == (45, 45)
+
+
+def test_a_generator_cannot_be_gone_back_in(tmp_path):
+    class Once(Classifier):
+        def build_inputs(self, split):
+            if split == "validation":
+                return None
+            return fit_source(
+                (each for each in [classes_data("train")] * 20),
+                steps_per_epoch=10,
+            )
+
+    with pytest.raises(ConfigError, match="a generator cannot"):
+        make_trainer(tmp_path, Once(), recovery_max_trials=1).train()
 
 
 def test_a_best_from_before_stays(tmp_path):

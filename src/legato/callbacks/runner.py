@@ -1,6 +1,7 @@
 """Calls Keras callbacks, and saves and restores their state."""
 
 import collections
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ class CallbackRunner:
         references: Mapping[str, object] | None = None,
         notes: Path | None = None,
         add_history: bool = False,
+        as_made: Mapping[str, capture.Captured] | None = None,
     ) -> None:
         if exact not in ("strict", "warn", "off"):
             raise ConfigError(
@@ -94,6 +96,7 @@ class CallbackRunner:
         self._outside = dict(references or {})
         self._notes_path = notes
         self._notes = Notes()
+        self.as_made = dict(as_made or {})
         self._entries: list[Entry] = []
         ordinals: collections.Counter[str] = collections.Counter()
         for callback in self.callbacks:
@@ -119,6 +122,14 @@ class CallbackRunner:
             (*TEST_BATCH_HOOKS, "on_test_begin", "on_test_end")
         )
 
+    @property
+    def end_on_nan(self) -> bool:
+        """Whether one of them ends training when the loss is not finite."""
+        return any(
+            isinstance(callback, keras.callbacks.TerminateOnNaN)
+            for callback in self.callbacks
+        )
+
     def _acts(self, hooks: tuple[str, ...]) -> bool:
         return any(e.active.intersection(hooks) for e in self._entries)
 
@@ -138,6 +149,7 @@ class CallbackRunner:
         """
         logs: Logs = {}
         left = self._take_notes(resuming=resuming)
+        self._make_anew()
         self._take_origins()
         for entry in self._entries:
             adapter, callback = entry.adapter, entry.callback
@@ -297,6 +309,36 @@ class CallbackRunner:
                 callback, skip=entry.skip, references=references
             )
         return parts
+
+    def remember(self) -> None:
+        """Keep a copy of the callbacks as the program made them.
+
+        Before `on_train_begin`: for a run that may go back in this process.
+        """
+        references = self._references()
+        for entry in self._entries:
+            if entry.captures:
+                made = capture.capture(
+                    entry.callback, skip=entry.skip, references=references
+                )
+                arrays = {k: a.copy() for k, a in made.arrays.items()}
+                self.as_made[entry.key] = dataclasses.replace(
+                    made, arrays=arrays
+                )
+
+    def _make_anew(self) -> None:
+        """Put back what `remember` kept: a new process would have that."""
+        references = self._references()
+        for entry in self._entries:
+            made = self.as_made.get(entry.key)
+            if made is not None:
+                capture.prepare(
+                    entry.callback,
+                    made.tree,
+                    made.arrays,
+                    skip=entry.skip,
+                    references=references,
+                ).apply()
 
     def _take_origins(self) -> None:
         references = self._references()

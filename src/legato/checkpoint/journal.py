@@ -47,15 +47,29 @@ class Journal:
         Raises:
             DamagedError: if the file is not a journal, or cannot be read.
         """
+        return max(self._read()[0], default=None)
+
+    def is_overtaken(self, step: int) -> bool:
+        """Whether a rewind took back the last claim of a step.
+
+        Raises:
+            DamagedError: if the file is not a journal, or cannot be read.
+        """
+        claimed, taken_back = self._read()
+        return step in taken_back - claimed
+
+    def _read(self) -> tuple[set[int], set[int]]:
+        """The steps that are claimed, and those that once were."""
         try:
-            return self._newest()
+            return self._parse()
         except FileNotFoundError:
-            return None
+            return set(), set()
         except OSError as e:
             raise DamagedError(f"{self.path}: {e.strerror}") from e
 
-    def _newest(self) -> int | None:
+    def _parse(self) -> tuple[set[int], set[int]]:
         claimed: set[int] = set()
+        once: set[int] = set()
         with storage.open_regular(self.path) as file:
             while line := file.readline(1000):
                 if not line.endswith(b"\n") and len(line) < 1000:
@@ -64,10 +78,11 @@ class Journal:
                     case {"step": int(step), "manifest_sha256": str()}:
                         claimed.add(step)
                     case {"rewound_to": int(step)}:
+                        once |= claimed
                         claimed = {s for s in claimed if s <= step}
                     case _:
                         raise DamagedError(f"{self.path}: a malformed line")
-        return max(claimed, default=None)
+        return claimed, once
 
     def _append(self, record: dict[str, int | str]) -> None:
         lines = storage.JsonLines(self.path, fs=self._fs)

@@ -290,6 +290,17 @@ class CheckpointStore:
             self._repair_best()
         return restored
 
+    def find(self, step: int) -> Checkpoint | None:
+        """Reads the checkpoint of a step; None if it is damaged.
+
+        Raises:
+            CheckpointError: if it cannot be read for a passing reason.
+        """
+        try:
+            return self._load(step)
+        except DamagedError:
+            return None
+
     def rewind(self, step: int, *, keep_best: bool = False) -> None:
         """Makes the checkpoint of a step the newest.
 
@@ -309,9 +320,10 @@ class CheckpointStore:
         steps = self.steps()
         if step not in steps:
             raise CheckpointError(self._missing(step))
+        # First: a kill in between must not leave claims to what is aside.
+        self._journal.record_rewind(step)
         for later in reversed(steps[steps.index(step) + 1 :]):
             self._set_aside(self.path(later), "aside")
-        self._journal.record_rewind(step)
         if keep_best:
             return
         published = self._published()
@@ -437,9 +449,18 @@ class CheckpointStore:
             )
             return None
 
+    def _is_overtaken(self, step: int) -> bool:
+        """Whether the run went back behind a step since it was saved."""
+        try:
+            return self._journal.is_overtaken(step)
+        except DamagedError:
+            return False  # which is warned of elsewhere
+
     def _repair_best(self) -> None:
         """Publishes the newest that was best, unless a newer one is."""
         published = self._published()
+        if published is not None and self._is_overtaken(published):
+            published = None  # any that was best since is newer
         for step in reversed(self.steps()):
             if published is not None and step <= published:
                 return

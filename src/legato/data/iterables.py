@@ -57,6 +57,7 @@ class IterableSource(BatchSource):
         name: str = "x",
     ) -> None:
         self.reader = reader
+        self.is_one_shot = reader.one_shot
         self.what = f"{name} ({reader.kind})"
         self._class_weight = class_weight
         self._steps = steps_per_epoch

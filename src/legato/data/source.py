@@ -115,7 +115,13 @@ class DataIterator(abc.ABC):
 
 
 class DataSource(abc.ABC):
-    """Data that a Task feeds to its steps."""
+    """Data that a Task feeds to its steps.
+
+    Attributes:
+        is_one_shot: it can be iterated over once in a process.
+    """
+
+    is_one_shot: bool = False
 
     @property
     @abc.abstractmethod

@@ -172,7 +172,7 @@ class RecordFile:
         self._pending = bytearray()
         self._fd = -1
         self._size = 0
-        self._is_new = False
+        self._is_named = False  # durably
         with contextlib.suppress(FileNotFoundError):
             self._open()
 
@@ -203,7 +203,6 @@ class RecordFile:
             if self._fd < 0:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._open(os.O_CREAT)
-                self._is_new = True
             # A flush that failed or was interrupted may have written some of
             # them: they would be there twice.
             found = os.fstat(self._fd).st_size
@@ -222,15 +221,19 @@ class RecordFile:
         Raises:
             OSError: if it failed. It can be repeated.
         """
-        self.flush()
-        if self._fd < 0:
-            return
-        self._fs.fsync(self._fd)
-        if self._is_new:
-            directory = self._path.parent
-            for each in (directory, directory.parent):
-                sync_directory(each, self._fs)
-            self._is_new = False
+        with self._lock:
+            self.flush()
+            if self._fd < 0:
+                return
+            # Appending does not wait for the disk, nor closing.
+            fd = os.dup(self._fd)
+        try:
+            self._fs.fsync(fd)
+        finally:
+            os.close(fd)
+        if not self._is_named:
+            sync_directory(self._path.parent, self._fs)
+            self._is_named = True
 
     def truncate_to(self, offset: int) -> None:
         """Removes all records from an offset on.
