@@ -1,25 +1,69 @@
 """Faults of the machine: training goes on, and the bits are the same."""
 
+import errno
 import json
 import os
 import resource
 import warnings
 
+import filelock
 import keras
 import numpy as np
 import pytest
 
 import legato
+from legato.checkpoint import writer
+from legato.storage import FileSystem
 from tests.contracts import runs
 from tests.contracts.fit_scenarios import compiled
 from tests.contracts.rows import Rows
 from tests.processes import Forked, context
 
-FULL_FROM, FULL_UNTIL = 4, 9
+FROM, UNTIL = 4, 9
+"""The steps between which nothing can be written."""
 
 
-class FullDisk(keras.callbacks.Callback):
-    """From one step to another no file can grow (a limit of the process)."""
+def fill_disk(is_full):
+    """No file can grow: a limit of the process."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0 if is_full else hard, hard))
+
+
+def failing(number, *calls):
+    """These calls to the system fail."""
+    real = {name: getattr(FileSystem, name) for name in calls}
+
+    def fail(self, *arguments):
+        if calls == ("open",):  # of which reading works, and finding none
+            path, flags = arguments
+            writes = flags & (os.O_WRONLY | os.O_RDWR)
+            if not writes or not (flags & os.O_CREAT or path.exists()):
+                return real["open"](self, path, flags)
+        raise OSError(number, os.strerror(number))
+
+    def set_failing(fails):
+        for name in calls:
+            setattr(FileSystem, name, fail if fails else real[name])
+
+    return set_failing
+
+
+FAULTS = {
+    "full": fill_disk,
+    "read-only": failing(errno.EROFS, "open"),
+    "fsync": failing(errno.EIO, "fsync"),
+    "rename": failing(errno.EIO, "rename"),
+    "mkdir": failing(errno.EDQUOT, "mkdir"),
+    "none": lambda fails: None,
+}
+
+
+class Fault(keras.callbacks.Callback):
+    """From one step to another the disk is not what it should be."""
+
+    def __init__(self, name):
+        super().__init__()
+        self._name = name
 
     def get_state(self):
         return {}
@@ -29,14 +73,12 @@ class FullDisk(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         step = int(self.model.optimizer.iterations)
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if step == FULL_FROM:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-        elif step == FULL_UNTIL:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        if step in (FROM, UNTIL):
+            FAULTS[self._name](step == FROM)
 
 
-def _train(run_dir, out, full):
+def _train(run_dir, out, fault):
+    writer.RETRY_SECS = 0.5
     made = compiled()()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -47,22 +89,15 @@ def _train(run_dir, out, full):
             verbose=0,
             checkpoint_interval=2,
             keep_last=None,
-            callbacks=[FullDisk()] if full else [Idle()],
+            callbacks=[Fault(fault)],
             run_dir=run_dir,
         )
     told = [str(w.message) for w in caught if "legato" in str(w.category)]
     out.write_text(json.dumps([told, history.history]))
 
 
-class Idle(FullDisk):
-    """The same hooks, and no fault."""
-
-    def on_train_batch_end(self, batch, logs=None):
-        del batch, logs
-
-
-def train(run_dir, out, full):
-    process = context().Process(target=_train, args=(run_dir, out, full))
+def train(run_dir, out, fault):
+    process = context().Process(target=_train, args=(run_dir, out, fault))
     process.start()
     runs.finish(process)
     return json.loads(out.read_text())
@@ -75,23 +110,28 @@ def saved(run_dir):
     }
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path):
-    told, history = train(tmp_path / "full", tmp_path / "a", True)
-    silent, expected = train(tmp_path / "whole", tmp_path / "b", False)
+@pytest.mark.parametrize("fault", sorted({*FAULTS} - {"none"}))
+def test_nothing_can_be_written_for_a_while(fault, shared_folder, tmp_path):
+    whole = shared_folder / "without_fault"
+    with filelock.FileLock(f"{whole}.lock"):
+        if not whole.exists():
+            train(whole, whole.with_suffix(".json"), "none")
+    silent, expected = json.loads(whole.with_suffix(".json").read_text())
+    told, history = train(tmp_path / "run", tmp_path / "told.json", fault)
     assert history == expected
     assert not silent
     (message,) = told
     assert "could not be written" in message and "tried again" in message
     for file in ("metrics.jsonl", "final/state.safetensors"):
         ours, theirs = (
-            (tmp_path / run / file).read_bytes() for run in ("full", "whole")
+            (run / file).read_bytes() for run in (tmp_path / "run", whole)
         )
         assert ours == theirs, file
     # Some were superseded; what is there is right, and so is the last.
-    ours, theirs = saved(tmp_path / "full"), saved(tmp_path / "whole")
+    ours, theirs = saved(tmp_path / "run"), saved(whole)
     assert ours.items() <= theirs.items()
     assert max(ours) == max(theirs)
-    leftovers = [n for n in os.listdir(tmp_path / "full/checkpoints")]
+    leftovers = os.listdir(tmp_path / "run" / "checkpoints")
     assert not [name for name in leftovers if name.startswith(".")]
 
 
