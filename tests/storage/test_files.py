@@ -183,3 +183,12 @@ def test_it_is_made_when_there_is_room(tmp_path):
     lines.sync()
     assert path.read_bytes() == b'{"a": 1}\n'
     lines.close()
+
+
+def test_it_grows_while_a_failure_is_reported(tmp_path):
+    records = JsonLines(tmp_path / "log.jsonl", fs=FullDisk(0))
+    records.append({"step": 1})
+    with pytest.raises(OSError) as kept:
+        records.flush()
+    records.append({"step": 2})  # the error holds no part of the first
+    assert kept.value.errno == errno.ENOSPC

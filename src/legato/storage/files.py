@@ -77,10 +77,16 @@ def sync_directory(path: Path, fs: FileSystem = OS) -> None:
 
 
 def write_all(fd: int, data: Any, fs: FileSystem) -> None:
-    """Writes all of a buffer."""
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[fs.write(fd, view) :]
+    """Writes all of a buffer, of which nothing is held when that fails.
+
+    An error keeps what its frames refer to: a bytearray could not grow while
+    one is reported.
+    """
+    done = 0
+    with memoryview(data) as given, given.cast("B") as view:
+        while done < len(view):
+            with view[done:] as rest:
+                done += fs.write(fd, rest)
 
 
 def temporary_path(path: Path) -> Path:
