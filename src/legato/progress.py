@@ -35,6 +35,9 @@ _REDRAW_SECONDS = 0.1
 # A closed terminal or a full disk under a log is no reason to stop training.
 _LOST_TERMINAL = contextlib.suppress(OSError)
 
+VERBOSE = {"none": 0, "plain": 2}
+"""What Keras calls how progress is shown; the others are 1."""
+
 
 class ProgressReporter(Protocol):
     """What the trainer tells about a run, on the host and between loops."""

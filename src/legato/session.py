@@ -28,16 +28,13 @@ from legato.errors import (
 from legato.interrupts import Interrupts
 from legato.parts import Parts
 from legato.program import choose_program, make_schedule
-from legato.progress import make_reporter
+from legato.progress import VERBOSE, make_reporter
 from legato.recorder import Recorder
 from legato.recovery import Recovery, watch_losses
 from legato.state import Clock, variable_paths
 from legato.summaries import RunLog
 from legato.training import TrainSteps
 from legato.types import JSON, AuditEntry, AuditStatus, Logs
-
-_VERBOSE = {"none": 0, "plain": 2}
-"""What Keras calls how progress is shown."""
 
 
 class Session:
@@ -97,6 +94,7 @@ class Session:
         self._saved_step = 0
         self._begins = False
         self._references = references
+        self._compiled = before.steps if before else None
         self._store = CheckpointStore(
             run_dir,
             run_id=run_id,
@@ -158,7 +156,7 @@ class Session:
             params={
                 "epochs": config.epochs or int(np.ceil(epochs)),
                 "steps": schedule.steps_per_epoch,
-                "verbose": _VERBOSE.get(config.progress, 1),
+                "verbose": VERBOSE.get(config.progress, 1),
             },
             exact=config.exact,
             metric_directions=self._parts.directions(),
@@ -195,7 +193,7 @@ class Session:
             config, parts.source, self._schedule.train_steps, saved
         )
         self._capacity = program.capacity
-        self.steps = TrainSteps(
+        self.steps = self._compiled or TrainSteps(
             parts.task,
             parts.model,
             parts.optimizer,
@@ -205,8 +203,8 @@ class Session:
             capacity=program.capacity,
             compilation=program.compilation,
             max_steps=config.steps_per_loop,
-            compiling=self.compiling,
         )
+        self.steps.compiling = self.compiling
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -294,7 +292,8 @@ class Session:
         if self._parts.task.order_seed is None:
             # What happened since the model was built does not count.
             set_random_seed(self._config.seed)
-        self._begins = True
+        # A loss may go wrong before the first checkpoint is due.
+        self._begins = self._recovery.is_on
         self.clock.epoch = self._config.initial_epoch
         self._parts.whole.stop_training = False
         self._callbacks.on_train_begin(resuming=False)
@@ -432,9 +431,7 @@ class Session:
         self._store.poll()
         every = self._config.checkpoint_seconds
         late = every is not None and time.monotonic() - self._last_save > every
-        # (A loss may go wrong before the first one is due.)
-        first = self._recovery.is_on and self._begins
-        return late or first or self._recorder.best.is_new
+        return late or self._begins or self._recorder.best.is_new
 
     def _leave_valid_variables(self, error: BaseException) -> None:
         """After a failure: values in all variables, and word of whose."""

@@ -166,8 +166,9 @@ class Trainer:
                     before=session,
                 ) as session:
                     session.identify()
-                    with session.compiling():
-                        session.steps.trace()
+                    if not session.steps.is_traced:
+                        with session.compiling():
+                            session.steps.trace()
                     session.begin()
                     _write_config(self.run_dir / CONFIG, self._config_yaml)
                     self.audit = session.audit

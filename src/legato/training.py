@@ -34,9 +34,9 @@ class TrainSteps:
             is None.
         capacity: batches in one device call, which is part of the program.
         max_steps: the most to run in one; None for the capacity.
-        compiling: a context around a device call that may compile for long.
 
     Attributes:
+        compiling: a context around what may compile for long.
         capacity: the most steps in one call of `run`.
         mode: the one chosen, once `trace` was called.
         log_names: names of the step's logs, likewise.
@@ -55,10 +55,10 @@ class TrainSteps:
         capacity: int,
         compilation: Compilation = "never",
         max_steps: int | None = None,
-        compiling: Callable[
-            [], AbstractContextManager[Any]
-        ] = contextlib.nullcontext,
     ) -> None:
+        self.compiling: Callable[[], AbstractContextManager[Any]] = (
+            contextlib.nullcontext
+        )
         self.capacity = min(capacity, max_steps or capacity)
         self._operand_capacity = capacity
         self.mode: LoopMode | None = mode
@@ -71,7 +71,6 @@ class TrainSteps:
         self._source = source
         self._metrics = metrics or {}
         self._are_metrics_on = metrics is not None
-        self._compiling = compiling
         self._backend = backends.current()
         self._resident: Any = None
         self._begin_anew()
@@ -85,6 +84,11 @@ class TrainSteps:
         self._flags: list[keras.Variable | keras.layers.Layer] = []
         self._trainable: list[bool] = []
         self._reads = AttributeReads()
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether `trace` was called."""
+        return bool(self._loops)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -153,7 +157,7 @@ class TrainSteps:
 
         operands = keras.tree.map_structure(resized, operands)
         if shapes_of(operands) not in self._loops:
-            with self._compiling():
+            with self.compiling():
                 self.trace(operands)
 
     def _build_model(self) -> None:
@@ -263,7 +267,7 @@ class TrainSteps:
             self.trace()
         shapes = chunk.shapes
         if shapes not in self._loops:
-            with self._compiling():
+            with self.compiling():
                 self.trace(chunk.operands)
         elif (
             len(self._loops) == 1
@@ -274,7 +278,7 @@ class TrainSteps:
         loop = self._loops[shapes]
         if shapes in self._called:
             return loop(step, chunk.num_batches, chunk.operands)
-        with self._compiling():
+        with self.compiling():
             logs = loop(step, chunk.num_batches, chunk.operands)
         self._called.add(shapes)
         return logs

@@ -92,8 +92,10 @@ class StepScope(RecordingScope):
     def _read(self, variable: keras.Variable) -> torch.Tensor:
         """The memory of a variable, for the outermost scope."""
         key = id(variable)
-        self.read[key] = variable
         value = self._values.get(key)
+        if value is not None and key in self.read:
+            return value  # read before, and known
+        self.read[key] = variable
         if value is None:
             if variable._value is None:
                 self.made[key] = variable
