@@ -108,7 +108,7 @@ class Evaluator:
         self.metrics = metrics
         self._results = Results(metrics)
         self._seed = seed
-        self.compilation: Compilation = "never"
+        self.compilation: Compilation = "replay"
         whole = source.batches_per_epoch
         self._num_batches = min(max_batches or whole, whole)
         self._capacity = loop_capacity(source)

@@ -61,7 +61,7 @@ def choose_program(
             compilation = "never"
         case _:
             is_long = train_steps >= _LONG_RUN_STEPS
-            compilation = "auto" if is_long else "never"
+            compilation = "auto" if is_long else "replay"
     return Program(mode=mode, capacity=capacity, compilation=compilation)
 
 

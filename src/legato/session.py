@@ -233,8 +233,11 @@ class Session:
             "mode": self.steps.mode,
             "capacity": self._capacity,
         }
-        if parts.evaluator is not None and self.steps.mode == "compiled":
-            parts.evaluator.compilation = "auto"
+        if parts.evaluator is not None:
+            if self.steps.mode == "compiled":
+                parts.evaluator.compilation = "auto"
+            elif self._config.torch_compile is False:
+                parts.evaluator.compilation = "never"
         self._collect_variables()
         self._recorder = Recorder(
             task=parts.task,

@@ -20,9 +20,11 @@ LoopMode = Literal["fused", "stepwise", "compiled", "eager"]
 choice, compiled ("compiled": a call each on PyTorch, many in one call on
 TensorFlow)."""
 
-Compilation = Literal["auto", "always", "never"]
+Compilation = Literal["auto", "always", "never", "replay"]
 """Whether to compile, for a backend that can also do without and takes long
-to compile: "auto" compiles every step that it can and that gains by it."""
+to compile: "auto" compiles every step that it can and that gains by it. What
+is not compiled runs operation by operation; with "never" it is Python that
+calls each, every time ("replay" leaves it out where that changes nothing)."""
 
 Step = Callable[[Any, Any], Mapping[str, Any]]
 """`step(batch, step_index) -> logs`, called while it is traced. `batch` holds
@@ -105,8 +107,8 @@ class Backend(abc.ABC):
             losses_in_step: whether `model.losses` may be read in the step
                 itself (validation) or only inside `forward` (training).
             variables: those already known to be used, which saves a trace.
-            compilation: whether to compile where that is a choice; asked only
-                if `mode` is None.
+            compilation: whether to compile where that is a choice and `mode`
+                is None, and whether Python must run in each step.
             native: the step is written for this backend (a Keras model's own
                 `train_step`) and differentiates by itself: what it reads are
                 the variables' own tensors.

@@ -124,7 +124,8 @@ class TrainerConfig(Config):
             compiled (by `torch.compile`, by XLA): several times as fast, after
             a compilation of some seconds; "auto" compiles runs of 5,000 steps
             or more, where the step allows it and gains by it. Chosen when a
-            run begins, and kept. JAX compiles always.
+            run begins, and kept. False makes PyTorch run Python in every
+            step, for a debugger or for prints. JAX compiles always.
         best_metric: the epoch log that tells the best checkpoint, as it
             appears in the logs, such as "val_accuracy"; None keeps no best.
         best_mode: whether less ("min") or more ("max") of `best_metric` is

@@ -58,12 +58,28 @@ def probing_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
     return keras.tree.map_structure(_connected, used, unused)
 
 
-def merging_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
+Note = Callable[[Any, str], None]
+"""Called with a condition, and with what of it comes now or is done."""
+
+
+def merging_cond(
+    pred: Any,
+    true_fn: Branch,
+    false_fn: Branch,
+    *,
+    note: Note = lambda pred, part: None,
+) -> Any:
     """Run both branches, and select what they return and assign.
 
     For steps that are captured whole. Nothing may be differentiated through
     it: the gradient of a selection is wrong where the branch not taken is not
     finite.
+
+    Args:
+        pred: the condition.
+        true_fn: one branch.
+        false_fn: the other.
+        note: is told what begins: "true", "false", "select", "end".
 
     Raises:
         NotImplementedError: in `forward`.
@@ -74,14 +90,16 @@ def merging_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
     if torch.is_grad_enabled():
         raise NotImplementedError("keras.ops.cond is used inside `forward`")
     place = outer.root.meet("cond")
+    pred = keras.ops.convert_to_tensor(pred, "bool")
     results, scopes = [], []
     for taken, branch in ((True, true_fn), (False, false_fn)):
+        note(pred, "true" if taken else "false")
         scope = IsolatedScope(outer)
         with outer.root.branch(place, taken), scope:
             results.append(_run(branch))
         scopes.append(scope)
     _check_structures(*results)
-    pred = keras.ops.convert_to_tensor(pred, "bool")
+    note(pred, "select")
 
     def select(a: Any, b: Any) -> Any:
         return torch.where(pred, a, b) if isinstance(a, torch.Tensor) else a
@@ -91,7 +109,9 @@ def merging_cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
         value = outer.get_current_value(variable)
         values = [s.state_mapping.get(key, value) for s in scopes]
         outer.add_update((variable, select(*values)))
-    return keras.tree.map_structure(select, *results)
+    selected = keras.tree.map_structure(select, *results)
+    note(pred, "end")
+    return selected
 
 
 def _run(branch: Branch) -> Any:

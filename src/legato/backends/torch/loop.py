@@ -1,5 +1,7 @@
 """A step examined once, and run in a loop by Python."""
 
+import contextlib
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from legato.backends.torch.conditional import plain_cond, probing_cond
 from legato.backends.torch.modules import scoped_modules
 from legato.backends.torch.native import compile_native
 from legato.backends.torch.randomness import kept_random_state
+from legato.backends.torch.replay import Replayer
 from legato.backends.torch.scope import ExaminingScope, StepScope
 from legato.backends.torch.step import LOST, ExaminedStep, to_row
 from legato.compat import keras_tracing
@@ -92,13 +95,15 @@ def compile_loop(
     found.reached = scope.reached
     found.log_names = list(logs)
     program = None
-    if mode == "compiled" or (mode is None and compilation != "never"):
+    may_compile = mode is None and compilation in ("auto", "always")
+    if mode == "compiled" or may_compile:
         # What it needs of PyTorch takes seconds to import.
         from legato.backends.torch.program import capture
 
         required = mode is not None or compilation == "always"
         program = capture(found, resident, first, required=required)
-    return TorchLoop(found, resident, program)
+    replays = program is None and compilation != "never"
+    return TorchLoop(found, resident, program, replays=replays)
 
 
 class TorchLoop(CompiledLoop):
@@ -109,6 +114,8 @@ class TorchLoop(CompiledLoop):
         step: ExaminedStep,
         resident: Any,
         program: "StepProgram | None",
+        *,
+        replays: bool,
     ) -> None:
         self.read_only = step.read_only
         self.updated = step.updated
@@ -119,6 +126,7 @@ class TorchLoop(CompiledLoop):
         self._known = {id(v) for v in self.variables}
         self._resident = resident
         self._program = program
+        self._replayer = Replayer(step, resident) if replays else None
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
         LOST.refuse(self.variables)
@@ -127,23 +135,40 @@ class TorchLoop(CompiledLoop):
         )
         at = torch.arange(
             step, step + num_steps, dtype=torch.int32, device=current_device()
-        ).unbind()
+        )
         # Without autograd's wrapping: the same memory.
         values = {id(v): v._value.detach() for v in self.variables}
         try:
             with torch.no_grad():
                 if self._program is not None:
-                    return self._program(values, self._resident, operands, at)
+                    return self._program(
+                        values, self._resident, operands, at.unbind()
+                    )
+                replayer = self._replayer
+                replay = replayer and replayer.ready()
+                if replay:
+                    return replay(values, operands, at)
                 rows = []
                 fetch, run = self._step.fetch, self._step.run
                 with keras_tracing.traced_step(plain_cond), scoped_modules():
-                    for index, now in enumerate(at):
+                    for index, now in enumerate(at.unbind()):
                         scope = self._step.new_scope(values)
-                        with scope:
+                        trial = replayer and replayer.begin(values)
+                        with trial or contextlib.nullcontext(), scope:
                             batch = fetch(self._resident, operands, index)
                             rows.append(to_row(run(batch, now)))
                         self._check_variables(scope)
                         scope.commit()
+                        if replayer and trial:
+                            one = slice(index, index + 1)
+                            replayer.finish(
+                                trial,
+                                rows[-1],
+                                keras.tree.map_structure(
+                                    operator.itemgetter(one), operands
+                                ),
+                                at[one],
+                            )
                 return rows
         except BaseException:
             # It ended in the midst of a step.

@@ -94,7 +94,11 @@ def capture(
     at = torch.zeros((), dtype=torch.int32, device=current_device())
     try:
         with kept_random_state(), torch.no_grad():
-            graph = _record(step, variables, values, resident, operands, at)
+            graph = record(step, variables, values, resident, operands, at)
+            for node in graph.graph.nodes:
+                if node.target is torch.ops.aten.clone.default:
+                    node.target, node.kwargs = torch.ops.legato.own.default, {}
+            graph.recompile()
             program = StepProgram(graph, variables)
             # Compiles it now: before step 0 there is still a choice.
             before = [values[id(v)].to("cpu", copy=True) for v in step.updated]
@@ -126,15 +130,30 @@ def capture(
     return program
 
 
-def _record(
+def record(
     step: ExaminedStep,
-    variables: list[keras.Variable],
+    variables: Sequence[keras.Variable],
     values: dict[int, torch.Tensor],
     resident: Any,
     operands: Any,
     at: torch.Tensor,
+    cond: Any = merging_cond,
 ) -> torch.fx.GraphModule:
-    """What the step does to tensors; see `StepProgram`."""
+    """What the step does to tensors; it runs as Python, on none with values.
+
+    Args:
+        step: the step.
+        variables: all that it uses.
+        values: memory of these, by id.
+        resident: see `Fetch`.
+        operands: of one batch.
+        at: the index of a step.
+        cond: in place of `keras.ops.cond`.
+
+    Returns:
+        Takes the values of the variables, resident, operands and `at`;
+        returns the logs, float32 `[names]`.
+    """
 
     def run(
         values: list[torch.Tensor], resident: Any, operands: Any, at: Any
@@ -148,15 +167,10 @@ def _record(
             raise NotImplementedError("it uses other variables each time")
         return row
 
-    with keras_tracing.traced_step(merging_cond), scoped_modules():
-        graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
+    with keras_tracing.traced_step(cond), scoped_modules():
+        return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
             [values[id(v)] for v in variables], resident, operands, at
         )
-    for node in graph.graph.nodes:
-        if node.target is torch.ops.aten.clone.default:
-            node.target, node.kwargs = torch.ops.legato.own.default, {}
-    graph.recompile()
-    return graph
 
 
 def _reason(error: Exception) -> str:

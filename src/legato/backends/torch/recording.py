@@ -1,0 +1,169 @@
+"""A step recorded as a graph of operations, without what is not due.
+
+`keras.ops.cond` runs one branch. A recording holds both, so a condition that
+is known before the step runs, for it depends on the step's index alone, is
+decided then: what only the branch not taken does is cut out.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+from legato.backends.torch.conditional import Branch, merging_cond
+from legato.backends.torch.program import record
+from legato.backends.torch.step import ExaminedStep
+
+
+class Recording:
+    """What a step did to tensors.
+
+    Args:
+        step: the step.
+        variables: all that it uses.
+        values: memory of these, by id.
+        resident: see `Fetch`.
+        operands: of one batch.
+        at: the index of a step, an int32 scalar.
+
+    Raises:
+        Exception: it cannot be recorded: Python needs the value of a tensor.
+    """
+
+    def __init__(
+        self,
+        step: ExaminedStep,
+        variables: Sequence[keras.Variable],
+        values: dict[int, torch.Tensor],
+        resident: Any,
+        operands: Any,
+        at: torch.Tensor,
+    ) -> None:
+        conditionals: list[_Conditional] = []
+
+        def cond(pred: Any, true_fn: Branch, false_fn: Branch) -> Any:
+            conditional = _Conditional()
+            conditionals.append(conditional)
+            return merging_cond(pred, true_fn, false_fn, note=conditional.note)
+
+        self._module = record(
+            step, variables, values, resident, operands, at, cond
+        )
+        self._conditionals = conditionals
+        self._decide = self._make_decide(at)
+        self._runs: dict[tuple[bool, ...], GraphModule] = {}
+
+    def decisions(self, at: torch.Tensor) -> list[tuple[bool, ...]]:
+        """How each step's conditionals go.
+
+        Args:
+            at: the index of each step, int32 `[steps]`.
+        """
+        if self._decide is None:
+            return [()] * len(at)
+        columns = [column.tolist() for column in self._decide(at)]
+        return list(zip(*columns, strict=True))
+
+    def run(self, decided: tuple[bool, ...]) -> GraphModule:
+        """The operations of a step whose conditionals go like this.
+
+        Returns:
+            Takes the values of the variables and the leaves of `resident` and
+            `operands`, and `at`; returns the logs, float32 `[names]`.
+        """
+        if decided not in self._runs:
+            self._runs[decided] = self._cut(decided)
+        return self._runs[decided]
+
+    def _make_decide(self, at: torch.Tensor) -> GraphModule | None:
+        """Computes all conditions, of many steps at once."""
+        if not self._conditionals:
+            return None
+        nodes = list(self._module.graph.nodes)
+        given = [n for n in nodes if n.op == "placeholder"][-1]
+        wanted = {given}
+        for conditional in self._conditionals:
+            wanted |= _ancestors(conditional.pred)
+        graph, copies = Graph(), {}
+        for node in nodes:
+            if node not in wanted:
+                continue
+            if node is not given and node.op in ("placeholder", "get_attr"):
+                raise NotImplementedError("a condition depends on more")
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+        graph.output([copies[c.pred] for c in self._conditionals])
+        decide = GraphModule({}, graph)
+        # Elementwise they are, or else they cannot be asked at once.
+        steps = torch.arange(3, dtype=at.dtype, device=at.device)
+        for column in decide(steps):
+            if column.shape != steps.shape:
+                raise NotImplementedError("a condition is no scalar")
+        return decide
+
+    def _cut(self, decided: tuple[bool, ...]) -> GraphModule:
+        graph, copies = Graph(), {}
+        (output,) = self._module.graph.output_node().all_input_nodes
+        graph.graph_copy(self._module.graph, copies)
+        graph.output(copies[output])
+        for conditional, taken in zip(self._conditionals, decided, strict=True):
+            for node in conditional.select:
+                if node.target is torch.ops.aten.where.self:
+                    copy = copies[node]
+                    copy.replace_all_uses_with(copy.args[1 if taken else 2])
+            unused = conditional.false if taken else conditional.true
+            for node in reversed([*unused, *conditional.select]):
+                # (In-place operations too, which nothing else removes.)
+                if node in copies and not copies[node].users:
+                    graph.erase_node(copies[node])
+                    del copies[node]
+        graph.eliminate_dead_code()
+        return GraphModule(self._module, graph)
+
+
+@dataclasses.dataclass
+class _Conditional:
+    """The nodes of a conditional in the graph that is being recorded.
+
+    Attributes:
+        true: those of the branch.
+        false: those of the other.
+        select: which choose between what the two made.
+    """
+
+    true: list[Node] = dataclasses.field(default_factory=list)
+    false: list[Node] = dataclasses.field(default_factory=list)
+    select: list[Node] = dataclasses.field(default_factory=list)
+    _pred: Node | None = None
+    _begin: int = 0
+    _part: str = ""
+
+    @property
+    def pred(self) -> Node:
+        assert self._pred is not None
+        return self._pred
+
+    def note(self, pred: Any, part: str) -> None:
+        """See `merging_cond`."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        slot: Any = get_proxy_slot(pred, mode.tracer)
+        self._pred = slot.proxy.node
+        nodes = list(mode.tracer.graph.nodes)
+        if self._part:
+            getattr(self, self._part).extend(nodes[self._begin :])
+        self._begin, self._part = len(nodes), part
+
+
+def _ancestors(node: Node) -> set[Node]:
+    """All that a node is made from, and itself."""
+    found, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
