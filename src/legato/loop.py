@@ -28,6 +28,9 @@ class Steps(Protocol):
         """Begin the chunk's steps on the device."""
         ...
 
+    def begin(self, step: int, chunk: Chunk) -> None:
+        """Begin a chunk early, of which nothing shows until `run` is called."""
+
     def rows(self, logs: Any, chunk: Chunk) -> np.ndarray:
         """Wait for them; their logs, float32 `[steps, names]`."""
         ...
@@ -156,6 +159,7 @@ def run(
             )
             rows = steps.rows(logs, chunk)
             pace.learn(chunk.num_batches, time.perf_counter() - began)
+            _begin_next(clock.step, schedule, steps, feed, hooks)
 
         clock.step += chunk.num_batches
         clock.step_in_epoch += chunk.num_batches
@@ -201,6 +205,19 @@ def _do_duties(
             clock.step_in_epoch = 0
             clock.epoch_begun = False
         clock.duties = clock.duties[1:]
+
+
+def _begin_next(
+    step: int, schedule: Schedule, steps: Steps, feed: Feed, hooks: Hooks
+) -> None:
+    """Let the device work on while callbacks look at a batch.
+
+    Most of them change nothing that the next step would see.
+    """
+    chunk = feed.ahead if hooks.batch_hooks_active else None
+    # Where more is due, metrics are reset or measured, for example.
+    if chunk is not None and schedule.next_stop(step) > step + 1:
+        steps.begin(step + 1, chunk)
 
 
 def _plan(step: int, schedule: Schedule, hooks: Hooks, pace: "Pace") -> int:

@@ -283,6 +283,15 @@ class TrainSteps:
         self._called.add(shapes)
         return logs
 
+    def begin(self, step: int, chunk: Chunk) -> None:
+        """Begin a chunk that `run` will be asked for, if that can be undone.
+
+        Whatever changes before it is, `run` does the right thing.
+        """
+        if chunk.shapes in self._called:
+            loop = self._loops[chunk.shapes]
+            loop.begin(step, chunk.num_batches, chunk.operands)
+
     def rows(self, logs: Any, chunk: Chunk) -> np.ndarray:
         """Wait for a chunk's steps; their logs, float32 `[steps, names]`."""
         return self._backend.to_host(logs, chunk.num_batches)

@@ -94,7 +94,8 @@ def train_with_kills(
     """Train to the end through SIGKILLs at random instants.
 
     A process is killed a random moment after it committed the checkpoint of a
-    random step; every other one while it writes the next.
+    random step; every other one, which the seed decides, while it writes the
+    next.
 
     Args:
         name: of the scenario.
@@ -119,7 +120,7 @@ def train_with_kills(
         while process.exitcode is None and _newest(checkpoints) < target:
             time.sleep(0.001)
         moment = "after"
-        if number % 2:
+        if (number + seed) % 2:
             before = _temporary(checkpoints)  # of one killed earlier
             moment = "writing after"
             while process.exitcode is None and not (

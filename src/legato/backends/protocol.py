@@ -69,6 +69,14 @@ class CompiledLoop(abc.ABC):
             The logs of every step, on the device: see `Backend.to_host`.
         """
 
+    def begin(self, step: int, num_steps: int, operands: Any) -> None:
+        """Begin a call that is likely to be the next, where it can be undone.
+
+        Nothing shows of it until it is called with these `operands`, and
+        nothing ever if any variable was set meanwhile.
+        """
+        del step, num_steps, operands
+
 
 class Backend(abc.ABC):
     """The verbs that the engine needs of a Keras backend."""

@@ -40,6 +40,14 @@ class Feed:
             future.set_exception(error)
         self._ahead = future
 
+    @property
+    def ahead(self) -> Chunk | None:
+        """The prefetched chunk, if it is made already."""
+        future = self._ahead
+        if future is None or not future.done() or future.exception():
+            return None
+        return future.result()
+
     def take(self, max_batches: int) -> Chunk:
         """The next chunk, of at most `max_batches` batches.
 

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ class Chunk:
     operands: Any
     state: DataState
 
-    @property
+    @functools.cached_property
     def shapes(self) -> Shapes:
         """The shapes of the operands, without the axis of the capacity.
 

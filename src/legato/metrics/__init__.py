@@ -167,6 +167,7 @@ class Results:
         self._metrics = metrics
         self._is_own = [_is_kerass_own(metric) for metric in metrics]
         self._own = list(itertools.compress(metrics, self._is_own))
+        self._means: Callable[[], list[Any]] | None = None
         self._compute: Callable[[], list[Any]] | None = None
         self._num_variables = 0
         self._names: dict[keras.metrics.Metric, list[str]] = {}
@@ -190,14 +191,15 @@ class Results:
         return self._names[metric]
 
     def _of_own(self) -> list[Any]:
+        if self._means is not None:
+            return self._means()
         # Some make their variables when they are first updated.
         present = sum(len(metric.variables) for metric in self._own)
         if self._compute is None or present != self._num_variables:
             self._num_variables = present
-            self._compute = _read_means(self._own) or (
-                backends.current().compile_reading(
-                    lambda: [metric.result() for metric in self._own]
-                )
+            self._means = _read_means(self._own)
+            self._compute = self._means or backends.current().compile_reading(
+                lambda: [metric.result() for metric in self._own]
             )
         return self._compute()
 

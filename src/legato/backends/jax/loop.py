@@ -1,5 +1,9 @@
 """A step traced once, and run many times in one call on the device."""
 
+import contextlib
+import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +30,14 @@ from legato.backends.scope import (
 )
 from legato.compat import keras_tracing
 from legato.errors import StepError
+
+_MAX_KEPT_BYTES = 4 << 20
+"""A step that changes more gains nothing by being begun early."""
+
+_VALUE = operator.attrgetter("_value")
+
+_MAX_IN_VAIN = 10
+"""After 2 to the power of that many steps it is tried again."""
 
 _LEAKED = (
     "A variable was assigned inside a construct that cannot carry it out "
@@ -153,6 +165,23 @@ class StepProgram:
         return new, row
 
 
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A call that was begun before its turn.
+
+    Attributes:
+        steps: its first step, and how many.
+        operands: as given.
+        values: of the variables, with which it was begun.
+        results: new values of those that it updates, and the logs.
+    """
+
+    steps: tuple[int, int]
+    operands: Any
+    values: list[jax.Array]
+    results: Any
+
+
 class JaxLoop(CompiledLoop):
     """See `CompiledLoop`."""
 
@@ -170,25 +199,77 @@ class JaxLoop(CompiledLoop):
         self.mode = mode or _choose_mode(program.closed)
         self.traces = traces
         self._num_arrays = len(program.updated) + len(program.read_only)
+        num_bytes = sum(v._value.nbytes for v in program.updated)
+        # Without donation values live on, and a step that was begun early can
+        # be dropped. (What prints or calls back cannot be undone.)
+        self._donates = num_bytes > _MAX_KEPT_BYTES
+        self._can_begin = not self._donates and not program.closed.effects
+        self._begun: _Begun | None = None
+        self._in_vain = self._rests = 0
         self._resident = resident
         self._capacity = jax.tree.leaves(operands)[0].shape[0]
         make = self._fused if self.mode == "fused" else self._stepwise
         self._run = make(program)
 
+    def begin(self, step: int, num_steps: int, operands: Any) -> None:
+        if not self._can_begin:
+            return
+        if self._rests:
+            self._rests -= 1
+            return
+        updated = list(map(_VALUE, self.updated))
+        read_only = list(map(_VALUE, self.read_only))
+        with contextlib.suppress(Exception):  # `__call__` raises it in time
+            results = self._run(
+                updated, read_only, self._resident, operands, step, num_steps
+            )
+            self._begun = _Begun(
+                (step, num_steps), operands, [*updated, *read_only], results
+            )
+
+    def _take_begun(self, step: int, num_steps: int, operands: Any) -> Any:
+        """The results of what was begun, if it is this, of these values."""
+        begun, self._begun = self._begun, None
+        assert begun is not None
+        # (Arrays never change: a variable that is set has another.)
+        values = map(_VALUE, itertools.chain(self.updated, self.read_only))
+        if (
+            begun.steps == (step, num_steps)
+            and begun.operands is operands
+            and all(map(operator.is_, values, begun.values))
+        ):
+            self._in_vain = 0
+            return begun.results
+        # As under a callback that sets the learning rate at each batch.
+        self._in_vain = min(self._in_vain + 1, _MAX_IN_VAIN)
+        self._rests = 2**self._in_vain
+        return None
+
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
-        updated = [v._value for v in self.updated]
-        read_only = [v._value for v in self.read_only]
-        if len({*map(id, updated), *map(id, read_only)}) < self._num_arrays:
-            taken: set[int] = set()
-            updated = [_own_array(a, taken) for a in updated]
-            read_only = [_own_array(a, taken) for a in read_only]
-        new, logs = self._run(
-            updated, read_only, self._resident, operands, step, num_steps
-        )
+        results = None
+        if self._begun is not None:
+            results = self._take_begun(step, num_steps, operands)
+        if results is None:
+            results = self._call(step, num_steps, operands)
+        new, logs = results
         for variable, value in zip(self.updated, new, strict=True):
             # By reference: `assign` would convert and check each one.
             variable._value = value
         return logs
+
+    def _call(self, step: int, num_steps: int, operands: Any) -> Any:
+        updated = list(map(_VALUE, self.updated))
+        read_only = list(map(_VALUE, self.read_only))
+        if len({*map(id, updated), *map(id, read_only)}) < self._num_arrays:
+            taken: set[int] = set()
+            updated = [_own_array(a, taken) for a in updated]
+            read_only = [_own_array(a, taken) for a in read_only]
+        return self._run(
+            updated, read_only, self._resident, operands, step, num_steps
+        )
+
+    def _donated(self) -> tuple[int, ...]:
+        return (0,) if self._donates else ()
 
     def _fused(self, run: Any) -> Any:
         shape = (self._capacity, len(self.log_names))
@@ -209,7 +290,7 @@ class JaxLoop(CompiledLoop):
             rows = jnp.zeros(shape, jnp.float32)
             return jax.lax.fori_loop(0, num_steps, body, (updated, rows))
 
-        compiled = jax.jit(loop, donate_argnums=0)
+        compiled = jax.jit(loop, donate_argnums=self._donated())
 
         def call(
             updated: Any, read_only: Any, resident: Any, operands: Any,
@@ -229,7 +310,7 @@ class JaxLoop(CompiledLoop):
             index, step = numbers
             return run(updated, read_only, resident, operands, index, step)
 
-        compiled = jax.jit(one, donate_argnums=0)
+        compiled = jax.jit(one, donate_argnums=self._donated())
 
         def call(
             updated: Any, read_only: Any, resident: Any, operands: Any,
