@@ -1,0 +1,57 @@
+"""Metrics that are measured in NumPy on the host, beside the device."""
+
+import abc
+import re
+from typing import Any
+
+from legato.errors import ConfigError
+
+
+class HostMetric(abc.ABC):
+    """A metric of validation that runs on the host.
+
+    Its `update_state` is called from a background thread, batch by batch in
+    their order, while the device goes on with the next ones. In
+    `Task.validation_step` it is used as any other metric: what it is given
+    there as tensors arrives as NumPy arrays.
+
+    Args:
+        name: of the metric; None makes one from the name of the class.
+
+    Raises:
+        ConfigError: the name is empty or not a str.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        if name is None:
+            words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__)
+            name = words.lower().strip("_")
+        if not isinstance(name, str) or not name:
+            raise ConfigError(
+                f"{type(self).__name__}(name={name!r}): it must be a str that "
+                "is not empty, or None."
+            )
+        self.name = name
+
+    @abc.abstractmethod
+    def update_state(self, labels: Any, outputs: Any) -> None:
+        """Take a batch.
+
+        Args:
+            labels: of the batch, in the structure in which the step passed
+                them, with NumPy arrays of shape `[batch, ...]` as leaves.
+            outputs: the model's for these, likewise.
+        """
+
+    @abc.abstractmethod
+    def result(self) -> dict[str, Any]:
+        """What was measured since the last reset; resets nothing.
+
+        Returns:
+            Floats by name, which become logs. A dict among the values is a
+            group of its own: a sub-directory of summaries.
+        """
+
+    @abc.abstractmethod
+    def reset_state(self) -> None:
+        """Forget all batches; called before each validation."""
