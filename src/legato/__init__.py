@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from legato.data import ArraySource, DataIterator, DataSource
     from legato.experiment import Experiment, run_experiment
     from legato.fitting import evaluate, fit
-    from legato.metrics import Every, Sample
+    from legato.metrics import HostMetric
     from legato.task import Task
     from legato.trainer import Trainer
+    from legato.when import Every, Sample
 
 __all__ = [
     "ArraySource",
@@ -26,6 +27,7 @@ __all__ = [
     "DataSource",
     "Every",
     "Experiment",
+    "HostMetric",
     "Sample",
     "Task",
     "Trainer",
@@ -42,9 +44,10 @@ _HOMES = {
     "ArraySource": "legato.data",
     "DataIterator": "legato.data",
     "DataSource": "legato.data",
-    "Every": "legato.metrics",
+    "Every": "legato.when",
     "Experiment": "legato.experiment",
-    "Sample": "legato.metrics",
+    "HostMetric": "legato.metrics",
+    "Sample": "legato.when",
     "Task": "legato.task",
     "Trainer": "legato.trainer",
     "TrainerConfig": "legato.config",
@@ -54,7 +57,7 @@ _HOMES = {
     "value_and_grad": "legato.backends",
 }
 # These need no Keras, and so leave the choice of its backend open.
-_LIGHT = {"Experiment", "TrainerConfig", "run_experiment"}
+_LIGHT = {"Every", "Experiment", "Sample", "TrainerConfig", "run_experiment"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,10 @@ from legato.compat import keras_models
 from legato.data import DataSource
 from legato.errors import ConfigError
 from legato.identity import code_hash, describe_value
-from legato.metrics import Every, StepMetric, When
+from legato.metrics import HostMetric, HostStepMetric, StepMetric
 from legato.task import Task
 from legato.types import JSON, LogStyle
+from legato.when import Every, When
 
 CompileMetrics = keras_models.CompileMetrics
 
@@ -111,12 +112,16 @@ class CompiledTask(Task):
         """The data, as given."""
         return self._sources[split]
 
-    def build_metrics(self, training: bool) -> dict[keras.metrics.Metric, When]:
+    def build_metrics(
+        self, training: bool
+    ) -> dict[keras.metrics.Metric, When] | list[Any]:
         """All that is reported beside the loss."""
         style = self.train_logs if training else self.validation_logs
         chosen = self._train_metrics if training else self._validation_metrics
         if style is LogStyle.OWN:
             return dict.fromkeys(self._model.metrics, Every(1))
+        if not training and chosen.on_host:
+            return [*chosen.updated, *chosen.on_host]
         if not chosen.is_compiled:
             return dict(chosen.updated)
         # Some are updated by the loss, or by layers: at each step.
@@ -159,7 +164,7 @@ class CompiledTask(Task):
         self,
         inputs: Any,
         model: Any,
-        metrics: Sequence[StepMetric] | None = None,
+        metrics: Sequence[StepMetric | HostStepMetric] | None = None,
     ) -> dict[str, Any]:
         """Measures a batch, as `keras.Model.test_step` does it."""
         if self.validation_logs is LogStyle.OWN:
@@ -192,18 +197,28 @@ class CompiledTask(Task):
         }
 
 
+def _is_on_host(metric: Any) -> bool:
+    return isinstance(metric, HostMetric)
+
+
 class _Chosen:
     """Which metrics are computed in training, or in validation.
 
     Args:
         updated: those that a step updates, and when.
+        on_host: those of validation that are measured on the host.
         is_compiled: whether they are those that the model was compiled with.
     """
 
     def __init__(
-        self, updated: dict[CompileMetrics, When], *, is_compiled: bool
+        self,
+        updated: dict[CompileMetrics, When],
+        on_host: Sequence[HostMetric] = (),
+        *,
+        is_compiled: bool,
     ) -> None:
         self.updated: dict[Any, When] = dict(updated)
+        self.on_host = on_host
         self.is_compiled = is_compiled
 
     @classmethod
@@ -239,6 +254,8 @@ class _Chosen:
             return cls(always, is_compiled=True)
         if asked is None or (isinstance(asked, list | tuple) and not asked):
             return cls({}, is_compiled=False)
+        if isinstance(asked, HostMetric):
+            asked = [asked]
         if not isinstance(asked, list | tuple | Mapping):
             remedy = f"{argument}=[{asked!r}]"
             if argument == "train_metrics":
@@ -248,8 +265,26 @@ class _Chosen:
                 "model.compile), None (off), or a list of metrics as "
                 f"model.compile takes it: {remedy}."
             )
-        made = keras_models.make_metrics(model, asked, None)
-        return cls({made: Every(1)}, is_compiled=False)
+        on_host = [m for m in keras.tree.flatten(asked) if _is_on_host(m)]
+        others = asked
+        if on_host:
+            if argument == "train_metrics":
+                raise ConfigError(
+                    f"train_metrics holds the host metric {on_host[0].name!r}: "
+                    "these measure in validation only. Give it as one of "
+                    "validation_metrics."
+                )
+            if isinstance(asked, Mapping):
+                raise ConfigError(
+                    f"{argument}={asked!r}: host metrics are given all "
+                    "outputs. Put them in a list: [metric, ...]."
+                )
+            others = [each for each in asked if not _is_on_host(each)]
+        updated: dict[Any, When] = {}
+        if others:
+            made = keras_models.make_metrics(model, others, None)
+            updated = {made: Every(1)}
+        return cls(updated, on_host, is_compiled=False)
 
     def measuring(self, model: Any) -> contextlib.AbstractContextManager[None]:
         """Around the loss: of several outputs, each is measured, or not."""
@@ -257,14 +292,16 @@ class _Chosen:
 
     def update(
         self,
-        metrics: Sequence[StepMetric] | None,
+        metrics: Sequence[StepMetric | HostStepMetric] | None,
         y: Any,
         outputs: Any,
         weight: Any,
     ) -> None:
         """Update those metrics that are ours to update."""
         for metric in metrics or ():
-            if metric.is_any_of(self.updated):
+            if isinstance(metric, HostStepMetric):
+                metric.update_state(y, outputs)
+            elif metric.is_any_of(self.updated):
                 metric.update_state(y, outputs, weight)
 
 

@@ -1,5 +1,6 @@
 """Measuring a model on a split of the data, in device loops like training."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -9,9 +10,11 @@ from legato import backends
 from legato.backends import Compilation, CompiledLoop
 from legato.data import Chunk, DataSource, Shapes, shapes_of
 from legato.errors import StepError
-from legato.metrics import Every, Results, StepMetric
+from legato.metrics import HostMetric, HostStepMetric, Results, StepMetric
+from legato.on_host import HostSide, HostThread, Packed
 from legato.task import AttributeReads, Task, tracing
-from legato.types import Logs, LogStyle
+from legato.types import Logs, LogStyle, flat_logs
+from legato.when import Every
 
 MAX_CAPACITY = 256
 _CHUNK_BYTES = 64 * 2**20
@@ -89,6 +92,7 @@ class Evaluator:
 
     Attributes:
         metrics: as given.
+        on_device: those among them that are not measured on the host.
         compilation: whether to compile, where that is a choice.
     """
 
@@ -97,7 +101,7 @@ class Evaluator:
         task: Task,
         model: Any,
         source: DataSource,
-        metrics: Sequence[keras.metrics.Metric],
+        metrics: Sequence[keras.metrics.Metric | HostMetric],
         *,
         seed: int,
         max_batches: int | None = None,
@@ -106,12 +110,23 @@ class Evaluator:
         self._model = model
         self._source = source
         self.metrics = metrics
-        self._results = Results(metrics)
+        self.on_device = [
+            m for m in metrics if isinstance(m, keras.metrics.Metric)
+        ]
+        self._results = Results(self.on_device)
+        self._host = HostSide(
+            task, [m for m in metrics if isinstance(m, HostMetric)]
+        )
+        # How what goes to the host is made of tensors, by shapes of batches.
+        self._packed: dict[Shapes, Packed | None] = {}
+        self._last_packed: Packed | None = None
         self._seed = seed
         self.compilation: Compilation = "replay"
         whole = source.batches_per_epoch
         self._num_batches = min(max_batches or whole, whole)
-        self._capacity = loop_capacity(source)
+        # What goes to the host goes batch by batch.
+        limit = 1 if self._host.is_needed else None
+        self._capacity = loop_capacity(source, limit)
         self._resident: Any = None
         self._loops: dict[Shapes, CompiledLoop] = {}
         self._reads = AttributeReads()
@@ -135,7 +150,7 @@ class Evaluator:
         return [v for loop in self._loops.values() for v in loop.variables]
 
     def _metric_variables(self) -> set[int]:
-        return {id(v) for metric in self.metrics for v in metric.variables}
+        return {id(v) for metric in self.on_device for v in metric.variables}
 
     def _leaves_no_trace(self, hooks: TestHooks) -> bool:
         """Whether a validation that is broken off can be repeated whole."""
@@ -145,63 +160,107 @@ class Evaluator:
         )
 
     def __call__(
-        self, hooks: TestHooks, stop_requested: Callable[[], bool]
-    ) -> Logs | None:
+        self,
+        hooks: TestHooks,
+        stop_requested: Callable[[], bool],
+        step: int = 0,
+    ) -> dict[str, Any] | None:
         """Validate from the first batch to the last.
 
+        Args:
+            hooks: the callbacks.
+            stop_requested: whether a signal or the time asks to stop.
+            step: the number of training steps completed, for the Task.
+
         Returns:
-            The mean of each log over the examples, and the metrics' results;
-            None if a stop was requested meanwhile, and nothing happened that
-            could not be repeated. (Otherwise it is finished first.)
+            The mean of each log over the examples, the metrics' results, and
+            what was measured on the host, where dicts are groups and not all
+            values are numbers: see `flat_logs`. None if a stop was requested
+            meanwhile, and nothing happened that could not be repeated.
+            (Otherwise it is finished first.)
+
+        Raises:
+            StepError: the step or what is measured broke its contract.
+            Anything: what a host metric raised.
         """
         self._reads.check()
         hooks.on_test_begin()
-        for metric in self.metrics:
+        for metric in self.on_device:
             metric.reset_state()
-        sums: Logs = {}
-        last: Logs = {}
-        examples = done = 0
+        means = _Means()
+        found: dict[str, Any] = {}
+        with contextlib.ExitStack() as stack:
+            host = None
+            if self._host.is_needed:
+                host = stack.enter_context(self._host.begin(step))
+            if not self._measure(means, hooks, stop_requested, host):
+                return None
+            if host is not None:
+                found = host.finish()
+        logs = self._logs(means) | found
+        if self._task.validation_logs is not LogStyle.MEANS:
+            logs = dict(sorted(logs.items()))
+        on_device = {
+            name
+            for metric in self.on_device
+            for name in self._results.names(metric)
+        }
+        clashes = on_device & found.keys()
+        if clashes:
+            raise StepError(
+                f"A metric of the device and one of the host are both named "
+                f"{', '.join(sorted(clashes))}. Give one of them another name."
+            )
+        hooks.on_test_end(flat_logs(logs))
+        return logs
+
+    def _measure(
+        self,
+        means: "_Means",
+        hooks: TestHooks,
+        stop_requested: Callable[[], bool],
+        host: HostThread | None,
+    ) -> bool:
+        """Run all batches; False if it was broken off."""
+        done = 0
+        # Of the step before: the device is not waited for at each batch.
+        late: list[tuple[Chunk, list[str], Any]] = []
         iterator = self._source.iterate(
             seed=self._seed, capacity=self._capacity
         )
         while done < self._num_batches:
             if stop_requested() and self._leaves_no_trace(hooks):
-                return None
+                return False
             most = 1 if hooks.test_batch_hooks_active else self._capacity
             chunk = iterator.next_chunk(min(most, self._num_batches - done))
             if hooks.test_batch_hooks_active:
                 hooks.on_test_batch_begin(done)
-            names, rows = self._run(done, chunk)
-            for k, name in enumerate(names):
-                total = sums.get(name, 0.0)
-                for value in rows[:, k].tolist():
-                    total += value * chunk.batch_size
-                sums[name] = total
-            examples += chunk.num_batches * chunk.batch_size
+            names, rows = self._run(done, chunk, host)
+            late.append((chunk, names, rows))
+            if host is None or hooks.test_batch_hooks_active or len(late) > 1:
+                means.add(*late.pop(0))
             done += chunk.num_batches
-            last = dict(zip(names, rows[-1].tolist(), strict=True))
             if hooks.wants_test_batch_logs:
-                logs = last
+                logs = means.last
                 if self._task.validation_logs is LogStyle.RUNNING:
-                    logs = self._logs(sums, examples, last)
+                    logs = self._logs(means)
                 hooks.on_test_batch_end(done - 1, dict(sorted(logs.items())))
             if hooks.stop_evaluating:
                 break
+        for each in late:
+            means.add(*each)
         iterator.close()
-        logs = self._logs(sums, examples, last)
-        hooks.on_test_end(logs)
-        return logs
+        return True
 
-    def _logs(self, sums: Logs, examples: int, last: Logs) -> Logs:
+    def _logs(self, means: "_Means") -> Logs:
         """Means and metrics, or what the last batch's own step reported."""
         results = self._results()
         match self._task.validation_logs:
             case LogStyle.OWN:
-                own = results if results.keys() == last.keys() else last
-                return dict(sorted(own.items()))
+                own = results if results.keys() == means.last.keys() else None
+                return dict(sorted((own or means.last).items()))
             case style:
-                logs = {name: total / examples for name, total in sums.items()}
-                logs.update(results)
+                logs = means.read() | results
                 running = style is LogStyle.RUNNING
                 return dict(sorted(logs.items())) if running else logs
 
@@ -209,11 +268,18 @@ class Evaluator:
         """Trace the step, so that lazily made variables exist."""
         self._loop(self._source.example(self._capacity))
 
-    def _run(self, step: int, chunk: Chunk) -> tuple[list[str], Any]:
+    def _run(
+        self, step: int, chunk: Chunk, host: HostThread | None
+    ) -> tuple[list[str], Any]:
+        """Names of logs, and the logs, which may be under way."""
         loop = self._loop(chunk.operands)
         logs = loop(step, chunk.num_batches, chunk.operands)
-        rows = backends.current().to_host(logs, chunk.num_batches)
-        return loop.log_names, rows
+        if isinstance(logs, tuple):
+            logs, outputs = logs
+            packed = self._packed[chunk.shapes]
+            assert host is not None and packed is not None  # or no outputs
+            host.take(packed, outputs)
+        return loop.log_names, logs
 
     def _loop(self, operands: Any) -> CompiledLoop:
         shapes = shapes_of(operands)
@@ -236,10 +302,61 @@ class Evaluator:
                     native=self._task.validation_logs is LogStyle.OWN,
                 )
             self._loops[shapes] = loop
+            self._packed[shapes] = self._last_packed
         return loop
 
-    def _step(self, batch: Any, step: Any) -> dict[str, Any]:
+    def _step(self, batch: Any, step: Any) -> Any:
         del step
-        metrics = [StepMetric(metric, Every(1)) for metric in self.metrics]
+        metrics = [
+            HostStepMetric(metric)
+            if isinstance(metric, HostMetric)
+            else StepMetric(metric, Every(1))
+            for metric in self.metrics
+        ]
         logs = self._task.validation_step(batch, self._model, metrics)
-        return check_logs(logs, self._task, "validation_step", loss=False)
+        on_host = [m for m in metrics if isinstance(m, HostStepMetric)]
+        if not self._host.is_needed:
+            return check_logs(logs, self._task, "validation_step", loss=False)
+        aggregated = logs if self._host.aggregates else None
+        if aggregated is not None and isinstance(logs, dict):
+            logs = {k: v for k, v in logs.items() if _is_scalar(v)}
+        scalars = check_logs(logs, self._task, "validation_step", loss=False)
+        self._last_packed = Packed(aggregated, on_host)
+        tensors = self._last_packed.tensors
+        return (scalars, tensors) if tensors else scalars
+
+
+class _Means:
+    """Means over examples of the logs of validation's steps.
+
+    Attributes:
+        last: the logs of the last step.
+    """
+
+    def __init__(self) -> None:
+        self.last: Logs = {}
+        self._sums: Logs = {}
+        self._examples = 0
+
+    def add(self, chunk: Chunk, names: list[str], logs: Any) -> None:
+        """Wait for the logs of a chunk's steps, and add them."""
+        rows = backends.current().to_host(logs, chunk.num_batches)
+        for k, name in enumerate(names):
+            total = self._sums.get(name, 0.0)
+            for value in rows[:, k].tolist():
+                total += value * chunk.batch_size
+            self._sums[name] = total
+        self._examples += chunk.num_batches * chunk.batch_size
+        self.last = dict(zip(names, rows[-1].tolist(), strict=True))
+
+    def read(self) -> Logs:
+        """The means so far."""
+        return {
+            name: total / self._examples for name, total in self._sums.items()
+        }
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, dict | list | tuple | str | None) and (
+        tuple(getattr(value, "shape", ())) == ()
+    )

@@ -61,6 +61,9 @@ class Recorder(Protocol):
     def begin_epoch(self) -> None:
         """Reset what counts within an epoch."""
 
+    def begin_interval(self) -> None:
+        """Reset what counts from one summary to the next."""
+
     def steps(self, chunk: Chunk, rows: np.ndarray) -> None:
         """Take the logs of completed steps."""
 
@@ -90,7 +93,7 @@ def run(
     feed: Feed,
     hooks: Hooks,
     recorder: Recorder,
-    validate: Callable[[], Logs | None],
+    validate: Callable[[], dict[str, Any] | None],
     save: Callable[[], None],
     save_is_due: Callable[[], bool],
     stop_requested: Callable[[], bool],
@@ -142,6 +145,9 @@ def run(
             recorder.begin_epoch()
             hooks.on_epoch_begin(clock.epoch)
             clock.epoch_begun = True
+        if schedule.summary_is_due(clock.step):
+            # Only now: the logs of an epoch that ended hold them too.
+            recorder.begin_interval()
 
         chunk = feed.take(
             1

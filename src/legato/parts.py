@@ -7,14 +7,15 @@ import keras
 
 from legato.compat.keras_names import fresh_names
 from legato.compat.keras_seeds import set_random_seed
-from legato.config import TrainerConfig
+from legato.config import TrainerConfig, nearest
 from legato.data import DataSource
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
 from legato.identity import describe_program
-from legato.metrics import Every, When, check_metrics, directions
+from legato.metrics import check_metrics, directions
 from legato.task import ModelGroup, OptimizerGroup, Optimizers, Task
 from legato.types import JSON, LogStyle
+from legato.when import Every, When
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Parts:
 
     def directions(self) -> dict[str, str]:
         """Whether less or more is better, by log, where that is known."""
-        validation = self.evaluator.metrics if self.evaluator else []
+        validation = self.evaluator.on_device if self.evaluator else []
         found = {self.task.loss: "min"}
         found |= directions([*self.metrics, *validation])
         return found | {f"val_{name}": way for name, way in found.items()}
@@ -73,7 +74,7 @@ class Parts:
         A compiled model's are: validation must leave them as they are, for
         the epoch that they count has not been read yet.
         """
-        validation = self.evaluator.metrics if self.evaluator else []
+        validation = self.evaluator.on_device if self.evaluator else []
         training = {id(v) for metric in self.metrics for v in metric.variables}
         return [
             variable
@@ -118,10 +119,7 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
         if isinstance(optimizer, dict)
         else optimizer
     )
-    metrics: dict[keras.metrics.Metric, When] = {}
-    if config.train_metrics_interval:
-        when = Every(config.train_metrics_interval)
-        metrics = _build_metrics(task, training=True, default=when)
+    metrics = _build_train_metrics(task, config)
     clashes = task.loss in {metric.name for metric in metrics}
     if clashes and task.train_logs is LogStyle.MEANS:
         raise ConfigError(
@@ -155,16 +153,52 @@ def _rates(
     }
 
 
-def _build_metrics(
-    task: Task, *, training: bool, default: When
+def _build_train_metrics(
+    task: Task, config: TrainerConfig
 ) -> dict[keras.metrics.Metric, When]:
+    """The training metrics, but for those that are never updated."""
+    if not config.trains_metrics:
+        return {}
+    interval = config.train_metrics_interval
+    made = _build_metrics(
+        task, training=True, default=Every(interval) if interval else None
+    )
+    names = [metric.name for metric in made]
+    for name in config.train_metrics:
+        if name not in names:
+            meant = nearest(name, names)
+            raise ConfigError(
+                f"train_metrics: {type(task).__name__}.build_metrics(training="
+                f"True) returns no metric {name!r}"
+                + (f" - did you mean {meant!r}?" if meant else f", but {names}")
+            )
+    chosen = {
+        metric: when
+        for metric, made_when in made.items()
+        if (when := config.choose_when(metric.name, made_when)) is not None
+    }
+    for metric, when in chosen.items():
+        if when.over == "summary" and not config.summary_interval:
+            raise ConfigError(
+                f"The metric {metric.name!r} is taken over the steps since the "
+                "last summary, but summary_interval=0: there are none. Set an "
+                'interval, or over="epoch".'
+            )
+    return chosen
+
+
+def _build_metrics(
+    task: Task, *, training: bool, default: When | None
+) -> dict[Any, When | None]:
     # A metric without a name of its own gets one that counts those before it
     # in the process: `auc_1` in validation, or in a notebook's second run.
     with fresh_names():
         metrics = task.build_metrics(training=training)
     where = f"{type(task).__name__}.build_metrics(training={training})"
     unique = task.train_logs is LogStyle.MEANS
-    return check_metrics(metrics, where, default, unique=unique)
+    return check_metrics(
+        metrics, where, default, training=training, unique=unique
+    )
 
 
 def _build_evaluator(

@@ -12,14 +12,15 @@ import numpy as np
 from legato.config import TrainerConfig
 from legato.data import Chunk
 from legato.errors import ConfigError, LegatoWarning
-from legato.metrics import Results, When, any_due
+from legato.metrics import Results
 from legato.progress import ProgressReporter
 from legato.recovery import LossWatch
 from legato.schedule import Schedule
 from legato.state import Clock
 from legato.summaries import RunLog
 from legato.task import Task
-from legato.types import JSON, Logs, LogStyle
+from legato.types import JSON, Logs, LogStyle, flat_logs
+from legato.when import When, any_due
 
 
 class Recorder:
@@ -84,8 +85,15 @@ class Recorder:
         self._clock.epoch_examples = 0
         self._clock.last_logs = {}
         self._clock.validation_logs = {}
-        for metric in self._metrics:
-            metric.reset_state()
+        for metric, when in self._metrics.items():
+            if when.over != "summary":
+                metric.reset_state()
+
+    def begin_interval(self) -> None:
+        """Reset the metrics that are taken since the last summary."""
+        for metric, when in self._metrics.items():
+            if when.over == "summary":
+                metric.reset_state()
 
     def steps(self, chunk: Chunk, rows: np.ndarray) -> None:
         """Add the logs of completed steps to the sums.
@@ -139,11 +147,14 @@ class Recorder:
         }
 
     def _results(self) -> dict[str, Any]:
-        """The metrics; NaN for those that the epoch has not updated."""
+        """The metrics; NaN for those that no step of theirs has updated."""
         clock, results = self._clock, self._read_metrics()
-        trained = self._schedule.trained(clock.epoch_first_step, clock.step)
         for metric, when in self._metrics.items():
-            if not any(any_due(when, first, stop) for first, stop in trained):
+            first = clock.epoch_first_step
+            if when.over == "summary":
+                first = self._schedule.last_summary(clock.step)
+            trained = self._schedule.trained(first, clock.step)
+            if not any(any_due(when, begin, stop) for begin, stop in trained):
                 for name in self._read_metrics.names(metric):
                     results[name] = math.nan
         return results
@@ -166,12 +177,18 @@ class Recorder:
             self._log.write_timing(clock.step, {"steps_per_sec": rate})
         self._timed_from = now, clock.step
 
-    def validation(self, logs: Logs) -> None:
-        """Write the results of a validation and keep them for the epoch."""
+    def validation(self, logs: dict[str, Any]) -> None:
+        """Write the results of a validation and keep them for the epoch.
+
+        Args:
+            logs: also groups of them, and what only summaries can show.
+        """
         clock = self._clock
-        self._log.write("validation", clock.step, logs)
-        self._reporter.validation(clock.step, logs)
-        clock.validation_logs = {f"val_{k}": v for k, v in logs.items()}
+        self._log.write("validation", clock.step, flat_logs(logs))
+        # Groups would fill the screen.
+        ungrouped = {k: v for k, v in logs.items() if not isinstance(v, dict)}
+        self._reporter.validation(clock.step, flat_logs(ungrouped))
+        clock.validation_logs = flat_logs(logs, "val_")
         self.best.consider(clock.step, clock.validation_logs)
 
     def epoch_logs(self) -> Logs:

@@ -98,6 +98,11 @@ class Schedule:
         """Whether to write a summary after this step."""
         return _is_due(step, self.summary_interval)
 
+    def last_summary(self, step: int) -> int:
+        """The last step before `step` after which there was one, or 0."""
+        every = self.summary_interval
+        return (step - 1) // every * every if every and step else 0
+
     def _every(self, interval: Interval) -> int:
         return self.steps_per_epoch if interval == "epoch" else interval or 0
 

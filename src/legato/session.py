@@ -198,7 +198,7 @@ class Session:
             parts.model,
             parts.optimizer,
             parts.source,
-            parts.metrics if config.train_metrics_interval else None,
+            parts.metrics if config.trains_metrics else None,
             mode=program.mode,
             capacity=program.capacity,
             compilation=program.compilation,
@@ -428,7 +428,9 @@ class Session:
         parts = self._parts
         assert parts.evaluator is not None
         with restoring.kept(parts.shared_variables()):
-            return parts.evaluator(self._callbacks, self._interrupts.is_asked)
+            return parts.evaluator(
+                self._callbacks, self._interrupts.is_asked, self.clock.step
+            )
 
     def _save_is_due(self) -> bool:
         self._store.poll()

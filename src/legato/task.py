@@ -10,9 +10,10 @@ import numpy as np
 from legato.backends import value_and_grad
 from legato.data import DataSource
 from legato.errors import ConfigError, StepError
-from legato.metrics import StepMetric, When
+from legato.metrics import HostMetric, HostStepMetric, StepMetric
 from legato.rng import kept_host_state
 from legato.types import JSON, LogStyle
+from legato.when import When
 
 Optimizers = keras.optimizers.Optimizer | dict[str, keras.optimizers.Optimizer]
 
@@ -95,22 +96,28 @@ class Task:
                 regularizers, to be added.
 
         Returns:
-            A scalar tensor.
+            A scalar tensor; or a dict of scalars, of which `self.loss` is
+            minimised, and all are logged (`legato.losses.WeightedSum` makes
+            one).
         """
         del labels, model_outputs, aux_losses
         raise _missing(self, "build_losses", "a scalar loss")
 
     def build_metrics(
         self, training: bool
-    ) -> Sequence[keras.metrics.Metric] | Mapping[keras.metrics.Metric, When]:
+    ) -> (
+        Sequence[keras.metrics.Metric | HostMetric]
+        | Mapping[keras.metrics.Metric, When | None]
+    ):
         """Make the metrics of training or of validation.
 
         Args:
             training: for which of them.
 
         Returns:
-            Metrics; or, for training, a dict of them and when each is
-            updated: `{metric: legato.Every(50)}`.
+            For validation, metrics, also `legato.HostMetric` objects. For
+            training, Keras metrics; or a dict of them and when each is
+            updated: `{metric: legato.Every(50)}`, or None for never.
         """
         del training
         return []
@@ -122,9 +129,25 @@ class Task:
         """
         return {}
 
+    def name_losses(self, losses: Any) -> dict[str, Any]:
+        """What `build_losses` returned, by name.
+
+        Raises:
+            StepError: it returned a dict without `self.loss`.
+        """
+        if not isinstance(losses, dict):
+            return {self.loss: losses}
+        if self.loss not in losses:
+            raise StepError(
+                f"{type(self).__name__}.build_losses returned "
+                f"{sorted(losses)}: {self.loss!r}, the one that is minimised, "
+                "must be among them."
+            )
+        return losses
+
     def process_metrics(
         self,
-        metrics: Sequence[StepMetric] | None,
+        metrics: Sequence[StepMetric | HostStepMetric] | None,
         labels: Any,
         model_outputs: Any,
     ) -> None:
@@ -154,20 +177,22 @@ class Task:
 
         def forward() -> tuple[Any, Any]:
             outputs = model(features, training=True)
-            return self.build_losses(labels, outputs, model.losses), outputs
+            losses = self.build_losses(labels, outputs, model.losses)
+            losses = self.name_losses(losses)
+            return losses[self.loss], (outputs, losses)
 
-        (loss, outputs), gradients = value_and_grad(
+        (loss, (outputs, losses)), gradients = value_and_grad(
             forward, model.trainable_variables, optimizer
         )
         optimizer.apply(gradients, model.trainable_variables)
         self.process_metrics(metrics, labels, outputs)
-        return {self.loss: loss}
+        return {**losses, self.loss: loss}
 
     def validation_step(
         self,
         inputs: Any,
         model: Any,
-        metrics: Sequence[StepMetric] | None = None,
+        metrics: Sequence[StepMetric | HostStepMetric] | None = None,
     ) -> dict[str, Any]:
         """Measure the model on a batch.
 
@@ -177,13 +202,49 @@ class Task:
             metrics: the validation metrics.
 
         Returns:
-            Scalars by name; their means over the examples are reported.
+            Scalars by name; their means over the examples are reported. More
+            than scalars only where `aggregate_logs` is defined.
         """
         features, labels = inputs
         outputs = self.inference_step(features, model)
-        loss = self.build_losses(labels, outputs, model.losses)
+        losses = self.build_losses(labels, outputs, model.losses)
         self.process_metrics(metrics, labels, outputs)
-        return {self.loss: loss}
+        return dict(self.name_losses(losses))
+
+    def aggregate_logs(self, state: Any, step_logs: dict[str, Any]) -> Any:
+        """Take what `validation_step` returned for a batch, on the host.
+
+        If this is defined, a validation step may return anything nested of
+        tensors among its logs: predictions, for example. It runs in a thread
+        beside the device, as host metrics do, and before the metrics' results
+        are read.
+
+        Args:
+            state: what the call for the batch before returned; None at first.
+            step_logs: of the batch, with NumPy arrays in the place of tensors.
+
+        Returns:
+            Whatever the next call is to get.
+        """
+        del state, step_logs
+        raise NotImplementedError
+
+    def reduce_aggregated_logs(
+        self, aggregated_logs: Any, global_step: int
+    ) -> dict[str, Any]:
+        """Make logs of what `aggregate_logs` has gathered in a validation.
+
+        Args:
+            aggregated_logs: what its last call returned.
+            global_step: the number of training steps completed.
+
+        Returns:
+            Floats by name, which become logs; they replace the means of the
+            steps' logs of the same name. What else summaries can show
+            (images, texts, figures) and dicts of all these may be among them.
+        """
+        del aggregated_logs, global_step
+        raise NotImplementedError
 
     def inference_step(self, inputs: Any, model: Any) -> Any:
         """The model's outputs for a batch of features, not training."""

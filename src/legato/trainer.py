@@ -29,6 +29,7 @@ from legato.errors import (
 )
 from legato.evaluation import Evaluator
 from legato.interrupts import Interrupts
+from legato.metrics import HostMetric
 from legato.parts import build_parts
 from legato.progress import make_reporter
 from legato.restoring import assign_arrays
@@ -114,6 +115,7 @@ class Trainer:
         self._callbacks = callbacks
         self._config_yaml = config_yaml or _nested("trainer", dump_yaml(config))
         self._has_trained = False
+        self._step = 0  # of the weights that the model holds
         self._parts = build_parts(task, config)
 
     @property
@@ -177,6 +179,7 @@ class Trainer:
                     else:
                         with session.training():
                             loop.run(**session.for_loop())
+                    self._step = session.clock.step
                 if not session.recovers:
                     return session.history
 
@@ -184,7 +187,7 @@ class Trainer:
         self,
         *,
         checkpoint: str | int | Checkpoint | None = None,
-        metrics: Sequence[keras.metrics.Metric] | None = None,
+        metrics: Sequence[keras.metrics.Metric | HostMetric] | None = None,
     ) -> Logs:
         """Measure the model on the validation split.
 
@@ -203,7 +206,10 @@ class Trainer:
                 `Task.process_metrics`. None takes `build_metrics(False)`.
 
         Returns:
-            The mean of each of `validation_step`'s logs, and the metrics.
+            The mean of each of `validation_step`'s logs, the metrics, and
+            what the Task makes of aggregated logs: floats by name. Host
+            metrics and the Task may return groups of them too, as dicts, and
+            images, texts or figures.
 
         Raises:
             ConfigError: there is no validation split, or an argument is wrong.
@@ -228,7 +234,7 @@ class Trainer:
     def evaluate_continuously(
         self,
         *,
-        metrics: Sequence[keras.metrics.Metric] | None = None,
+        metrics: Sequence[keras.metrics.Metric | HostMetric] | None = None,
         timeout: float | None = None,
         on_result: Callable[[Checkpoint, Logs], None] | None = None,
     ) -> dict[int | str, Logs]:
@@ -296,7 +302,7 @@ class Trainer:
         return results
 
     def _evaluator(
-        self, metrics: Sequence[keras.metrics.Metric] | None
+        self, metrics: Sequence[keras.metrics.Metric | HostMetric] | None
     ) -> Evaluator:
         own = self._parts.evaluator
         if own is None:
@@ -310,10 +316,11 @@ class Trainer:
         chosen: list[Any] = list(metrics) if several else [metrics]
         names = [self.task.loss]
         for metric in chosen:
-            if not isinstance(metric, keras.metrics.Metric):
+            if not isinstance(metric, keras.metrics.Metric | HostMetric):
                 raise ConfigError(
-                    f"metrics: {metric!r} is not a keras.metrics.Metric. Give "
-                    "objects, such as [keras.metrics.MeanSquaredError()]."
+                    f"metrics: {metric!r} is neither a keras.metrics.Metric "
+                    "nor a legato.HostMetric. Give objects, such as "
+                    "[keras.metrics.MeanSquaredError()]."
                 )
             if metric.name in names:
                 raise ConfigError(
@@ -334,7 +341,7 @@ class Trainer:
         self, evaluator: Evaluator, stop_requested: Callable[[], bool]
     ) -> Logs | None:
         callbacks = CallbackRunner([], model=self._parts.whole, params={})
-        return evaluator(callbacks, stop_requested)
+        return evaluator(callbacks, stop_requested, self._step)
 
     def _find_newest(self) -> Checkpoint | None:
         found = None
@@ -352,6 +359,7 @@ class Trainer:
     def _load(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:
         """Put in the model, and whatever else validation uses."""
         evaluator.build()  # makes what is made lazily
+        self._step = checkpoint.step
         parts = self._parts
         # In the order in which they were saved, which names depend on.
         named = variable_paths(

@@ -13,10 +13,11 @@ from legato.backends import Compilation, CompiledLoop, LoopMode
 from legato.data import Chunk, DataSource, Shapes, shapes_of
 from legato.errors import StepError
 from legato.evaluation import check_logs
-from legato.metrics import StepMetric, When, run_recorded
+from legato.metrics import StepMetric, run_recorded
 from legato.state import layer_paths
 from legato.task import AttributeReads, Task, tracing
 from legato.types import LogStyle
+from legato.when import When
 
 
 class TrainSteps:

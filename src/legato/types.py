@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from typing import Any
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -26,6 +27,23 @@ class LogStyle(enum.StrEnum):
     MEANS = "means"
     RUNNING = "running"
     OWN = "own"
+
+
+def flat_logs(logs: Mapping[str, Any], prefix: str = "") -> Logs:
+    """What of logs is numbers, with the groups among them as "group/name".
+
+    Args:
+        logs: floats, lists of numbers, and dicts of these; what else there is
+            (images, texts) is for summaries alone.
+        prefix: of all names.
+    """
+    flat: Logs = {}
+    for name, value in logs.items():
+        if isinstance(value, Mapping):
+            flat |= flat_logs(value, f"{prefix}{name}/")
+        elif isinstance(value, float | list):
+            flat[prefix + name] = value  # type: ignore[assignment]
+    return flat
 
 
 class AuditStatus(enum.StrEnum):

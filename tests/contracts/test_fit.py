@@ -21,7 +21,7 @@ from legato.errors import (
     RestoreError,
     RunDirError,
 )
-from legato.metrics.when import any_due
+from legato.when import any_due
 from tests.contracts.models import cross_entropy, mlp, points
 
 X, Y = points()

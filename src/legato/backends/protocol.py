@@ -26,10 +26,11 @@ to compile: "auto" compiles every step that it can and that gains by it. What
 is not compiled runs operation by operation; with "never" it is Python that
 calls each, every time ("replay" leaves it out where that changes nothing)."""
 
-Step = Callable[[Any, Any], Mapping[str, Any]]
+Step = Callable[[Any, Any], Any]
 """`step(batch, step_index) -> logs`, called while it is traced. `batch` holds
 backend tensors, `step_index` is an int32 scalar tensor: the number of steps
-completed before this one. `logs` maps names to scalar tensors."""
+completed before this one. `logs` maps names to scalar tensors. Or `-> logs,
+outputs`: a list of tensors for the host; such a step runs once in a call."""
 
 Fetch = Callable[[Any, Any, Any], Any]
 """`fetch(resident, operands, index) -> batch`, traced with the step."""
@@ -66,7 +67,8 @@ class CompiledLoop(abc.ABC):
         the values from before the call, or are reported by `lost_variables`.
 
         Returns:
-            The logs of every step, on the device: see `Backend.to_host`.
+            The logs of every step, on the device: see `Backend.to_host`. Of a
+            step with outputs, which is to run once: the logs, and these.
         """
 
     def begin(self, step: int, num_steps: int, operands: Any) -> None:

@@ -54,6 +54,11 @@ class _UndefinedLosses(list):
         )
 
 
+def split_outputs(returned: Any) -> tuple[Any, list[Any] | None]:
+    """The logs that a step returned, and what goes to the host beside them."""
+    return returned if isinstance(returned, tuple) else (returned, None)
+
+
 def own_dtype(variable: keras.Variable) -> str:
     """The dtype a variable is stored in."""
     # `variable.dtype` is what autocasting makes of it, in a layer's call.

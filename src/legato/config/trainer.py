@@ -8,6 +8,7 @@ import pydantic
 from legato.config.duration import RULE, parse_duration, seconds_of
 from legato.config.model import Config
 from legato.errors import ConfigError
+from legato.when import Every, Sample, When
 
 
 def _whole(minimum: int, or_else: str = "") -> pydantic.BeforeValidator:
@@ -88,6 +89,54 @@ def _check_max_time(value: Any) -> Any:
     return float(value)
 
 
+_WHEN = (
+    "must be a number of steps (50 for every 50th), {every: 50} or "
+    "{sample: 0.02}, each also with over: epoch, summary or batch; or null "
+    "(None) for never"
+)
+
+
+def _check_train_metrics(value: Any) -> Any:
+    if not isinstance(value, dict) or not all(
+        isinstance(name, str) for name in value
+    ):
+        raise ValueError(
+            "must be names of metrics, and when each is updated: "
+            "{accuracy: 50, auc: null}"
+        )
+    return {name: _plain_when(name, when) for name, when in value.items()}
+
+
+def _plain_when(name: str, value: Any) -> dict[str, Any] | None:
+    """As it is written to `config.yaml`."""
+    if value is None:
+        return None
+    try:
+        when = _read_when(value)
+    except ConfigError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: {_WHEN}; it is {value!r:.80}") from None
+    plain: dict[str, Any] = {"over": when.over}
+    if isinstance(when, Every):
+        return {"every": when.steps, **plain}
+    return {"sample": when.share, "seed": when.seed, **plain}
+
+
+def _read_when(value: Any) -> When:
+    """Raises TypeError, ValueError or ConfigError for anything else."""
+    if isinstance(value, When):
+        return value
+    number = _as_whole(value)
+    if number is not None:
+        return Every(number)
+    fields = dict(value)
+    if "every" in fields:
+        steps = _as_whole(fields.pop("every"))
+        return Every(steps, **fields)  # type: ignore[arg-type]
+    return Sample(fields.pop("sample", None), **fields)
+
+
 class TrainerConfig(Config):
     """How a run is driven; the same in Python and in YAML.
 
@@ -118,6 +167,10 @@ class TrainerConfig(Config):
         summary_interval: steps between summaries; 0 for none.
         train_metrics_interval: steps between updates of the training metrics;
             0 leaves them out of the compiled step.
+        train_metrics: when single ones are updated, by their names, where
+            `build_metrics` does not say it in the way that is wanted:
+            `legato.Every(50)` or 50, `legato.Sample(0.02)`, or None for
+            never; in YAML `{auc: {every: 50, over: summary}, top3: null}`.
         steps_per_loop: at most this many steps run in one device call; None
             lets the engine choose. It does not change any bits.
         torch_compile: on PyTorch and TensorFlow, whether the steps are
@@ -180,6 +233,9 @@ class TrainerConfig(Config):
     checkpoint_timeout: Annotated[float, pydantic.Field(gt=0)] = 600.0
     summary_interval: Annotated[int, _whole(0, " (0 for none)")] = 100
     train_metrics_interval: Annotated[int, _whole(0, " (0 for off)")] = 1
+    train_metrics: Annotated[
+        dict[str, Any], pydantic.PlainValidator(_check_train_metrics)
+    ] = pydantic.Field(default_factory=dict)
     steps_per_loop: Annotated[
         int | None, _whole(1, ", or null (None) to let the engine choose")
     ] = None
@@ -227,6 +283,25 @@ class TrainerConfig(Config):
                 "loss_upper_bound is given"
             )
         return self
+
+    @property
+    def trains_metrics(self) -> bool:
+        """Whether any training metric may be updated."""
+        return self.train_metrics_interval > 0 or any(
+            when is not None for when in self.train_metrics.values()
+        )
+
+    def choose_when(self, name: str, default: When | None) -> When | None:
+        """When a training metric is updated; None for never.
+
+        Args:
+            name: of the metric.
+            default: when, if this config does not name it.
+        """
+        if name not in self.train_metrics:
+            return default
+        plain = self.train_metrics[name]
+        return None if plain is None else _read_when(plain)
 
     @property
     def checkpoint_seconds(self) -> float | None:

@@ -18,9 +18,14 @@ class HostMetric(abc.ABC):
     Args:
         name: of the metric; None makes one from the name of the class.
 
+    Attributes:
+        name: of the metric.
+
     Raises:
         ConfigError: the name is empty or not a str.
     """
+
+    name = ""  # where a class of the user's forgets to call `__init__`
 
     def __init__(self, name: str | None = None) -> None:
         if name is None:

@@ -27,6 +27,7 @@ from legato.backends.scope import (
     MAX_TRACES,
     initial_value,
     refuse_new_variables,
+    split_outputs,
 )
 from legato.compat import keras_tracing
 from legato.errors import StepError
@@ -78,14 +79,14 @@ def compile_loop(
         )
         with scope:
             batch = fetch(resident, operands, index)
-            logs = step(batch, at)
+            logs, outputs = split_outputs(step(batch, at))
             row: list[Any] = [
                 keras.ops.convert_to_tensor(v, "float32") for v in logs.values()
             ]
         scopes.append(scope)
         names[:] = logs
         rows = jnp.stack(row) if row else jnp.zeros((0,), jnp.float32)
-        return [value for _, value in scope.updates()], rows
+        return [value for _, value in scope.updates()], rows, outputs
 
     count = np.int32(0)
     for _ in range(MAX_TRACES):
@@ -136,6 +137,7 @@ class StepProgram:
         self.closed = closed
         self.log_names = list(log_names)
         self.updated = [v for v, _ in scope.updates()]
+        self.has_outputs = len(closed.jaxpr.outvars) > len(self.updated) + 1
         self.read_only = [
             v for key, v in scope.read.items() if key not in scope.updated
         ]
@@ -150,7 +152,10 @@ class StepProgram:
         index: Any,
         at: Any,
     ) -> Any:
-        """New values of `updated`, and the logs, float32 `[names]`."""
+        """New values of `updated`, and the logs, float32 `[names]`.
+
+        Of a step with outputs, a pair of the logs and these.
+        """
         variables = (*self.updated, *self.read_only)
         given = dict(
             zip(map(id, variables), (*updated, *read_only), strict=True)
@@ -161,7 +166,11 @@ class StepProgram:
             for v in self._known
         ]
         flat = jax.tree.leaves((values, resident, operands, index, at))
-        *new, row = replay(self.closed, *flat)
+        results = replay(self.closed, *flat)
+        num_updated = len(self.updated)
+        new, row = results[:num_updated], results[num_updated]
+        if self.has_outputs:
+            row = row, results[num_updated + 1 :]
         return new, row
 
 
@@ -196,6 +205,9 @@ class JaxLoop(CompiledLoop):
         self.read_only = program.read_only
         self.updated = program.updated
         self.log_names = program.log_names
+        self._has_outputs = program.has_outputs
+        if program.has_outputs:
+            mode = "stepwise"
         self.mode = mode or _choose_mode(program.closed)
         self.traces = traces
         self._num_arrays = len(program.updated) + len(program.read_only)
@@ -255,6 +267,9 @@ class JaxLoop(CompiledLoop):
         for variable, value in zip(self.updated, new, strict=True):
             # By reference: `assign` would convert and check each one.
             variable._value = value
+        if self._has_outputs:
+            ((row, outputs),) = logs
+            return [row], outputs
         return logs
 
     def _call(self, step: int, num_steps: int, operands: Any) -> Any:

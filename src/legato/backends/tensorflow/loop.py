@@ -14,6 +14,7 @@ from legato.backends.protocol import (
     LoopMode,
     Step,
 )
+from legato.backends.scope import split_outputs
 from legato.backends.tensorflow import xla
 from legato.backends.tensorflow.effects import find_effects
 from legato.backends.tensorflow.scope import StepScope
@@ -70,10 +71,11 @@ def compile_loop(
             batch = fetch(
                 resident, keras.tree.pack_sequence_as(operands, flat), index
             )
-            logs = step(batch, at)
+            logs, outputs = split_outputs(step(batch, at))
             names[:] = logs
             row = [keras.ops.cast(log, "float32") for log in logs.values()]
-            return tf.stack(row) if row else tf.zeros((0,))
+            rows = tf.stack(row) if row else tf.zeros((0,))
+            return rows if outputs is None else (rows, outputs)
 
     count = tf.TensorSpec((), tf.int32)
     specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves]
@@ -125,6 +127,10 @@ class TensorFlowLoop(CompiledLoop):
         Raises:
             StepError: it has to be compiled, and cannot be.
         """
+        if isinstance(self._traced.structured_outputs, tuple):
+            self.mode = "fused"
+            self._run = self._run_once
+            return
         required = mode == "compiled" or (
             mode is None and compilation == "always"
         )
@@ -156,6 +162,11 @@ class TensorFlowLoop(CompiledLoop):
             # It may have stopped between any two assignments.
             LOST.add(self.updated)
             raise
+
+    def _run_once(self, step: Any, num_steps: Any, *flat: Any) -> Any:
+        del num_steps
+        row, outputs = self._traced(tf.constant(0), step, *flat)
+        return row[None], outputs
 
 
 def _make_loop(

@@ -15,7 +15,11 @@ from legato.backends.protocol import (
     LoopMode,
     Step,
 )
-from legato.backends.scope import MAX_TRACES, refuse_new_variables
+from legato.backends.scope import (
+    MAX_TRACES,
+    refuse_new_variables,
+    split_outputs,
+)
 from legato.backends.torch.arrays import current_device, to_tensors
 from legato.backends.torch.conditional import plain_cond, probing_cond
 from legato.backends.torch.modules import scoped_modules
@@ -76,7 +80,9 @@ def compile_loop(
         ):
             try:
                 with scope:
-                    logs = step(fetch(resident, first, 0), at)
+                    logs, outputs = split_outputs(
+                        step(fetch(resident, first, 0), at)
+                    )
                 scope.check_given()
                 found.copied = scope.to_be_copied()
             except RuntimeError as error:
@@ -96,13 +102,13 @@ def compile_loop(
     found.log_names = list(logs)
     program = None
     may_compile = mode is None and compilation in ("auto", "always")
-    if mode == "compiled" or may_compile:
+    if outputs is None and (mode == "compiled" or may_compile):
         # What it needs of PyTorch takes seconds to import.
         from legato.backends.torch.program import capture
 
         required = mode is not None or compilation == "always"
         program = capture(found, resident, first, required=required)
-    replays = program is None and compilation != "never"
+    replays = outputs is program is None and compilation != "never"
     return TorchLoop(found, resident, program, replays=replays)
 
 
@@ -148,7 +154,7 @@ class TorchLoop(CompiledLoop):
                 replay = replayer and replayer.ready()
                 if replay:
                     return replay(values, operands, at)
-                rows = []
+                rows, outputs = [], None
                 fetch, run = self._step.fetch, self._step.run
                 with keras_tracing.traced_step(plain_cond), scoped_modules():
                     for index, now in enumerate(at.unbind()):
@@ -156,7 +162,8 @@ class TorchLoop(CompiledLoop):
                         trial = replayer and replayer.begin(values)
                         with trial or contextlib.nullcontext(), scope:
                             batch = fetch(self._resident, operands, index)
-                            rows.append(to_row(run(batch, now)))
+                            logs, outputs = split_outputs(run(batch, now))
+                            rows.append(to_row(logs))
                         self._check_variables(scope)
                         scope.commit()
                         if replayer and trial:
@@ -169,7 +176,7 @@ class TorchLoop(CompiledLoop):
                                 ),
                                 at[one],
                             )
-                return rows
+                return rows if outputs is None else (rows, outputs)
         except BaseException:
             # It ended in the midst of a step.
             LOST.add(self.updated)

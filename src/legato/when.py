@@ -1,15 +1,28 @@
-"""At which steps a training metric is updated: a function of the step alone.
+"""At which steps a training metric is updated, and over which it is taken.
 
-So it is the same in a run that was killed, and costs nothing to resume.
+Both are functions of the step alone: the same in a run that was killed.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args
 
-import keras
 import numpy as np
 
 from legato.errors import ConfigError
+
+Window = Literal["epoch", "summary", "batch"]
+"""What a result is taken over: the steps at which the metric was updated since
+the epoch began ("epoch"), since the last summary before this one ("summary"),
+or the last one of these in the epoch ("batch")."""
+
+
+def _check_window(when: "Every | Sample") -> None:
+    if when.over not in get_args(Window):
+        raise ConfigError(
+            f"{type(when).__name__}(over={when.over!r}): it must be "
+            '"epoch" (since the epoch began), "summary" (since the last '
+            'summary) or "batch" (the last batch).'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +31,17 @@ class Every:
 
     Args:
         steps: 1 is each step, 50 the 50th, the 100th, ...
+        over: what a result is taken over; see `Window`.
 
     Raises:
-        ConfigError: it is not a whole number of at least 1.
+        ConfigError: an argument is out of range.
     """
 
-    steps: int
+    steps: int = 1
+    over: Window = "epoch"
 
     def __post_init__(self) -> None:
+        _check_window(self)
         if type(self.steps) is not int or self.steps < 1:
             raise ConfigError(
                 f"Every({self.steps!r}): it must be a whole number of steps, "
@@ -53,6 +69,7 @@ class Sample:
     Args:
         share: how many of them, as a number above 0 and at most 1.
         seed: another one gives other steps.
+        over: what a result is taken over; see `Window`.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -60,8 +77,10 @@ class Sample:
 
     share: float
     seed: int = 0
+    over: Window = "epoch"
 
     def __post_init__(self) -> None:
+        _check_window(self)
         in_range = (
             isinstance(self.share, int | float)
             and not isinstance(self.share, bool)
@@ -124,8 +143,3 @@ def any_due(when: When, first: int, stop: int) -> bool:
         bool(np.any(when.is_due(np.arange(k, min(k + block, stop)))))
         for k in range(first, stop, block)
     )
-
-
-def as_tensor(due: Any) -> Any:
-    """The answer of `is_due` as a bool tensor."""
-    return keras.ops.convert_to_tensor(due, "bool")

@@ -1,0 +1,358 @@
+"""Metrics on the host: what they are given, when they fail, what they cost."""
+
+import json
+import threading
+import time
+import traceback
+
+import keras
+import numpy as np
+import pytest
+
+import legato
+from legato.errors import ConfigError, StepError
+from tests.contracts.scenarios import Classifier, Measured, classes_data
+
+
+class Kept(legato.HostMetric):
+    """Keeps what it is given."""
+
+    def __init__(self, name=None):
+        super().__init__(name)
+        self.resets = 0
+
+    def reset_state(self):
+        self.resets += 1
+        self.calls = []
+
+    def update_state(self, labels, outputs, **more):
+        self.calls.append((labels, outputs, more))
+        self.thread = threading.current_thread()
+
+    def result(self):
+        return {f"{self.name}_batches": len(self.calls)}
+
+
+class Measuring(Classifier):
+    """With given metrics for validation."""
+
+    def __init__(self, *metrics):
+        self._metrics = lambda: list(metrics)
+
+    def build_metrics(self, training):
+        return [] if training else self._metrics()
+
+
+def make(run_dir, task, **changes):
+    config = {
+        "train_steps": 10,
+        "validation_interval": 5,
+        "summary_interval": 0,
+        "progress": "none",
+        **changes,
+    }
+    return legato.Trainer(
+        task, run_dir=run_dir, config=legato.TrainerConfig(**config)
+    )
+
+
+def test_it_is_given_every_example_in_order_as_numpy(tmp_path):
+    metric = Kept()
+    trainer = make(tmp_path / "run", Measuring(metric))
+    trainer.train()
+    assert metric.name == "kept"
+    assert metric.resets == 2
+    assert metric.thread is not threading.main_thread()
+    features, labels = classes_data("validation")
+    sizes = [len(call[0]) for call in metric.calls]
+    assert sizes == [32, 13]  # with the partial batch
+    for call in metric.calls:
+        assert all(type(array) is np.ndarray for array in call[:2])
+    np.testing.assert_array_equal(
+        np.concatenate([call[0] for call in metric.calls]), labels
+    )
+    np.testing.assert_allclose(
+        np.concatenate([call[1] for call in metric.calls]),
+        keras.ops.convert_to_numpy(trainer.model(features)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+class Passing(Measuring):
+    """Its step hands over nested things, more than once, and plain data."""
+
+    def process_metrics(self, metrics, labels, outputs):
+        for metric in metrics or ():
+            half = keras.ops.cast(outputs, "bfloat16")
+            metric.update_state({"y": [labels, None]}, (half,), note="first")
+            metric.update_state(labels, outputs, weights=labels * 2)
+
+
+def test_nested_arguments_arrive_as_they_were(tmp_path):
+    metric = Kept()
+    make(tmp_path / "run", Passing(metric)).train()
+    labels = classes_data("validation")[1]
+    first, second = metric.calls[:2]
+    np.testing.assert_array_equal(first[0]["y"][0], labels[:32])
+    assert first[0]["y"][1] is None
+    assert first[1][0].dtype == np.float32  # NumPy knows no bfloat16
+    assert first[2] == {"note": "first"}
+    np.testing.assert_array_equal(second[2]["weights"], 2 * labels[:32])
+
+
+def test_results_are_logged_with_their_groups(tmp_path):
+    trainer = make(tmp_path / "run", Measured(), summary_interval=4)
+    history = trainer.train().history
+    names = {
+        "val_accuracy",
+        "val_seen",
+        "val_errors/mean",
+        "val_errors/at",
+        *(f"val_recall/class_{k}" for k in range(3)),
+    }
+    assert names <= set(history)
+    assert history["val_seen"] == [45.0, 45.0]
+    assert history["val_errors/at"] == [5.0, 10.0]
+    logs = trainer.evaluate()
+    assert logs["errors"]["mean"] == pytest.approx(1 - logs["accuracy"])
+    features, labels = classes_data("validation")
+    found = keras.ops.convert_to_numpy(trainer.model(features)).argmax(-1)
+    for k in range(3):
+        right = (found == labels)[labels == k].mean()
+        assert logs["recall"][f"class_{k}"] == pytest.approx(right)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    last = [r for r in map(json.loads, lines) if r["kind"] == "validation"][-1]
+    assert last["recall/class_1"] == logs["recall"]["class_1"]
+
+
+class Fails(Kept):
+    def __init__(self, where):
+        super().__init__("fails")
+        self.where = where
+
+    def update_state(self, labels, outputs):
+        super().update_state(labels, outputs)
+        if self.where == "update":
+            self.divide()
+
+    def result(self):
+        if self.where == "result":
+            self.divide()
+        return {}
+
+    def divide(self):
+        return 1 // 0
+
+
+@pytest.mark.parametrize("where", ["update", "result"])
+def test_an_error_ends_validation_with_its_own_traceback(where, tmp_path):
+    before = threading.active_count()
+    trainer = make(tmp_path / "run", Measuring(Fails(where)))
+    with pytest.raises(ZeroDivisionError) as caught:
+        trainer.train()
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    assert frames[-1].name == "divide"
+    assert threading.active_count() <= before + 1  # (a pool of the feed's)
+    assert "legato-host-metrics" not in {t.name for t in threading.enumerate()}
+
+
+class Slow(Kept):
+    """Waits at each batch, as one that asks another machine would."""
+
+    def update_state(self, labels, outputs):
+        super().update_state(labels, outputs)
+        time.sleep(0.05)
+
+
+class SlowStep(Measuring):
+    """Each batch of its validation takes its time on the "device"."""
+
+    def build_inputs(self, split):
+        batch_size = 5 if split == "validation" else 32
+        return SlowSource(classes_data(split), batch_size=batch_size)
+
+
+class SlowSource(legato.ArraySource):
+    def iterate(self, **arguments):
+        iterator = super().iterate(**arguments)
+        if self.full_batch_size == 5:
+            next_chunk = iterator.next_chunk
+
+            def slowly(most):
+                time.sleep(0.05)
+                return next_chunk(most)
+
+            iterator.next_chunk = slowly
+        return iterator
+
+
+@pytest.mark.filterwarnings("ignore::legato.errors.LegatoWarning")
+def test_it_runs_beside_the_rest(tmp_path):
+    trainer = make(tmp_path / "run", SlowStep(Slow()))
+    spans = {}
+    for metric in (Kept(), Slow()):
+        evaluator = trainer._evaluator([metric])
+        for _ in range(2):  # the first compiles
+            began = time.perf_counter()
+            trainer._measure(evaluator, lambda: False)
+            spans[type(metric)] = time.perf_counter() - began
+    # Nine batches: 0.45 s more, if they took turns.
+    assert spans[Slow] - spans[Kept] < 0.25
+
+
+@pytest.mark.filterwarnings("ignore::legato.errors.LegatoWarning")
+def test_few_batches_wait(tmp_path):
+    seen = []
+
+    class Late(Kept):
+        def update_state(self, labels, outputs):
+            super().update_state(labels, outputs)
+            time.sleep(0.01)
+            seen.append(drawn[0] - len(self.calls))
+
+    drawn = [0]
+
+    class Counting(SlowStep):
+        def build_inputs(self, split):
+            source = super().build_inputs(split)
+            iterate = source.iterate
+
+            def counted(**arguments):
+                iterator = iterate(**arguments)
+                next_chunk = iterator.next_chunk
+
+                def one(most):
+                    drawn[0] += 1
+                    return next_chunk(most)
+
+                iterator.next_chunk = one
+                return iterator
+
+            source.iterate = counted
+            return source
+
+    drawn[0] = 0
+    make(tmp_path / "run", Counting()).evaluate(metrics=[Late()])
+    assert len(seen) == 9
+    assert max(seen) <= 7
+
+
+def test_fit_and_evaluate_take_them(tmp_path):
+    features, labels = classes_data("train")
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    model.compile(
+        "sgd",
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    kept = Kept()
+    history = legato.fit(
+        model,
+        features,
+        labels,
+        validation_data=classes_data("validation"),
+        validation_metrics=["accuracy", kept],
+        verbose=0,
+        run_dir=tmp_path / "run",
+    ).history
+    assert history["val_kept_batches"] == [2.0]
+    assert set(history) == {
+        "accuracy", "loss", "val_accuracy", "val_kept_batches", "val_loss"
+    }  # fmt: skip
+    logs = legato.evaluate(model, (features, labels), metrics=kept)
+    assert logs["kept_batches"] == 5.0
+    with pytest.raises(ConfigError, match="measure in validation only"):
+        legato.fit(
+            model, features, labels, train_metrics=[kept],
+            run_dir=tmp_path / "other",
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="given all outputs"):
+        legato.evaluate(model, (features, labels), metrics={"dense": [kept]})
+
+
+class Unnamed(legato.HostMetric):
+    def __init__(self):
+        pass
+
+    def update_state(self, labels, outputs): ...
+
+    def result(self):
+        return {}
+
+    def reset_state(self): ...
+
+
+class Returns(Unnamed):
+    def __init__(self, value, name="returns"):
+        legato.HostMetric.__init__(self, name)
+        self.value = value
+
+    def result(self):
+        return self.value
+
+
+class Both(Measuring):
+    def build_metrics(self, training):
+        return self._metrics()
+
+
+class Halfway(Classifier):
+    def aggregate_logs(self, state, step_logs):
+        return None
+
+
+class Odd(Classifier):
+    def build_metrics(self, training):
+        return [] if training else [Kept()]
+
+    def process_metrics(self, metrics, labels, outputs):
+        for metric in metrics or ():
+            metric.update_state(labels, lambda: outputs)
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "words"),
+    [
+        (Measuring(Unnamed()), ConfigError, r"super\(\).__init__"),
+        (Measuring(Kept(), Kept()), ConfigError, "two metrics named 'kept'"),
+        (Both(Kept()), ConfigError, "measure in validation only"),
+        (Measuring(Returns(0.5)), StepError, "dict of results by name"),
+        (Measuring(Returns({1: 2.0})), StepError, "dict of results by name"),
+        (
+            Measuring(Returns({"a": 1}), Returns({"a": 2}, "other")),
+            StepError,
+            "another host metric",
+        ),
+        (
+            Measuring(
+                keras.metrics.SparseCategoricalAccuracy(name="a"),
+                Returns({"a": 1}),
+            ),
+            StepError,
+            "both named a",
+        ),
+        (Halfway(), StepError, "but not reduce_aggregated_logs"),
+        (Odd(), StepError, "tensors and plain data"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_bad_use_is_refused(task, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        make(tmp_path / "run", task).train()
+
+
+@pytest.mark.parametrize("name", ["", 3])
+def test_names_are_checked(name):
+    with pytest.raises(ConfigError, match="name="):
+        Kept(name)
+
+
+def test_in_a_step_it_can_only_be_updated(tmp_path):
+    class Reads(Measuring):
+        def process_metrics(self, metrics, labels, outputs):
+            for metric in metrics or ():
+                metric.result()
+
+    with pytest.raises(StepError, match=r"'kept'.*result"):
+        make(tmp_path / "run", Reads(Kept())).train()

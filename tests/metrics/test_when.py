@@ -1,0 +1,247 @@
+"""When training metrics are updated, and what their results are taken over."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import legato
+from legato.errors import ConfigError, StepError
+from legato.training import TrainSteps
+from tests.contracts.scenarios import Classifier, classes_data
+
+STEPS, IN_EPOCH, SUMMARY = 24, 5, 4
+
+
+class Labels(Classifier):
+    """Its metrics are means of labels, which are known without training."""
+
+    def __init__(self, whens, as_dict=True):
+        self._whens = lambda: whens  # in a closure: no attribute of the run
+        self._as_dict = as_dict
+
+    def build_metrics(self, training):
+        if not training:
+            return []
+        made = {
+            keras.metrics.Mean(name=name): when
+            for name, when in self._whens().items()
+        }
+        return made if self._as_dict else list(made)
+
+    def process_metrics(self, metrics, labels, outputs):
+        for metric in metrics or ():
+            metric.update_state(keras.ops.cast(labels, "float32"))
+
+    def build_inputs(self, split):
+        return legato.ArraySource(
+            classes_data(split), batch_size=32, shuffle=False
+        )
+
+
+def train(run_dir, task, **changes):
+    config = {
+        "train_steps": STEPS,
+        "validation_interval": None,
+        "checkpoint_interval": 7,
+        "summary_interval": SUMMARY,
+        "progress": "none",
+        **changes,
+    }
+    trainer = legato.Trainer(
+        task, run_dir=run_dir, config=legato.TrainerConfig(**config)
+    )
+    history = trainer.train().history
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return history, [
+        record for record in map(json.loads, lines) if record["kind"] == "train"
+    ]
+
+
+def expected(when, step, epoch_first):
+    """The mean of the labels of the batches in the window, after a step."""
+    labels = classes_data("train")[1]
+    batches = [labels[k : k + 32] for k in range(0, len(labels), 32)]
+    first = epoch_first
+    if when.over == "summary":
+        first = (step - 1) // SUMMARY * SUMMARY
+    due = [batches[k % IN_EPOCH] for k in range(first, step) if when.is_due(k)]
+    if not due:
+        return np.nan
+    if when.over == "batch":
+        due = due[-1:]
+    return float(np.concatenate(due).mean())
+
+
+WHENS = {
+    f"{name}_{over}": made(over)
+    for over in ("epoch", "summary", "batch")
+    for name, made in {
+        "always": lambda over: legato.Every(over=over),
+        "third": lambda over: legato.Every(3, over=over),
+        "seventh": lambda over: legato.Every(7, over=over),
+        "sample": lambda over: legato.Sample(0.3, over=over),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("steps_per_loop", [None, 1])
+def test_results_are_those_of_their_window(tmp_path, steps_per_loop):
+    history, summaries = train(
+        tmp_path / "run", Labels(WHENS), steps_per_loop=steps_per_loop
+    )
+    assert [record["step"] for record in summaries] == [4, 8, 12, 16, 20, 24]
+    for name, when in WHENS.items():
+        in_summaries = [
+            expected(when, step, (step - 1) // IN_EPOCH * IN_EPOCH)
+            for step in range(SUMMARY, STEPS + 1, SUMMARY)
+        ]
+        np.testing.assert_allclose(
+            [record[name] for record in summaries],
+            in_summaries,
+            rtol=1e-6,
+            err_msg=name,
+        )
+        at_epochs = [expected(when, e, e - IN_EPOCH) for e in (5, 10, 15, 20)]
+        np.testing.assert_allclose(
+            history[name], at_epochs, rtol=1e-6, err_msg=name
+        )
+
+
+def test_a_step_is_traced_once_whatever_is_due():
+    traced = {}
+    for key, whens in {
+        "one": {"a": legato.Every()},
+        "many": {**WHENS, "never": None},
+    }.items():
+        task = Labels(whens)
+        metrics = {m: w for m, w in task.build_metrics(True).items() if w}
+        steps = TrainSteps(
+            task,
+            task.build_model(),
+            task.build_optimizer(),
+            task.build_inputs("train"),
+            metrics,
+            mode=None,
+            capacity=4,
+        )
+        steps.trace()
+        traced[key] = steps.traces
+    assert traced["one"] == traced["many"]
+
+
+@pytest.mark.parametrize(
+    ("given", "when"),
+    [
+        (50, legato.Every(50)),
+        (legato.Every(3, over="batch"), legato.Every(3, over="batch")),
+        ({"every": 3, "over": "summary"}, legato.Every(3, over="summary")),
+        ({"sample": 0.5}, legato.Sample(0.5)),
+        ({"sample": 0.5, "seed": 2}, legato.Sample(0.5, seed=2)),
+        (None, None),
+    ],
+)
+def test_a_config_says_when(given, when):
+    config = legato.TrainerConfig(train_metrics={"a": given})
+    assert config.choose_when("a", legato.Every()) == when
+    assert config.choose_when("b", legato.Every(7)) == legato.Every(7)
+    again = legato.TrainerConfig(**config.model_dump(mode="json"))
+    assert again.choose_when("a", legato.Every()) == when
+
+
+def test_the_config_overrules_the_task(tmp_path):
+    whens = {"a": legato.Every(), "b": legato.Every(), "c": None}
+    _, summaries = train(
+        tmp_path / "run",
+        Labels(whens),
+        train_metrics={"a": None, "b": {"every": 3, "over": "batch"}, "c": 1},
+    )
+    assert set(summaries[0]) >= {"b", "c"}
+    assert "a" not in summaries[0]
+    labels = classes_data("train")[1]
+    assert summaries[0]["b"] == pytest.approx(labels[64:96].mean())
+
+
+def test_only_those_that_are_named(tmp_path):
+    task = Labels(dict.fromkeys("abc"), as_dict=False)
+    _, summaries = train(
+        tmp_path / "run", task, train_metrics_interval=0, train_metrics={"b": 2}
+    )
+    assert "b" in summaries[0] and not {"a", "c"} & set(summaries[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"a": 0}, "at least 1"),
+        ({"a": -3}, "at least 1"),
+        ({"a": True}, "number of steps"),
+        ({"a": "often"}, "number of steps"),
+        ({"a": {"every": 2, "over": "year"}}, "since the epoch began"),
+        ({"a": {"every": 2, "when": 1}}, "number of steps"),
+        ({"a": {"sample": 2}}, "above 0 and at most 1"),
+        ({"a": {}}, "above 0 and at most 1"),
+        ({3: 4}, "names of metrics"),
+        ([1], "names of metrics"),
+    ],
+)
+def test_a_wrong_config_is_refused(given, words):
+    with pytest.raises(ConfigError, match=words):
+        legato.TrainerConfig(train_metrics=given)
+
+
+@pytest.mark.parametrize(
+    ("whens", "changes", "words"),
+    [
+        ({"a": 5}, {}, "legato.Every"),
+        ({"accuracy": None}, {"train_metrics": {"acuracy": 2}}, "'accuracy'"),
+        (
+            {"a": legato.Every(over="summary")},
+            {"summary_interval": 0},
+            "summary_interval=0",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_task_is_refused(whens, changes, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        train(tmp_path / "run", Labels(whens), **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_are_checked():
+    with pytest.raises(ConfigError, match="over='week'"):
+        legato.Every(2, over="week")
+    with pytest.raises(ConfigError, match="over=3"):
+        legato.Sample(0.5, over=3)
+
+
+class Parts(Classifier):
+    """Its loss has parts, which are logged one by one."""
+
+    loss = "total"
+
+    def build_losses(self, labels, model_outputs, aux_losses=None):
+        own = super().build_losses(labels, model_outputs)
+        size = keras.ops.mean(keras.ops.square(model_outputs))
+        return {"own": own, "size": size, "total": own + 0.01 * size}
+
+
+class NoTotal(Parts):
+    loss = "loss"
+
+
+def test_the_parts_of_a_loss_are_logged(tmp_path):
+    history, summaries = train(
+        tmp_path / "run", Parts(), validation_interval="epoch"
+    )
+    for record in summaries:
+        together = record["own"] + 0.01 * record["size"]
+        assert record["total"] == pytest.approx(together, rel=1e-5)
+    assert history["total"][-1] < history["total"][0]
+    assert {"val_own", "val_size", "val_total"} <= set(history)
+
+
+def test_a_loss_without_a_total_is_refused(tmp_path):
+    with pytest.raises(StepError, match="'loss', the one that is minimised"):
+        train(tmp_path / "run", NoTotal())
