@@ -193,9 +193,21 @@ def spoil(run_dir, step):
         ({"checkpoint": 8}, CheckpointError, "step_00000008/state.safetensors"),
         ({"checkpoint": "bset"}, ConfigError, "checkpoint='bset': it must be"),
         ({"checkpoint": 1.5}, ConfigError, "checkpoint=1.5: it must be"),
-        ({"metrics": "accuracy"}, ConfigError, "metrics: 'accuracy' is not a"),
-        ({"metrics": ["mse"]}, ConfigError, "metrics: 'mse' is not a keras."),
-        ({"metrics": [top2, 5]}, ConfigError, "is not a keras.metrics.Metric"),
+        (
+            {"metrics": "accuracy"},
+            ConfigError,
+            "metrics: 'accuracy' is neither a",
+        ),
+        (
+            {"metrics": ["mse"]},
+            ConfigError,
+            "metrics: 'mse' is neither a keras.",
+        ),
+        (
+            {"metrics": [top2, 5]},
+            ConfigError,
+            "is neither a keras.metrics.Metric",
+        ),
     ],
 )
 def test_wrong_arguments(run_dir, arguments, error, expected):

@@ -115,9 +115,10 @@ class Task:
             training: for which of them.
 
         Returns:
-            For validation, metrics, also `legato.HostMetric` objects. For
-            training, Keras metrics; or a dict of them and when each is
-            updated: `{metric: legato.Every(50)}`, or None for never.
+            Metrics; for validation also `legato.HostMetric` objects. Or a
+            dict of them and when each is updated in training:
+            `{metric: legato.Every(50)}`, or None for never. Validation
+            updates all with every batch.
         """
         del training
         return []

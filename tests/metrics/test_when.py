@@ -245,3 +245,24 @@ def test_the_parts_of_a_loss_are_logged(tmp_path):
 def test_a_loss_without_a_total_is_refused(tmp_path):
     with pytest.raises(StepError, match="'loss', the one that is minimised"):
         train(tmp_path / "run", NoTotal())
+
+
+class Same(Classifier):
+    """One dict for both: when says only what happens in training."""
+
+    def build_metrics(self, training):
+        return {
+            keras.metrics.SparseCategoricalAccuracy(name="always"): (
+                legato.Every()
+            ),
+            keras.metrics.SparseCategoricalAccuracy(name="rare"): (
+                legato.Every(1000)
+            ),
+            keras.metrics.SparseCategoricalAccuracy(name="never"): None,
+        }
+
+
+def test_validation_updates_all_with_every_batch(tmp_path):
+    history, _ = train(tmp_path / "run", Same(), validation_interval="epoch")
+    assert "never" not in history and np.isnan(history["rare"]).all()
+    assert history["val_always"] == history["val_rare"] == history["val_never"]

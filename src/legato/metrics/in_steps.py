@@ -196,12 +196,6 @@ def check_metrics(
                 "it must be legato.Every(steps), legato.Sample(share), or None "
                 "for never."
             )
-        if not training and when != default:
-            raise ConfigError(
-                f"{where} returned {when!r} for the metric {metric.name!r}: "
-                "validation updates its metrics with every batch. Return a "
-                "list, and leave out what is not wanted."
-            )
     names = [metric.name for metric, _ in pairs]
     for name in names:
         if unique and names.count(name) > 1:
