@@ -31,7 +31,7 @@ LAYERS = [
     },
     {"state", "capture", "compat"},
     {"backends"},
-    {"checkpoint", "data", "metrics", "run_directory"},
+    {"checkpoint", "data", "losses", "metrics", "run_directory"},
     {"loop"},
     {
         "task",

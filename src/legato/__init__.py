@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from legato.version import __version__
 
 if TYPE_CHECKING:
-    from legato import errors
+    from legato import errors, losses
     from legato.backends import value_and_grad
     from legato.config import TrainerConfig
     from legato.data import ArraySource, DataIterator, DataSource
@@ -36,6 +36,7 @@ __all__ = [
     "errors",
     "evaluate",
     "fit",
+    "losses",
     "run_experiment",
     "value_and_grad",
 ]
@@ -63,14 +64,15 @@ _LIGHT = {"Every", "Experiment", "Sample", "TrainerConfig", "run_experiment"}
 def __getattr__(name: str) -> Any:
     if name == "errors":
         return importlib.import_module("legato.errors")
-    home = _HOMES.get(name)
+    home = "legato.losses" if name == "losses" else _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'legato' has no attribute {name!r}")
     if name not in _LIGHT:
         from legato.backend_choice import default_backend
 
         default_backend()
-    value = getattr(importlib.import_module(home), name)
+    module = importlib.import_module(home)
+    value = module if name == "losses" else getattr(module, name)
     globals()[name] = value
     return value
 
