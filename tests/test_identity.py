@@ -6,6 +6,7 @@ import pytest
 from legato import identity
 from legato.config import TrainerConfig
 from legato.errors import RestoreError
+from legato.losses import SmoothL1Loss, WeightedSum
 from legato.task import Task
 
 
@@ -24,6 +25,17 @@ class Plain(Task):
 class Recoded(Plain):
     def build_losses(self, labels, model_outputs, aux_losses=None):
         return 2 * self.loss_function(labels, model_outputs)
+
+
+class Summed(Task):
+    def __init__(self, beta=0.5, weight=50.0):
+        self.losses = WeightedSum(
+            {"name": SmoothL1Loss(beta), "other": spread}, {"name": weight}
+        )
+
+
+def spread(labels, outputs):
+    return keras.ops.std(outputs)
 
 
 def made(task=None, optimizer=None, data=None, validation_data=None, **config):
@@ -112,3 +124,15 @@ def test_changed_code_of_the_task_is_noticed_and_comments_are_not():
 def test_a_checkpoint_without_one_is_refused():
     with pytest.raises(RestoreError, match="identity"):
         compare(None, made())
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"weight": 20.0}, ["50.0", "20.0"]), ({"beta": 0.25}, ["0.5", "0.25"])],
+)
+def test_another_sum_of_losses_is_another_run(changes, words):
+    assert compare(made(Summed()), made(Summed())) == []
+    with pytest.raises(RestoreError) as caught:
+        compare(made(Summed()), made(Summed(**changes)))
+    for word in ["losses", *words]:
+        assert word in str(caught.value)

@@ -22,6 +22,7 @@ import numpy as np
 from legato import backends
 from legato.config import TrainerConfig
 from legato.errors import RestoreError
+from legato.losses import WeightedSum
 from legato.task import Optimizers, Task
 from legato.types import JSON
 from legato.version import __version__
@@ -272,6 +273,16 @@ def _describe(value: Any) -> Any:
     if isinstance(value, keras.losses.Loss):
         config = _without_names(value.get_config())
         return {"class": type(value).__name__, **config}
+    if isinstance(value, WeightedSum):
+        # In pairs, because a part may have any name.
+        named = {"parts": value.parts, "weights": value.weights}
+        return {
+            "class": type(value).__name__,
+            **{
+                key: [[name, describe_value(each)] for name, each in by.items()]
+                for key, by in named.items()
+            },
+        }
     return None
 
 
