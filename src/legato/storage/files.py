@@ -186,6 +186,11 @@ class RecordFile:
         self._fd = self._fs.open(self._path, os.O_RDWR | os.O_APPEND | flags)
         self._size = os.fstat(self._fd).st_size
 
+    def _reopen(self) -> None:
+        if self._fd < 0:
+            with contextlib.suppress(FileNotFoundError):
+                self._open()
+
     def append_bytes(self, record: bytes) -> None:
         """Adds a record, in memory."""
         with self._lock:
@@ -249,6 +254,7 @@ class RecordFile:
             OSError: if it failed.
         """
         self.flush()
+        self._reopen()
         if not 0 <= offset <= self._size:
             raise DamagedError(
                 f"{self._path}: cannot be rewound to byte {offset}: it has "
@@ -261,6 +267,8 @@ class RecordFile:
     def close(self) -> None:
         """Flushes and closes; a second call does nothing.
 
+        What is added afterwards opens it again.
+
         Raises:
             OSError: if the flush failed.
         """
@@ -272,14 +280,8 @@ class RecordFile:
                 self._fd = -1
 
 
-class JsonLines(RecordFile):
-    """A file of JSON records, one a line.
-
-    The lines are for people and for other tools, so they are ordinary JSON:
-    floats as Python prints them, which is exact, and `NaN`, `Infinity` and
-    `-Infinity`, which are not standard but which most readers take. Opening
-    the file cuts off a line that a kill left torn.
-    """
+class Lines(RecordFile):
+    """A file of lines. Opening it cuts off one that a kill left torn."""
 
     def __init__(self, path: Path, *, fs: FileSystem = OS):
         super().__init__(path, fs=fs)
@@ -294,14 +296,6 @@ class JsonLines(RecordFile):
             os.close(self._fd)
             raise
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Adds a record, in memory.
-
-        Raises:
-            TypeError: if JSON has no form for something in it.
-        """
-        self.append_bytes(json.dumps(record).encode() + b"\n")
-
     def truncate_to(self, offset: int) -> None:
         """Removes all records from an offset on.
 
@@ -311,6 +305,7 @@ class JsonLines(RecordFile):
             OSError: if it failed.
         """
         self.flush()
+        self._reopen()
         inside = 0 < offset <= self._size
         if inside and os.pread(self._fd, 1, offset - 1) != b"\n":
             raise DamagedError(
@@ -318,6 +313,23 @@ class JsonLines(RecordFile):
                 "begins there; lines were changed"
             )
         super().truncate_to(offset)
+
+
+class JsonLines(Lines):
+    """A file of JSON records, one a line.
+
+    The lines are for people and for other tools, so they are ordinary JSON:
+    floats as Python prints them, which is exact, and `NaN`, `Infinity` and
+    `-Infinity`, which are not standard but which most readers take.
+    """
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record, in memory.
+
+        Raises:
+            TypeError: if JSON has no form for something in it.
+        """
+        self.append_bytes(json.dumps(record).encode() + b"\n")
 
 
 def _whole_lines(fd: int) -> int:
