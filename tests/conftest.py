@@ -48,5 +48,6 @@ collect_ignore = (
         "test_progress.py",
         "test_rng.py",
         "test_schedule.py",
+        "test_sinks.py",
     ]
 )

@@ -96,6 +96,10 @@ def test_a_wrong_call_names_all_problems_at_once():
         ("keep_every", 0),
         ("checkpoint_timeout", math.inf),
         ("summary_interval", -1),
+        ("sinks", "tensorboard"),
+        ("sinks", ["csv", 3]),
+        ("sinks", ["csv", "csv"]),
+        ("sinks", ["jsonl"]),
         ("train_metrics_interval", "epoch"),
         ("steps_per_loop", 0),
         ("best_mode", "most"),
@@ -125,6 +129,8 @@ def test_a_wrong_value_is_refused_by_name(name, bad):
         ("checkpoint_interval", "10min", "10min"),
         ("keep_last", None, None),
         ("summary_interval", 0, 0),
+        ("sinks", [], []),
+        ("sinks", ("csv", "mine"), ["csv", "mine"]),
         ("train_metrics_interval", 0, 0),
         ("checkpoint_timeout", 60, 60.0),
         ("max_time", 90, 90.0),
@@ -142,6 +148,19 @@ def test_one_length_at_most_and_one_to_train():
     (line,) = problems_of(TrainerConfig().require_length)
     assert line.endswith("give train_steps or epochs.")
     TrainerConfig(epochs=2).require_length()
+
+
+def test_sinks_are_known_when_training_begins():
+    TrainerConfig(sinks=["csv", "tensorboard"]).require_sinks()
+    config = TrainerConfig(sinks=["csv", "tensorbord"])
+    (line,) = problems_of(config.require_sinks)
+    assert line == (
+        "sinks: there is no sink 'tensorbord' - did you mean 'tensorboard'? "
+        "Known are csv, tensorboard; a package offers others by entry points "
+        "of the group 'legato.sinks'."
+    )
+    (line,) = problems_of(TrainerConfig(sinks=["x"]).require_sinks)
+    assert line.startswith("sinks: there is no sink 'x'. Known are csv,")
 
 
 def test_durations():

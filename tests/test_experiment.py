@@ -316,8 +316,11 @@ def test_callbacks(project):
 
 
 class FakeTrainer:
-    def __init__(self, task, *, run_dir, config, callbacks, config_yaml):
+    def __init__(
+        self, task, *, run_dir, config, callbacks, config_yaml, **managers
+    ):
         assert "task: mine" in config_yaml
+        self.managers = managers
         self.made = (type(task).__name__, run_dir, callbacks)
         self.config = config
 
@@ -342,6 +345,14 @@ def test_run_experiment(project, monkeypatch):
     done, trainer = run_experiment(experiment)
     assert (done, trainer.made) == ("trained", ("Mine", "runs/mine", []))
     assert trainer.config.validation_interval == 1
+    assert set(trainer.managers.values()) == {None}
+    mine = {"summary_manager": "mine", "eval_summary_manager": "also mine"}
+    _, trainer = run_experiment(experiment, **mine)
+    assert trainer.managers == mine
+    assert trainer.config.sinks == ["tensorboard"]
+    _, trainer = run_experiment(experiment, **mine, save_summary=False)
+    assert trainer.config.sinks == []
+    assert set(trainer.managers.values()) == {None}
     done, trainer = run_experiment(experiment, "train", run_dir="here")
     assert trainer.config.validation_interval is None
     assert trainer.made[1] == "here"

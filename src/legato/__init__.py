@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from legato.version import __version__
 
 if TYPE_CHECKING:
-    from legato import errors, losses
+    from legato import errors, losses, summaries
     from legato.backends import value_and_grad
     from legato.config import TrainerConfig
     from legato.data import ArraySource, DataIterator, DataSource
     from legato.experiment import Experiment, run_experiment
     from legato.fitting import evaluate, fit
     from legato.metrics import HostMetric
+    from legato.summaries import SummaryManager, SummaryManagerInterface
     from legato.task import Task
     from legato.trainer import Trainer
     from legato.when import Every, Sample
@@ -29,6 +30,8 @@ __all__ = [
     "Experiment",
     "HostMetric",
     "Sample",
+    "SummaryManager",
+    "SummaryManagerInterface",
     "Task",
     "Trainer",
     "TrainerConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "fit",
     "losses",
     "run_experiment",
+    "summaries",
     "value_and_grad",
 ]
 
@@ -49,6 +53,8 @@ _HOMES = {
     "Experiment": "legato.experiment",
     "HostMetric": "legato.metrics",
     "Sample": "legato.when",
+    "SummaryManager": "legato.summaries",
+    "SummaryManagerInterface": "legato.summaries",
     "Task": "legato.task",
     "Trainer": "legato.trainer",
     "TrainerConfig": "legato.config",
@@ -58,13 +64,23 @@ _HOMES = {
     "value_and_grad": "legato.backends",
 }
 # These need no Keras, and so leave the choice of its backend open.
-_LIGHT = {"Every", "Experiment", "Sample", "TrainerConfig", "run_experiment"}
+_LIGHT = {
+    "Every",
+    "Experiment",
+    "Sample",
+    "SummaryManager",
+    "SummaryManagerInterface",
+    "TrainerConfig",
+    "run_experiment",
+}
+_MODULES = {"errors", "losses", "summaries"}
+_LIGHT_MODULES = {"errors", "summaries"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return importlib.import_module("legato.errors")
-    home = "legato.losses" if name == "losses" else _HOMES.get(name)
+    if name in _LIGHT_MODULES:
+        return importlib.import_module(f"legato.{name}")
+    home = f"legato.{name}" if name in _MODULES else _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'legato' has no attribute {name!r}")
     if name not in _LIGHT:
@@ -72,7 +88,7 @@ def __getattr__(name: str) -> Any:
 
         default_backend()
     module = importlib.import_module(home)
-    value = module if name == "losses" else getattr(module, name)
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 

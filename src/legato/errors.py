@@ -13,6 +13,7 @@ The tree::
     |-- CheckpointError                   a checkpoint cannot be read or written
     |   `-- DamagedError                  bytes on disk are not what was written
     |-- RestoreError                      a checkpoint does not fit this program
+    |-- SummaryError (also ValueError)    a value is none that can be shown
     `-- ExactnessError                    exact="strict" and something is not
 
     Stopped (SystemExit, code 75)         a signal; everything was saved
@@ -77,6 +78,10 @@ class DamagedError(CheckpointError):
 
 class RestoreError(LegatoError):
     """A checkpoint is intact but does not fit this program."""
+
+
+class SummaryError(LegatoError, ValueError):
+    """A value cannot be written as a summary."""
 
 
 class ExactnessError(LegatoError):

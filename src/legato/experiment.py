@@ -36,6 +36,7 @@ from legato.errors import ConfigError, LegatoError
 if TYPE_CHECKING:
     import keras
 
+    from legato.summaries import SummaryManagerInterface
     from legato.task import Task
     from legato.trainer import Trainer
 
@@ -237,6 +238,9 @@ def run_experiment(
     experiment: Experiment,
     mode: str = "train_and_eval",
     run_dir: str | os.PathLike[str] | None = None,
+    summary_manager: "SummaryManagerInterface | None" = None,
+    eval_summary_manager: "SummaryManagerInterface | None" = None,
+    save_summary: bool = True,
 ) -> Any:
     """Runs an experiment, or goes on with it.
 
@@ -247,6 +251,10 @@ def run_experiment(
             checkpoint, while another process trains).
         run_dir: the directory of the run; None takes the experiment's, or
             `runs/` and the task's name.
+        summary_manager: writes the summaries of training; see `Trainer`.
+        eval_summary_manager: writes what validation, or evaluation, measures.
+        save_summary: False writes no summaries, neither by the run itself nor
+            by these managers; `metrics.jsonl` stays.
 
     Returns:
         What `Trainer.train`, `Trainer.evaluate` or
@@ -255,7 +263,21 @@ def run_experiment(
     Raises:
         ConfigError: if the mode is not known or the experiment is not valid.
     """
-    trainer = build_trainer(experiment, mode, run_dir)
+    if not save_summary:
+        kept = [name for name in experiment.trainer.sinks if name != _SUMMARIES]
+        document = experiment._document
+        experiment = experiment.replace(
+            trainer=experiment.trainer.replace(sinks=kept)
+        )
+        experiment._document = document
+        summary_manager = eval_summary_manager = None
+    trainer = build_trainer(
+        experiment,
+        mode,
+        run_dir,
+        summary_manager=summary_manager,
+        eval_summary_manager=eval_summary_manager,
+    )
     match mode:
         case "eval":
             return trainer.evaluate()
@@ -265,6 +287,7 @@ def run_experiment(
             return trainer.train()
 
 
+_SUMMARIES = "tensorboard"
 _MODES = ("train_and_eval", "train", "eval", "continuous_eval")
 _LATER_MODES = ("train_and_post_eval",)
 
@@ -273,6 +296,9 @@ def build_trainer(
     experiment: Experiment,
     mode: str = "train_and_eval",
     run_dir: str | os.PathLike[str] | None = None,
+    *,
+    summary_manager: "SummaryManagerInterface | None" = None,
+    eval_summary_manager: "SummaryManagerInterface | None" = None,
 ) -> "Trainer":
     """Makes the experiment's trainer, and what it needs for a mode.
 
@@ -280,6 +306,8 @@ def build_trainer(
         experiment: what to run.
         mode: see `run_experiment`. Callbacks are made only to train.
         run_dir: see `run_experiment`.
+        summary_manager: see `run_experiment`.
+        eval_summary_manager: see `run_experiment`.
 
     Raises:
         ConfigError: if the mode is not known or the experiment is not valid.
@@ -297,6 +325,7 @@ def build_trainer(
     trains = mode in ("train", "train_and_eval")
     if trains:
         config.require_length()
+        config.require_sinks()
     if run_dir is None:
         task_name = experiment.task.rpartition(":")[2].lower()
         run_dir = experiment.run_dir or f"runs/{task_name}"
@@ -305,6 +334,8 @@ def build_trainer(
         run_dir=run_dir,
         config=config,
         callbacks=build_callbacks(experiment) if trains else [],
+        summary_manager=summary_manager,
+        eval_summary_manager=eval_summary_manager,
         config_yaml=dump_yaml(experiment),
     )
 

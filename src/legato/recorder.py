@@ -16,8 +16,8 @@ from legato.metrics import Results
 from legato.progress import ProgressReporter
 from legato.recovery import LossWatch
 from legato.schedule import Schedule
+from legato.sinks import RunLog
 from legato.state import Clock
-from legato.summaries import RunLog
 from legato.task import Task
 from legato.types import JSON, Logs, LogStyle, flat_logs
 from legato.when import When, any_due
@@ -184,7 +184,7 @@ class Recorder:
             logs: also groups of them, and what only summaries can show.
         """
         clock = self._clock
-        self._log.write("validation", clock.step, flat_logs(logs))
+        self._log.write("validation", clock.step, logs)
         # Groups would fill the screen.
         ungrouped = {k: v for k, v in logs.items() if not isinstance(v, dict)}
         self._reporter.validation(clock.step, flat_logs(ungrouped))

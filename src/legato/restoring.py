@@ -1,7 +1,7 @@
 """Putting saved state back, all of it or none, and saying what was."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,14 @@ import rich.console
 import rich.table
 
 from legato import backends
-from legato.checkpoint import Checkpoint
+from legato.checkpoint import Checkpoint, CheckpointStore
 from legato.compat import keras_tracing
-from legato.errors import DamagedError, RestoreError, RunDirError
+from legato.errors import (
+    CheckpointError,
+    DamagedError,
+    RestoreError,
+    RunDirError,
+)
 from legato.rng import get_host_state, set_host_state
 from legato.state import layer_paths
 from legato.types import JSON, AuditEntry, AuditStatus
@@ -104,6 +109,52 @@ def assign_arrays(
         [saved[name] for name in fitting],
     )
     return audit
+
+
+def assign_newest(
+    variables: Mapping[str, keras.Variable], store: CheckpointStore
+) -> str:
+    """Put the newest checkpoint's arrays into variables; say whose they are."""
+    try:
+        store.wait()
+        checkpoint = store.restore()
+    except CheckpointError as problem:
+        return f"nothing valid ({problem})"
+    if checkpoint is None:
+        return "nothing valid, for there is no checkpoint yet"
+    assign_arrays(variables, checkpoint)
+    return f"step {checkpoint.step}, the newest checkpoint"
+
+
+def set_rates(
+    names: Iterable[str],
+    optimizers: Mapping[str, keras.optimizers.Optimizer],
+    rates: Mapping[str, float],
+) -> None:
+    """Give optimizers their program's learning rates again.
+
+    A schedule is no variable, and was the program's all along.
+
+    Args:
+        names: of the optimizers.
+        optimizers: by name.
+        rates: by name.
+    """
+    for name in names:
+        optimizer = optimizers[name]
+        if isinstance(optimizer.learning_rate, keras.Variable):
+            optimizer.learning_rate = rates[name]
+
+
+def by_root(
+    arrays: Mapping[str, np.ndarray],
+) -> dict[str, dict[str, np.ndarray]]:
+    """Arrays by the first part of their paths, and by the rest."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for path, array in arrays.items():
+        root, _, name = path.partition("/")
+        found.setdefault(root, {})[name] = array
+    return found
 
 
 def _root(path: str) -> str:

@@ -31,8 +31,8 @@ from legato.program import choose_program, make_schedule
 from legato.progress import VERBOSE, make_reporter
 from legato.recorder import Recorder
 from legato.recovery import Recovery, watch_losses
+from legato.sinks import RunLog
 from legato.state import Clock, variable_paths
-from legato.summaries import RunLog
 from legato.training import TrainSteps
 from legato.types import JSON, AuditEntry, AuditStatus, Logs
 
@@ -55,6 +55,7 @@ class Session:
         references: what callbacks may hold and must not save a copy of.
         interrupts: what asks the run to stop.
         before: the session of this process that recovers, if one does.
+        summary_managers: see `RunLog`.
 
     Attributes:
         steps: the training step, once `identify` was called.
@@ -79,6 +80,7 @@ class Session:
         references: Mapping[str, object],
         interrupts: Interrupts,
         before: "Session | None" = None,
+        summary_managers: Mapping[str, Any] | None = None,
     ) -> None:
         self.clock = Clock()
         self.recovers = False
@@ -119,7 +121,13 @@ class Session:
         self._callbacks = self._make_callbacks(callbacks, before)
         assert self._callbacks.history is not None  # asked for
         self.history = self._callbacks.history
-        self._log = RunLog(run_dir)  # the last: it holds files open
+        self._log = RunLog(  # the last: it holds files open
+            run_dir,
+            sinks=config.sinks,
+            managers=summary_managers,
+            run_id=run_id,
+            dropped=before._log.dropped if before else (),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -260,6 +268,8 @@ class Session:
             ),
         )
         self._name_inexact_data()
+        for why in self._log.inexact:
+            self._name_inexact(why)
         unrepeatable = self._backend.unrepeatable()
         if unrepeatable:
             self._name_inexact(
@@ -443,16 +453,7 @@ class Session:
         held = f"step {self.clock.step}"
         if self._backend.lost_variables(list(self._variables.values())):
             # A device call had taken its inputs when it failed.
-            held = "nothing valid, for there is no checkpoint yet"
-            try:
-                self._store.wait()
-                checkpoint = self._store.restore()
-            except CheckpointError as problem:
-                checkpoint = None
-                held = f"nothing valid ({problem})"
-            if checkpoint is not None:
-                restoring.assign_arrays(self._variables, checkpoint)
-                held = f"step {checkpoint.step}, the newest checkpoint"
+            held = restoring.assign_newest(self._variables, self._store)
         error.add_note(
             f"legato: the model's variables hold {held}. The same call "
             f"(run_dir={str(self._run_dir)!r}) goes on from the newest "
@@ -542,17 +543,14 @@ class Session:
             self._variables, checkpoint, lenient=lenient
         )
         if override:
-            # A schedule is no variable, and was the program's all along.
-            for name in identity.rates_that_differ(
-                host.get("identity"), self._identity
-            ):
-                optimizer = parts.optimizers[name]
-                if isinstance(optimizer.learning_rate, keras.Variable):
-                    optimizer.learning_rate = parts.initial_rates[name]
-        arrays: dict[str, dict[str, np.ndarray]] = {}
-        for path, array in checkpoint.arrays.items():
-            root, _, name = path.partition("/")
-            arrays.setdefault(root, {})[name] = array
+            restoring.set_rates(
+                identity.rates_that_differ(
+                    host.get("identity"), self._identity
+                ),
+                parts.optimizers,
+                parts.initial_rates,
+            )
+        arrays = restoring.by_root(checkpoint.arrays)
 
         def take(part: str, restore: Callable[[Any], Any]) -> None:
             restored = restore(host.get(part)) is not False

@@ -40,7 +40,9 @@ from legato.run_directory import (
     read_run_id,
 )
 from legato.session import Session
+from legato.sinks import SUMMARIES, ManagerSink, check_managers
 from legato.state import variable_paths
+from legato.summaries import SummaryManagerInterface
 from legato.task import Optimizers, Task
 from legato.types import AuditEntry, Logs
 
@@ -61,6 +63,12 @@ class Trainer:
         run_dir: where everything is written; resumed if a run is there.
         config: how the run is driven.
         callbacks: Keras callbacks; their state is saved and restored.
+        summary_manager: writes the summaries of training; None is the run's
+            own, in `run_dir/summaries/train`, if `config.sinks` has
+            "tensorboard".
+        eval_summary_manager: writes the results of validation, likewise; and
+            those of `evaluate` and `evaluate_continuously`, which otherwise
+            write nothing.
         config_yaml: what `config.yaml` in the run directory will say; None
             for `config` alone.
 
@@ -86,6 +94,8 @@ class Trainer:
         run_dir: str | os.PathLike[str],
         config: TrainerConfig,
         callbacks: Sequence[keras.callbacks.Callback] = (),
+        summary_manager: SummaryManagerInterface | None = None,
+        eval_summary_manager: SummaryManagerInterface | None = None,
         config_yaml: str | None = None,
     ) -> None:
         if not isinstance(task, Task):
@@ -113,6 +123,14 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self.audit: list[AuditEntry] = []
         self._callbacks = callbacks
+        check_managers(
+            self.run_dir,
+            SUMMARIES,
+            summary_manager=summary_manager,
+            eval_summary_manager=eval_summary_manager,
+        )
+        self._summary_manager = summary_manager
+        self._eval_summary_manager = eval_summary_manager
         self._config_yaml = config_yaml or _nested("trainer", dump_yaml(config))
         self._has_trained = False
         self._step = 0  # of the weights that the model holds
@@ -149,6 +167,7 @@ class Trainer:
             ExactnessError: `exact="strict"` and something is not exact.
         """
         self.config.require_length()
+        self.config.require_sinks()
         prepare_run_directory(self.run_dir)
         self._has_trained = True
         session = None
@@ -163,9 +182,13 @@ class Trainer:
                     self.run_dir,
                     read_run_id(self.run_dir),
                     self._callbacks,
-                    references={"trainer": self, "task": self.task},
+                    references=self._references(),
                     interrupts=interrupts,
                     before=session,
+                    summary_managers={
+                        "train": self._summary_manager,
+                        "validation": self._eval_summary_manager,
+                    },
                 ) as session:
                     session.identify()
                     if not session.steps.is_traced:
@@ -179,7 +202,7 @@ class Trainer:
                     else:
                         with session.training():
                             loop.run(**session.for_loop())
-                    self._step = session.clock.step
+                self._step = session.clock.step
                 if not session.recovers:
                     return session.history
 
@@ -191,8 +214,9 @@ class Trainer:
     ) -> Logs:
         """Measure the model on the validation split.
 
-        Takes no lock and writes nothing: another process may train the run
-        meanwhile.
+        Takes no lock and writes nothing into the run, another process of
+        which may train meanwhile; an `eval_summary_manager` is given what was
+        measured, at the checkpoint's step.
 
         Args:
             checkpoint: whose weights are measured, and held by the model
@@ -229,6 +253,7 @@ class Trainer:
             self._load(found, evaluator)
         logs = self._measure(evaluator, lambda: False)
         assert logs is not None  # nothing asks it to stop
+        self._write_summaries(self._step, logs)
         return logs
 
     def evaluate_continuously(
@@ -243,7 +268,8 @@ class Trainer:
         Begins with those that are there, and ends when the run has: then what
         it ended with is measured too. A checkpoint that is removed before it
         can be read is left out, and so is a damaged one, with a warning.
-        Nothing is written: results are returned, and given to `on_result`.
+        Nothing is written into the run: results are returned, and given to
+        `on_result` and to an `eval_summary_manager`.
 
         Args:
             metrics: as for `evaluate`.
@@ -286,6 +312,8 @@ class Trainer:
                     break
                 ended = checkpoint.path.name == FINAL
                 results[FINAL if ended else checkpoint.step] = logs
+                if not ended or checkpoint.step not in results:
+                    self._write_summaries(checkpoint.step, logs)
                 report(checkpoint, logs)
         reason = interrupts.reason
         if reason is not None and FINAL not in results:
@@ -336,6 +364,22 @@ class Trainer:
             seed=self.config.seed,
             max_batches=self.config.validation_steps,
         )
+
+    def _references(self) -> dict[str, object]:
+        """What callbacks may hold and must not save a copy of."""
+        managers = {
+            "summary_manager": self._summary_manager,
+            "eval_summary_manager": self._eval_summary_manager,
+        }
+        given = {k: each for k, each in managers.items() if each is not None}
+        return {"trainer": self, "task": self.task, **given}
+
+    def _write_summaries(self, step: int, logs: Logs) -> None:
+        """Give what was measured to the manager, if there is one."""
+        if self._eval_summary_manager is not None:
+            sink = ManagerSink("validation", self._eval_summary_manager)
+            sink.write("validation", step, logs)
+            sink.flush()
 
     def _measure(
         self, evaluator: Evaluator, stop_requested: Callable[[], bool]

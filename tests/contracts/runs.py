@@ -191,16 +191,21 @@ def differences(
                 _read(b / place / file),
             )
     files = ["metrics.jsonl", "history.json"]
-    files += [f for f in ("log.csv", "recovery.json") if (a / f).exists()]
+    more = ("log.csv", "recovery.json", "summaries.csv")
+    files += [f for f in more if (a / f).exists()]
     for file in files:
         compare(file, _read(a / file), _read(b / file))
-    for split in ("train", "validation"):
-        left, right = (_series(run / "summaries" / split) for run in (a, b))
-        compare(
-            f"summaries/{split}",
-            json.dumps(left).encode(),
-            json.dumps(right).encode(),
-        )
+    # (Imports TensorBoard: not for the processes that train.)
+    from tests.summary_files import read_below
+
+    for folder in ("summaries", "board"):
+        left, right = (read_below(run / folder) for run in (a, b))
+        for path in sorted({*left, *right}):
+            compare(
+                f"{folder}/{path}",
+                json.dumps(left.get(path)).encode(),
+                json.dumps(right.get(path)).encode(),
+            )
     return found, compared
 
 
@@ -211,22 +216,6 @@ def _checkpoints(run: Path) -> list[str]:
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
-
-
-def _series(directory: Path) -> dict[str, list[Any]]:
-    """The curves as TensorBoard's own reader gives them."""
-    if not directory.exists():
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import (
-        EventAccumulator,
-    )
-
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)]
-        for tag in sorted(events.Tags()["scalars"])
-    }
 
 
 def host_state(run: Path, step: int) -> Any:

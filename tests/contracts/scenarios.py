@@ -5,7 +5,7 @@ in one of them. Each runs for a few epochs with a partial last batch, and its
 validations, summaries and checkpoints fall on different steps.
 
 This module is imported by the processes that the resume tests kill, and so
-needs nothing but Keras and legato.
+needs little but Keras and legato.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import matplotlib.figure
 import numpy as np
 from keras import layers, ops
 
@@ -666,6 +667,29 @@ class Spoilt(Classifier):
         return {self.loss: loss}
 
 
+class Board(keras.callbacks.Callback):
+    """Writes what a network looks like; some of it only later."""
+
+    def __init__(self, manager: legato.SummaryManager) -> None:
+        super().__init__()
+        self.manager = manager
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        kernel = self.model.layers[0].get_weights()[0]
+        groups = {f"since{epoch - epoch % 2}": {"norm": (kernel**2).sum()}}
+        if epoch % 3 == 1:
+            figure = matplotlib.figure.Figure(figsize=(0.6, 0.4), dpi=50)
+            figure.add_axes((0, 0, 1, 1)).plot(kernel.ravel())
+            groups["pictures"] = {
+                "kernel": abs(kernel[:, :, None]),
+                "plot": figure,
+            }
+        with legato.summaries.as_step(int(self.model.optimizer.iterations)):
+            self.manager.write_summaries(
+                {"weights": kernel, "note": f"epoch {epoch}", **groups}
+            )
+
+
 def _no_callbacks(task: legato.Task) -> list[keras.callbacks.Callback]:
     del task
     return []
@@ -679,6 +703,8 @@ class Scenario:
         make_task: makes the task.
         make_callbacks: makes the callbacks for a task that it is given.
         config: arguments of `legato.TrainerConfig`.
+        has_board: whether a summary manager of the user's takes the place of
+            the engine's, and a callback writes to it too.
     """
 
     make_task: Callable[[], legato.Task]
@@ -686,10 +712,20 @@ class Scenario:
         _no_callbacks
     )
     config: dict[str, Any]
+    has_board: bool = False
 
     def trainer(self, run_dir: Any, **changes: Any) -> legato.Trainer:
         """A trainer for it; `changes` to its config."""
         task = self.make_task()
+        if self.has_board:
+            manager = legato.SummaryManager(f"{run_dir}/board")
+            return legato.Trainer(
+                task,
+                run_dir=run_dir,
+                config=legato.TrainerConfig(**{**self.config, **changes}),
+                callbacks=[Board(manager)],
+                summary_manager=manager,
+            )
         return legato.Trainer(
             task,
             run_dir=run_dir,
@@ -765,6 +801,11 @@ SCENARIOS: dict[str, Scenario] = {
             loss_upper_bound=50.0,
             recovery_max_trials=20,
         ),
+    ),
+    "board": Scenario(
+        make_task=Classifier,
+        config=_config(sinks=["csv", "tensorboard"]),
+        has_board=True,
     ),
     "metric_cadence": Scenario(
         make_task=Measured,

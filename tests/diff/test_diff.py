@@ -14,7 +14,8 @@ from legato.cli import main
 from legato.diff import compare_checkpoints, compare_runs
 from legato.diff.checkpoints import ABSENT, compare_arrays, compare_values
 from legato.errors import RunDirError
-from legato.summaries import RunLog, ScalarEvents
+from legato.sinks import RunLog
+from legato.summaries import SummaryManager
 
 ARRAYS = {
     "model/kernel": np.arange(6, dtype="float32").reshape(2, 3),
@@ -176,10 +177,10 @@ def test_runs_that_are_the_same(runs):
 def test_wall_clock_times_do_not_count(runs):
     a, b = runs
     shutil.rmtree(b / "summaries")
-    events = ScalarEvents(b / "summaries" / "train")
     for step in (5, 10):  # the same curve, at another time
-        events.write(step, {"loss": 1 / step})
-    events.file.close()
+        events = SummaryManager(b / "summaries" / "train", global_step=step)
+        events.write_summaries({"loss": 1 / step, "note": "x"})
+        events.close()
     (b / "timing.jsonl").write_text('{"step": 5, "time": "then"}\n')
     assert differing(a, b) == []
 
@@ -205,9 +206,9 @@ def test_each_thing_that_differs(runs):
 
 def test_curves(runs):
     a, b = runs
-    events = ScalarEvents(b / "summaries" / "train")
-    events.write(15, {"loss": 3.0})
-    events.file.close()
+    events = SummaryManager(b / "summaries" / "train", global_step=15)
+    events.write_summaries({"loss": 3.0})
+    events.close()
     (found,) = compare_runs(a, b).differing
     assert (found.name, found.step) == ("summaries/train", 15)
     assert str(found.differences[0]) == "absent -> '3.0 at step 15'"

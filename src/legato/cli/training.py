@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print(dump_yaml(experiment), end="")
         return 0
     experiment.trainer.require_length()
+    experiment.trainer.require_sinks()
     experiments.prepare(args, experiment)
     with experiments.stoppable(
         (signal.SIGTERM, signal.SIGUSR1),

@@ -7,6 +7,7 @@ import pydantic
 
 from legato.config.duration import RULE, parse_duration, seconds_of
 from legato.config.model import Config
+from legato.config.sinks import check_names, require_known
 from legato.errors import ConfigError
 from legato.when import Every, Sample, When
 
@@ -165,6 +166,9 @@ class TrainerConfig(Config):
         checkpoint_timeout: seconds after which training fails when no
             checkpoint could be written.
         summary_interval: steps between summaries; 0 for none.
+        sinks: where summaries go, beside `metrics.jsonl`: "tensorboard",
+            "csv", or what installed packages offer by entry points of the
+            group `legato.sinks`.
         train_metrics_interval: steps between updates of the training metrics;
             0 leaves them out of the compiled step.
         train_metrics: when single ones are updated, by their names, where
@@ -232,6 +236,9 @@ class TrainerConfig(Config):
     ] = None
     checkpoint_timeout: Annotated[float, pydantic.Field(gt=0)] = 600.0
     summary_interval: Annotated[int, _whole(0, " (0 for none)")] = 100
+    sinks: Annotated[list[str], pydantic.PlainValidator(check_names)] = (
+        pydantic.Field(default_factory=lambda: ["tensorboard"])
+    )
     train_metrics_interval: Annotated[int, _whole(0, " (0 for off)")] = 1
     train_metrics: Annotated[
         dict[str, Any], pydantic.PlainValidator(_check_train_metrics)
@@ -329,3 +336,11 @@ class TrainerConfig(Config):
                 "TrainerConfig: the length of the run is missing: give "
                 "train_steps or epochs."
             )
+
+    def require_sinks(self) -> None:
+        """Checks that there are such sinks; evaluation needs none.
+
+        Raises:
+            ConfigError: if one of `sinks` is not known.
+        """
+        require_known(self.sinks)

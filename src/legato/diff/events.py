@@ -8,6 +8,7 @@ from typing import Any
 
 from legato import storage
 from legato.errors import DamagedError
+from legato.summaries.crc import masked_crc32c
 
 EVENTS = "tfevents"
 """What is in the name of each event file."""
@@ -70,8 +71,6 @@ def show_value(value: bytes) -> str:
 
 def _records(path: Path) -> Iterator[bytes]:
     """In the framing of TFRecord files: length, its CRC, data, its CRC."""
-    from tensorboardX.record_writer import masked_crc32c
-
     with storage.open_regular(path) as file:
         left = os.fstat(file.fileno()).st_size
         while left >= _LENGTH.size + 2 * _CRC_SIZE:

@@ -24,7 +24,7 @@ from legato.diff.checkpoints import (
 )
 from legato.diff.events import EVENTS, Series, read_series, show_value
 from legato.errors import CheckpointError, DamagedError, RunDirError
-from legato.summaries import METRICS, SUMMARIES, TIMING
+from legato.sinks import METRICS, SUMMARIES, TIMING
 
 # Not of the exact run: who trains where and how fast, and what was committed
 # when. (What a checkpoint holds is compared, its manifest is not: it names

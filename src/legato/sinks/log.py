@@ -1,109 +1,174 @@
-"""What a run writes for people to read: JSON lines and TensorBoard scalars.
-
-`metrics.jsonl` and the TensorBoard series are part of the run's exact state
-and are rewound when it is resumed; wall-clock figures are not, and live apart
-in `timing.jsonl`.
-"""
+"""All that a run writes for people to read, in the sinks that hold it."""
 
 import contextlib
+import dataclasses
 import datetime
-import struct
-import time
-from collections.abc import Mapping
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from legato import storage
-from legato.errors import DamagedError, RestoreError, RunDirError
+from legato.config.sinks import plug_ins, require_known
+from legato.errors import (
+    ConfigError,
+    DamagedError,
+    LegatoError,
+    LegatoWarning,
+    RestoreError,
+)
+from legato.sinks.files import CSV, METRICS, CsvSink, JsonLinesSink
+from legato.sinks.managed import ManagerSink
+from legato.sinks.protocol import Sink, SyncedSink
+from legato.storage import strict_json
+from legato.summaries.managers import (
+    SummaryManager,
+    SummaryManagerInterface,
+    link_error,
+)
 from legato.types import JSON
 
-METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
 SUMMARIES = "summaries"
-
-# One file for the whole run, whatever number of processes write it: files
-# named by the second, as usual, can meet, and sort wrongly when a clock is
-# set back.
-_EVENTS = "events.out.tfevents.legato"
+KINDS = ("train", "validation")
+"""Of the values that managers are given; `epoch` repeats them."""
 
 
-class ScalarEvents:
-    """A TensorBoard event file of scalars, for one split.
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    """A sink, and what is known of it.
 
-    tensorboardX's own writer hands events to a thread, and its `flush` does
-    not wait for that: what a checkpoint counts as written could be lost. Its
-    parts are used, and the bytes are written here.
-
-    Args:
-        directory: made with the file, if there is none.
+    Attributes:
+        name: of its state in a checkpoint.
+        sink: the sink.
+        is_own: whether it writes files that are part of the exact run, of
+            which nothing may be lost.
+        is_dropped: whether it failed.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.file = storage.RecordFile(directory / _EVENTS)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add scalars of a step, in memory."""
-        # Imported late: where torch is installed, tensorboardX imports it.
-        from tensorboardX.proto.event_pb2 import (
-            Event,  # type: ignore[reportAttributeAccessIssue]
-        )
-        from tensorboardX.proto.summary_pb2 import (
-            Summary,  # type: ignore[reportAttributeAccessIssue]
-        )
-        from tensorboardX.summary import scalar
-
-        now = time.time()
-        if self.file.offset == 0:
-            self._append(Event(wall_time=now, file_version="brain.Event:2"))
-        # One event for all of them: each is framed and hashed by itself.
-        summary = Summary()
-        for name, value in values.items():
-            summary.MergeFrom(scalar(name, value))
-        self._append(Event(wall_time=now, step=step, summary=summary))
-
-    def _append(self, event: Any) -> None:
-        """In the framing of TFRecord files: length, its CRC, data, its CRC."""
-        from tensorboardX.record_writer import masked_crc32c
-
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        self.file.append_bytes(
-            length
-            + struct.pack("<I", masked_crc32c(length))
-            + data
-            + struct.pack("<I", masked_crc32c(data))
-        )
+    name: str
+    sink: Any
+    is_own: bool
+    is_dropped: bool = False
 
 
 class RunLog:
-    """The logs of one run directory.
+    """The sinks of one run directory.
+
+    What a sink raises ends nothing: it is told once, and the sink dropped for
+    the rest of this process. Its saved state is kept for the next one. Three
+    things are let through: whatever `metrics.jsonl` raises; of the other files
+    of the exact run what the system reports of their writing, which is tried
+    again with the checkpoint; and a value that is none (a `LegatoError`).
 
     Args:
         run_dir: an existing directory, locked by this process.
+        sinks: names of those beside `metrics.jsonl`.
+        managers: summary managers in place of the engine's own, by kind.
+        run_id: the run's id, by which it knows its files elsewhere.
+        dropped: names of those that failed earlier in this process.
+
+    Attributes:
+        inexact: what keeps sinks from being rewound, a sentence each.
 
     Raises:
-        OSError: the files cannot be opened.
+        ConfigError: a sink is not known, or is none.
+        RunDirError: a directory of them is a symbolic link.
+        OSError: files of the exact run cannot be opened.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._metrics = storage.JsonLines(run_dir / METRICS)
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        sinks: Sequence[str] = ("tensorboard",),
+        managers: Mapping[str, SummaryManagerInterface | None] | None = None,
+        run_id: str = "",
+        dropped: Sequence[str] = (),
+    ) -> None:
+        require_known(list(sinks))
+        self._run_dir = run_dir
+        self._states: dict[str, JSON] = {}
+        self._failed: list[tuple[_Entry, Exception]] = []
+        self._forget = set(dropped)
+        _refuse_links(run_dir / SUMMARIES)
+        self._metrics = JsonLinesSink(run_dir)
         self._timing = storage.JsonLines(run_dir / TIMING)
-        self._summaries = run_dir / SUMMARIES
-        self._events: dict[str, ScalarEvents] = {}
-        self._is_named = False  # durably: the directory of the summaries
+        self._others: list[_Entry] = []
+        self.inexact: list[str] = []
+        for kind, manager in self._managers(sinks, managers or {}, run_id):
+            sink = ManagerSink(kind, manager)
+            if sink.inexact:
+                self.inexact.append(sink.inexact)
+            is_own = isinstance(manager, SummaryManager)
+            self._add(f"{SUMMARIES}/{kind}", sink, is_own)
+        for name in sinks:
+            if name == "csv":
+                self._add(CSV, CsvSink(run_dir), is_own=True)
+            elif name != "tensorboard":
+                self._make(name)
+        # Pictures are given away by managers, and so are written last.
+        self._others.sort(key=lambda each: isinstance(each.sink, ManagerSink))
 
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Write a record of a kind ("train", "validation", "epoch").
+    def _managers(
+        self,
+        sinks: Sequence[str],
+        given: Mapping[str, SummaryManagerInterface | None],
+        run_id: str,
+    ) -> list[tuple[str, SummaryManagerInterface]]:
+        found: list[tuple[str, SummaryManagerInterface]] = []
+        for kind in KINDS:
+            manager = given.get(kind)
+            if manager is None:
+                if "tensorboard" not in sinks:
+                    continue
+                manager = SummaryManager(self._run_dir / SUMMARIES / kind)
+            elif isinstance(manager, SummaryManager) and all(
+                manager is not each for _, each in found
+            ):
+                manager.claim(f"-{kind}-{run_id}")
+            found.append((kind, manager))
+        return found
 
-        Scalars of training and validation go to TensorBoard too.
+    def _add(self, name: str, sink: Any, is_own: bool) -> None:
+        self._others.append(_Entry(name, sink, is_own, name in self._forget))
+
+    def _make(self, name: str) -> None:
+        """Have a plug-in make its sink."""
+        entry = _Entry(name, None, is_own=False, is_dropped=True)
+        if name not in self._forget:
+            try:
+                entry.sink = plug_ins()[name].load()(self._run_dir)
+            except Exception as error:
+                self._drop(entry, error)
+            else:
+                _check_sink(name, entry.sink)
+                entry.is_dropped = False
+        self._others.append(entry)
+
+    # -- writing ------------------------------------------------------------
+
+    @property
+    def dropped(self) -> list[str]:
+        """The names of the sinks that failed."""
+        return [each.name for each in self._others if each.is_dropped]
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Write values of a kind ("train", "validation", "epoch").
+
+        Raises:
+            LegatoError: a value is none that can be written.
         """
-        self._metrics.append({"kind": kind, "step": step, **values})
-        if kind == "epoch":
-            return  # the same values, a second time
-        if kind not in self._events:
-            self._events[kind] = ScalarEvents(self._summaries / kind)
-        scalars = {k: v for k, v in values.items() if isinstance(v, float)}
-        self._events[kind].write(step, scalars)
+        self._metrics.write(kind, step, values)
+        for entry in self._others:
+            if not entry.is_dropped:
+                try:
+                    entry.sink.write(kind, step, values)
+                except Exception as error:
+                    if entry.is_own and isinstance(error, LegatoError):
+                        raise
+                    self._drop(entry, error)
 
     def write_timing(self, step: int, values: dict[str, Any]) -> None:
         """Write wall-clock figures, which are no part of the exact run."""
@@ -111,10 +176,16 @@ class RunLog:
         self._timing.append({"step": step, "time": now, **values})
 
     def flush(self) -> None:
-        """Hand everything to the system: it survives this process."""
-        for file in self._files().values():
-            file.flush()
+        """Hand everything to the system: it survives this process.
+
+        Raises:
+            OSError: it failed; nothing is lost, and it can be repeated.
+        """
+        self._metrics.flush()
         self._timing.flush()
+        for entry in self._others:
+            self._call(entry, "flush")
+        self._tell_failed()
 
     def sync(self) -> None:
         """Write and make durable: it survives a power cut too.
@@ -124,33 +195,33 @@ class RunLog:
         Raises:
             OSError: it failed; nothing is lost, and it can be repeated.
         """
-        files = self._files()
-        for file in files.values():
-            file.sync()
-        if len(files) > 1 and not self._is_named:
-            # The directories were made with the files in them.
-            for directory in (self._summaries, self._summaries.parent):
-                storage.sync_directory(directory)
-            self._is_named = True
+        self._metrics.sync()
+        for entry in self._others:
+            if entry.is_own:
+                # Also of one that was dropped: a checkpoint counts its bytes.
+                entry.sink.sync()
+            elif not entry.is_dropped and isinstance(entry.sink, SyncedSink):
+                try:
+                    entry.sink.sync()
+                except Exception as error:
+                    self._failed.append((entry, error))
         with contextlib.suppress(OSError):  # no part of the run
             self._timing.flush()
 
-    def _files(self) -> dict[str, storage.RecordFile]:
-        """The files that are part of the exact run, by name."""
-        events = {
-            f"{SUMMARIES}/{name}": each.file
-            for name, each in sorted(self._events.items())
-        }
-        return {METRICS: self._metrics, **events}
+    # -- state --------------------------------------------------------------
 
     def get_state(self) -> JSON:
-        """Where the logs end, for a checkpoint."""
-        # A file that is there but empty is one of a killed process's future.
-        return {
-            name: file.offset
-            for name, file in self._files().items()
-            if file.offset
-        }
+        """Where the sinks are, for a checkpoint."""
+        self._tell_failed()
+        states = {**self._states, METRICS: self._metrics.get_state()}
+        for entry in self._others:
+            if not entry.is_own:
+                self._call(entry, "flush")
+            state = self._call(entry, "get_state", check=strict_json.dumps)
+            if not entry.is_dropped:
+                states[entry.name] = state
+        self._states = states
+        return dict(states)
 
     def rewind(self, state: JSON, *, lenient: bool = False) -> None:
         """Take back everything after a checkpoint (None: everything).
@@ -163,45 +234,101 @@ class RunLog:
             RestoreError: the logs are shorter than the state says.
             RunDirError: a directory of them is a symbolic link.
         """
-        offsets = {} if state is None else state
-        if not isinstance(offsets, dict) or not all(
-            isinstance(offset, int) for offset in offsets.values()
-        ):
+        states = {} if state is None else state
+        if not isinstance(states, dict):
             raise RestoreError(f"The saved log positions are {state!r:.80}.")
-        if self._summaries.is_symlink():
-            raise _link(self._summaries)
-        if self._summaries.exists():
-            # Those of a killed process may be of a split not yet written.
-            for directory in self._summaries.iterdir():
-                if directory.is_symlink():
-                    raise _link(directory)
-                if directory.is_dir():
-                    self._events[directory.name] = ScalarEvents(directory)
-        for name in offsets:
-            folder, _, split = name.partition("/")
-            if folder == SUMMARIES and split in ("train", "validation"):
-                path = self._summaries / split
-                self._events.setdefault(split, ScalarEvents(path))
-        for name, file in self._files().items():
-            try:
-                file.truncate_to(offsets.get(name, 0))
-            except DamagedError as error:
-                if not lenient:
-                    raise RestoreError(
-                        f"The logs do not reach to the checkpoint: {error}. "
-                        'Put them back, or set resume="override" to go on '
-                        "without the missing lines."
-                    ) from error
+        _refuse_links(self._run_dir / SUMMARIES)
+        # Those of sinks that are not here today are for when they are again.
+        self._states = dict(states)
+        try:
+            with _lenient(lenient):
+                self._metrics.set_state(states.get(METRICS))
+            for entry in self._others:
+                with _lenient(lenient):
+                    self._call(entry, "set_state", states.get(entry.name))
+        except DamagedError as error:
+            raise RestoreError(
+                f"The logs do not reach to the checkpoint: {error}. Put them "
+                'back, or set resume="override" to go on without the missing '
+                "lines."
+            ) from error
 
     def close(self) -> None:
         """Flush and close; idempotent."""
         with contextlib.ExitStack() as stack:
-            for file in (*self._files().values(), self._timing):
-                stack.callback(file.close)
+            stack.callback(self._timing.close)
+            stack.callback(self._metrics.close)
+            for entry in self._others:
+                if entry.is_own:
+                    stack.callback(entry.sink.close)
+                else:
+                    stack.callback(self._call, entry, "close")
+            self._tell_failed()
+
+    # -- failures -----------------------------------------------------------
+
+    def _call(
+        self,
+        entry: _Entry,
+        method: str,
+        *arguments: Any,
+        check: Callable[[Any], Any] = lambda result: None,
+    ) -> Any:
+        if entry.is_dropped:
+            return None
+        try:
+            result = getattr(entry.sink, method)(*arguments)
+            check(result)
+            return result
+        except Exception as error:
+            if entry.is_own and isinstance(error, OSError | LegatoError):
+                raise
+            self._drop(entry, error)
+
+    def _drop(self, entry: _Entry, error: Exception) -> None:
+        entry.is_dropped = True
+        warnings.warn(
+            f"The sink {entry.name!r} failed, and is left out until the run "
+            f"is started again: {type(error).__name__}: {error}. Training "
+            f"goes on; {METRICS} has all numbers.",
+            LegatoWarning,
+            stacklevel=4,
+        )
+
+    def _tell_failed(self) -> None:
+        """Report what failed in another thread."""
+        failed, self._failed = self._failed, []
+        for entry, error in failed:
+            if not entry.is_dropped:
+                self._drop(entry, error)
 
 
-def _link(path: Path) -> RunDirError:
-    # What it leads to could be another run's, and would be cut.
-    return RunDirError(
-        f"{path} is a symbolic link: make the run directory itself one instead."
+def _check_sink(name: str, sink: Any) -> None:
+    if isinstance(sink, Sink):
+        return
+    methods = [each for each in vars(Sink) if not each.startswith("_")]
+    missing = [each for each in methods if not callable(getattr(sink, each, 0))]
+    raise ConfigError(
+        f"sinks: the package of {name!r} made a {type(sink).__name__}, which "
+        f"is no legato.sinks.Sink: it has no {', '.join(missing)}. Leave it "
+        "out, or have it mended."
     )
+
+
+def _refuse_links(folder: Path) -> None:
+    """Symbolic links among the engine's own directories are refused."""
+    if folder.is_symlink():
+        raise link_error(folder)
+    for place, folders, _ in os.walk(folder):
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):
+                raise link_error(Path(place, name))
+
+
+@contextlib.contextmanager
+def _lenient(is_lenient: bool) -> Iterator[None]:
+    try:
+        yield
+    except DamagedError:
+        if not is_lenient:
+            raise

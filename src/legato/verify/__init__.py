@@ -18,6 +18,7 @@ from legato.checkpoint.store import CHECKPOINTS
 from legato.diff import RunComparison, compare_runs
 from legato.diff.checkpoints import compare_values
 from legato.errors import VerifyError
+from legato.sinks import METRICS
 from legato.verify.children import (
     Kill,
     Launch,
@@ -133,9 +134,7 @@ def verify(
             _KILLED,
             kills=kills,
             last_step=last,
-            validates=(
-                runs.path(_PEACEFUL) / "summaries" / "validation"
-            ).exists(),
+            validates=_validates(runs.path(_PEACEFUL)),
             seed=seed,
             on_kill=on_kill,
         )
@@ -177,6 +176,11 @@ def describe_kill(kill: Kill) -> str:
         where = {"validation": "in validation", "saving": "while saving"}[where]
     text = f"{where}, after step {kill.step}"
     return f"{text}, in a checkpoint's write" if kill.is_writing else text
+
+
+def _validates(run_dir: Path) -> bool:
+    with (run_dir / METRICS).open("rb") as file:
+        return any(line.startswith(b'{"kind": "validation"') for line in file)
 
 
 def _compare(runs: Runs, a: str, b: str) -> RunComparison:

@@ -1,0 +1,157 @@
+"""Sinks that are one file of text: JSON lines and CSV."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from legato import storage
+from legato.errors import RestoreError, SummaryError
+from legato.summaries.values import as_array, is_image
+from legato.types import JSON
+
+METRICS = "metrics.jsonl"
+CSV = "summaries.csv"
+
+MAX_ARRAY = 64
+"""An array of more numbers has no place in a line."""
+
+_PLAIN = {float, int, str, bool, type(None)}
+_NOTHING = object()
+
+
+class _FileSink:
+    """A file of lines, which is rewound by its size."""
+
+    def __init__(self, file: storage.Lines) -> None:
+        self._file = file
+
+    def flush(self) -> None:
+        """See `Sink`."""
+        self._file.flush()
+
+    def sync(self) -> None:
+        """See `SyncedSink`."""
+        self._file.sync()
+
+    def get_state(self) -> JSON:
+        """See `Sink`."""
+        return self._file.offset
+
+    def set_state(self, state: JSON) -> None:
+        """See `Sink`.
+
+        Raises:
+            RestoreError: it is no position.
+            DamagedError: the file is shorter.
+        """
+        offset = 0 if state is None else state
+        if type(offset) is not int:
+            raise RestoreError(f"The saved log positions are {state!r:.80}.")
+        self._file.truncate_to(offset)
+
+    def close(self) -> None:
+        """See `Sink`."""
+        self._file.close()
+
+
+class JsonLinesSink(_FileSink):
+    """`metrics.jsonl`: a record of JSON a line.
+
+    Groups become names such as `group/name`. Numbers, texts, lists and small
+    arrays are written; pictures, figures and large arrays have no place here.
+
+    Args:
+        run_dir: the directory of the run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._lines = storage.JsonLines(run_dir / METRICS)
+        super().__init__(self._lines)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """See `Sink`.
+
+        Raises:
+            SummaryError: two values have one name.
+        """
+        for value in values.values():
+            if type(value) not in _PLAIN:
+                values = _as_json(values)
+                break
+        self._lines.append({"kind": kind, "step": step, **values})
+
+
+class CsvSink(_FileSink):
+    """`summaries.csv`: a row for each number.
+
+    The columns are `kind`, `step`, `name` and `value`. A column for each name
+    would have to be added when a name first appears, in rows that are written
+    already; in this form the file only grows, and can be rewound.
+
+    Args:
+        run_dir: the directory of the run.
+    """
+
+    columns = ("kind", "step", "name", "value")
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(storage.Lines(run_dir / CSV))
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """See `Sink`."""
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        if self._file.offset == 0:
+            rows.writerow(self.columns)
+        for name, value in _as_json(values).items():
+            if isinstance(value, int | float):
+                rows.writerow((kind, step, name, repr(value)))
+        # (What is no text in UTF-8 is no text in JSON either.)
+        self._file.append_bytes(text.getvalue().encode("utf-8", "replace"))
+
+
+def flatten(
+    values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """All values, with the names of the groups that they are in."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in flatten(values):
+        if name in found:
+            raise SummaryError(
+                f"Two values have the name {name!r}, one of them in a group. "
+                "Rename one."
+            )
+        plain = _plain(value)
+        if plain is not _NOTHING:
+            found[name] = plain
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it; `_NOTHING` if it has no place in a line."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, list | tuple):
+        items = [_plain(each) for each in value]
+        return _NOTHING if _NOTHING in items else items
+    array = as_array(value)
+    if array is None or array.size > MAX_ARRAY or is_image(array):
+        return _NOTHING
+    if array.dtype.kind not in "fiub":
+        try:
+            array = array.astype("float64")  # such as bfloat16
+        except (TypeError, ValueError):
+            return _NOTHING
+    return np.asarray(array).tolist()

@@ -1,0 +1,126 @@
+"""TensorBoard's event files: their framing, and what is in them.
+
+tensorboardX's own writer hands events to a thread, and its `flush` does not
+wait for that: what a checkpoint counts as written could be lost. Its protocol
+buffers are used, and the bytes are written here.
+"""
+
+import functools
+import os
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from legato import storage
+from legato.errors import DamagedError
+from legato.summaries.crc import masked_crc32c
+
+# One file for the whole run, whatever number of processes write it: files
+# named by the second, as usual, can meet, and sort wrongly when a clock is
+# set back.
+EVENTS = "events.out.tfevents.legato"
+"""How the names of event files begin."""
+
+_HEAD = struct.Struct("<QI")
+_CRC = struct.Struct("<I")
+_NOT_IN_TAGS = re.compile(r"[^-/\w.]")
+
+
+@functools.cache
+def protos() -> SimpleNamespace:
+    """The protocol buffers.
+
+    Imported late: where torch is installed, tensorboardX imports it.
+    """
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    names: Any = (event_pb2, summary_pb2)
+    return SimpleNamespace(
+        Event=names[0].Event,
+        Summary=names[1].Summary,
+        Value=names[1].Summary.Value,
+        Image=names[1].Summary.Image,
+        Histogram=names[1].HistogramProto,
+    )
+
+
+@functools.lru_cache(4096)
+def clean_tag(name: str) -> str:
+    """A name as TensorBoard takes it."""
+    return _NOT_IN_TAGS.sub("_", name).lstrip("/")
+
+
+def scalar_values(scalars: Iterable[tuple[str, float]]) -> list[Any]:
+    """The values of an event for some scalars."""
+    value = protos().Value
+    return [
+        value(tag=clean_tag(name), simple_value=number)
+        for name, number in scalars
+    ]
+
+
+class EventFile(storage.RecordFile):
+    """An event file that can be rewound.
+
+    Where it was there before, and is not rewound, an event that a kill left
+    torn is cut off before the first one is added.
+
+    Args:
+        path: see `storage.RecordFile`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._is_whole = self.offset == 0
+
+    def write(self, wall_time: float, step: int, values: list[Any]) -> None:
+        """Add an event, in memory.
+
+        Raises:
+            DamagedError: the file is none of events.
+        """
+        if not self._is_whole:
+            self.truncate_to(_whole_size(self._path))
+        event = protos().Event
+        if self.offset == 0:
+            first = event(wall_time=wall_time, file_version="brain.Event:2")
+            self.append_bytes(_framed(first.SerializeToString()))
+        # One event for all values: each is framed and hashed by itself.
+        summary = protos().Summary(value=values)
+        made = event(wall_time=wall_time, step=step, summary=summary)
+        self.append_bytes(_framed(made.SerializeToString()))
+
+    def truncate_to(self, offset: int) -> None:
+        """See `storage.RecordFile`."""
+        super().truncate_to(offset)
+        self._is_whole = True
+
+
+def _framed(data: bytes) -> bytes:
+    """As in TFRecord files: length, its CRC, data, its CRC."""
+    length = len(data).to_bytes(8, "little")
+    head = _HEAD.pack(len(data), masked_crc32c(length))
+    return head + data + _CRC.pack(masked_crc32c(data))
+
+
+def _whole_size(path: Path) -> int:
+    """The size without a torn last event."""
+    whole = 0
+    with storage.open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        while whole + _HEAD.size + _CRC.size <= size:
+            file.seek(whole)
+            length, crc = _HEAD.unpack(file.read(_HEAD.size))
+            if crc != masked_crc32c(length.to_bytes(8, "little")):
+                raise DamagedError(
+                    f"{path}: at byte {whole} begins no event: the file is "
+                    "damaged, or something else. Move it away."
+                )
+            end = whole + _HEAD.size + length + _CRC.size
+            if end > size:
+                break
+            whole = end
+    return whole
