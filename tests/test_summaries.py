@@ -498,9 +498,14 @@ def test_a_figure_is_let_go_when_it_is_drawn(manager):
 
 def test_checksums_are_those_of_the_format():
     generator = random.Random(1)
-    for size in (0, 1, 8, 100, 2047, 2048, 2049, 70_000, 200_001):
+    sizes = (*range(40), 100, 1023, 1024, 1025, 2048, 70_000, 200_001)
+    for size in sizes:
         data = generator.randbytes(size)
         assert crc.masked_crc32c(data) == masked_crc32c(data)
+    sizes = [generator.choice((5, 60, 61, 1023, 1024)) for _ in range(500)]
+    records = [generator.randbytes(size) for size in sizes]
+    expected = [masked_crc32c(record) for record in records]
+    assert crc.masked_crc32c_of_many(records) == expected
 
 
 def test_a_torn_event_is_cut_off_before_the_next(manager):

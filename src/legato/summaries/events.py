@@ -16,7 +16,7 @@ from typing import Any
 
 from legato import storage
 from legato.errors import DamagedError
-from legato.summaries.crc import masked_crc32c
+from legato.summaries.crc import masked_crc32c, masked_crc32c_of_many
 
 # One file for the whole run, whatever number of processes write it: files
 # named by the second, as usual, can meet, and sort wrongly when a clock is
@@ -26,6 +26,7 @@ EVENTS = "events.out.tfevents.legato"
 
 _HEAD = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
+_FRAME_SIZE = _HEAD.size + _CRC.size
 _NOT_IN_TAGS = re.compile(r"[^-/\w.]")
 
 
@@ -73,8 +74,11 @@ class EventFile(storage.RecordFile):
     """
 
     def __init__(self, path: Path) -> None:
+        self._unframed: list[bytes] = []
+        self._unframed_size = 0  # when they are framed
         super().__init__(path)
         self._is_whole = self.offset == 0
+        self._is_ready = False  # whole, and begun
 
     def write(self, wall_time: float, step: int, values: list[Any]) -> None:
         """Add an event, in memory.
@@ -82,28 +86,66 @@ class EventFile(storage.RecordFile):
         Raises:
             DamagedError: the file is none of events.
         """
+        if not self._is_ready:
+            self._make_ready(wall_time)
+        # One event for all values: each is framed and hashed by itself.
+        made = protos()
+        summary = made.Summary(value=values)
+        event = made.Event(wall_time=wall_time, step=step, summary=summary)
+        self._add(event.SerializeToString())
+
+    def _make_ready(self, wall_time: float) -> None:
         if not self._is_whole:
             self.truncate_to(_whole_size(self._path))
-        event = protos().Event
         if self.offset == 0:
-            first = event(wall_time=wall_time, file_version="brain.Event:2")
-            self.append_bytes(_framed(first.SerializeToString()))
-        # One event for all values: each is framed and hashed by itself.
-        summary = protos().Summary(value=values)
-        made = event(wall_time=wall_time, step=step, summary=summary)
-        self.append_bytes(_framed(made.SerializeToString()))
+            first = protos().Event(
+                wall_time=wall_time, file_version="brain.Event:2"
+            )
+            self._add(first.SerializeToString())
+        self._is_ready = True
+
+    def _add(self, data: bytes) -> None:
+        with self._lock:
+            self._unframed.append(data)
+            self._unframed_size += len(data) + _FRAME_SIZE
+
+    @property
+    def offset(self) -> int:
+        """See `storage.RecordFile`."""
+        with self._lock:
+            return super().offset + self._unframed_size
+
+    def flush(self) -> None:
+        """See `storage.RecordFile`.
+
+        Checksums are made here: for many events together, and for a
+        checkpoint in its own thread.
+        """
+        with self._lock:
+            if self._unframed:
+                self._pending += _framed(self._unframed)
+                self._unframed, self._unframed_size = [], 0
+            super().flush()
 
     def truncate_to(self, offset: int) -> None:
         """See `storage.RecordFile`."""
         super().truncate_to(offset)
-        self._is_whole = True
+        self._is_whole, self._is_ready = True, False
 
 
-def _framed(data: bytes) -> bytes:
+def _framed(records: list[bytes]) -> bytes:
     """As in TFRecord files: length, its CRC, data, its CRC."""
-    length = len(data).to_bytes(8, "little")
-    head = _HEAD.pack(len(data), masked_crc32c(length))
-    return head + data + _CRC.pack(masked_crc32c(data))
+    checksums = masked_crc32c_of_many(records)
+    return b"".join(
+        part
+        for data, crc in zip(records, checksums, strict=True)
+        for part in (_head(len(data)), data, _CRC.pack(crc))
+    )
+
+
+@functools.lru_cache(256)
+def _head(size: int) -> bytes:
+    return _HEAD.pack(size, masked_crc32c(size.to_bytes(8, "little")))
 
 
 def _whole_size(path: Path) -> int:
