@@ -54,7 +54,7 @@ LAYERS = [
         "diff",
     },
     {"session", "trainer", "experiment", "fitting"},
-    {"tasks", "verify", "testing"},
+    {"tasks", "verify", "profiling", "testing"},
     {"cli", "__main__"},
     {"__init__"},
 ]

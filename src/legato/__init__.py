@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from legato.experiment import Experiment, run_experiment
     from legato.fitting import evaluate, fit
     from legato.metrics import HostMetric
+    from legato.profiling import profile
     from legato.summaries import SummaryManager, SummaryManagerInterface
     from legato.task import Task
     from legato.trainer import Trainer
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "fit",
     "losses",
+    "profile",
     "run_experiment",
     "summaries",
     "value_and_grad",
@@ -60,6 +62,7 @@ _HOMES = {
     "TrainerConfig": "legato.config",
     "evaluate": "legato.fitting",
     "fit": "legato.fitting",
+    "profile": "legato.profiling",
     "run_experiment": "legato.experiment",
     "value_and_grad": "legato.backends",
 }

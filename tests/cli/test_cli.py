@@ -78,6 +78,16 @@ def probe(*arguments, cwd=None, **environment):
         (["train", "digits", "--max-time", "soon"], 2, "trainer.max_time: "),
         (["train", "digits", "trainer.train_steps="], 2, "give train_steps or"),
         (["train", "digits", "--print-config"], 0, "train_steps: 2000"),
+        (["profile", "--help"], 0, "--budget SHARE"),
+        (["profile", "digts"], 2, "legato: error: digts: there is no such"),
+        (["profile", "digits", "--budget", "0"], 2, "budget='0': it must be"),
+        (["profile", "digits", "--budget", "-1"], 2, "budget='-1': it must"),
+        (["profile", "digits", "--budget=abc"], 2, 'such as 0.01, or "1%"'),
+        (["profile", "digits", "--seconds=0"], 2, "seconds=0.0: it must be"),
+        (["profile", "digits", "--seconds=x"], 2, "invalid float value: 'x'"),
+        (["profile", "digits", "--plot=x.gif"], 2, "must end in .png, .svg"),
+        (["profile", "digits", "--plot=no/x.png"], 2, "there is no directory"),
+        (["profile", "digits", "trainer.train_steps="], 2, "give train_steps"),
     ],
 )
 def test_answers_without_keras(tmp_path, arguments, status, expected):

@@ -149,7 +149,7 @@ class CallbackRunner:
         """
         logs: Logs = {}
         left = self._take_notes(resuming=resuming)
-        self._make_anew()
+        self.make_anew()
         self._take_origins()
         for entry in self._entries:
             adapter, callback = entry.adapter, entry.callback
@@ -326,7 +326,7 @@ class CallbackRunner:
                     made, arrays=arrays
                 )
 
-    def _make_anew(self) -> None:
+    def make_anew(self) -> None:
         """Put back what `remember` kept: a new process would have that."""
         references = self._references()
         for entry in self._entries:

@@ -12,7 +12,14 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from legato import errors
-from legato.cli import diffing, evaluating, inspecting, training, verifying
+from legato.cli import (
+    diffing,
+    evaluating,
+    inspecting,
+    profiling,
+    training,
+    verifying,
+)
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -101,7 +108,14 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(command=None, debug=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (training, evaluating, verifying, inspecting, diffing):
+    for module in (
+        training,
+        evaluating,
+        verifying,
+        profiling,
+        inspecting,
+        diffing,
+    ):
         command = module.add_parser(commands)
         command.add_argument(
             "--debug", action="store_true", help="show tracebacks of errors"

@@ -34,8 +34,15 @@ def to_numpy(tensor: torch.Tensor, dtype: str) -> np.ndarray:
     return tensor.cpu().numpy().astype(dtype, copy=False)
 
 
-def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A tensor on the device, of the dtype that Keras would choose."""
+def to_tensor(
+    array: np.ndarray | torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """A tensor on the device, of the dtype that Keras would choose.
+
+    A tensor has been one already.
+    """
+    if isinstance(array, torch.Tensor):
+        return array.to(device)
     array = np.asarray(array)
     for kept, (integer, exact) in _AS_INTEGERS.items():
         if array.dtype == np.dtype(exact):
