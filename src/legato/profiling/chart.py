@@ -3,17 +3,23 @@
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from legato.errors import ConfigError
+from legato.profiling.limits import parse_budget
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     from legato.profiling.report import Cost, Profile
 
-_BAR_WIDTH = 20
+    Plain = Callable[[str], Text]
+
+_BAR_WIDTH = 24
 _FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -30,89 +36,107 @@ def show(
     Raises:
         ConfigError: the budget is not a share.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    intervals = None if budget is None else profile.intervals(budget)
+    # Before anything is printed.
+    intervals = {} if budget is None else profile.intervals(budget)
     is_unicode = console.encoding.startswith("utf")
 
-    def plain(text: str) -> Text:
+    def plain(text: str) -> "Text":
+        from rich.text import Text
+
         return Text(text if is_unicode else text.replace("µ", "u"))
 
     for line in _head(profile):
         console.print(plain(line))
     if profile.costs:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("what is added to a step", overflow="fold")
-        for header in ("µs", "quartiles", "%"):
-            table.add_column(plain(header), justify="right", no_wrap=True)
-        table.add_column("", width=_BAR_WIDTH, no_wrap=True)
-        table.add_column("", overflow="fold")
-        drawn = [cost.share for cost in profile.costs if _has_bar(cost)]
-        longest = max(drawn, default=1.0)
-        for cost in profile.costs:
-            bar = Text("")
-            if _has_bar(cost):
-                bar = Text(
-                    _bar(cost.share / longest, is_unicode),
-                    style=_colour(cost.share),
-                )
-            cells = [plain(cell) for cell in (_label(cost), *_figures(cost))]
-            table.add_row(*cells, bar, plain(_remark(cost)))
-        console.print(table)
+        console.print(_costs(profile, plain, is_unicode))
+    seldom = [
+        cost
+        for cost in profile.costs
+        if cost.interval != 1 or cost.name in intervals
+    ]
+    if seldom:
+        console.print(_each_time(profile, seldom, plain, budget, intervals))
+    for cost in profile.costs:
+        if cost.detail:
+            console.print(plain(f"{_label(cost)}: {cost.detail}."))
     for note in profile.notes:
         console.print(plain(f"Note: {note}."))
-    if intervals is not None:
-        _show_intervals(profile, console, budget, intervals, plain)
+    if budget is not None:
+        console.print(plain("Nothing was set: that is yours to do."))
 
 
 def _head(profile: "Profile") -> list[str]:
     bare, calls = profile.bare, profile.steps_per_call
-    several = f"{calls} steps in a device call" if calls > 1 else "one a call"
+    several = f"{calls} steps" if calls > 1 else "one step"
     times = "once" if profile.rounds == 1 else f"{profile.rounds} rounds"
     return [
-        f"{profile.task} on {profile.backend}, {profile.mode}: a bare step "
-        f"takes {_time(bare.median)} ({_time(bare.low)} to "
-        f"{_time(bare.high)}), {several}.",
-        f"Measured in turns, {times}, in {profile.seconds:.0f} s: medians, "
-        "and quartiles of the differences.",
+        f"{profile.task} on {profile.backend}: the bare step takes "
+        f"{_time(bare.median)} ({_time(bare.low)} to {_time(bare.high)}).",
+        f"{profile.mode}, {several} in a device call; measured in turns, "
+        f"{times}, in {profile.seconds:.0f} s.",
     ]
 
 
-def _show_intervals(
+def _costs(profile: "Profile", plain: "Plain", is_unicode: bool) -> "Table":
+    """What each part adds to a step, with a bar or why there is none."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("added to a step", overflow="fold")
+    for header in ("µs", "quartiles", "%"):
+        table.add_column(plain(header), justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    drawn = [cost.share for cost in profile.costs if _has_bar(cost)]
+    longest = max(drawn, default=1.0)
+    for cost in profile.costs:
+        last = plain(_doubt(cost))
+        if _has_bar(cost):
+            bar = _bar(cost.share / longest, is_unicode)
+            last = Text(bar, style=_colour(cost.share))
+        cells = [plain(cell) for cell in (_label(cost), *_figures(cost))]
+        table.add_row(*cells, last)
+    return table
+
+
+def _each_time(
     profile: "Profile",
-    console: "Console",
+    costs: "list[Cost]",
+    plain: "Plain",
     budget: str | float | None,
     intervals: dict[str, int],
-    plain: Any,
-) -> None:
+) -> "Table":
+    """What is not done at each step, or need not be."""
+    from rich import box
     from rich.table import Table
 
-    from legato.profiling.limits import parse_budget
-
-    assert budget is not None
-    share = float(parse_budget(budget))
-    console.print(
-        plain(
-            f"\nTo cost at most {100 * share:g} % of the bare step each, "
-            f"{_time(share * profile.us_per_step)}:"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("each time", overflow="fold")
+    for header in ("", "every"):
+        table.add_column(plain(header), justify="right", no_wrap=True)
+    if budget is not None:
+        share = float(parse_budget(budget))
+        allowed = _time(share * profile.us_per_step)
+        table.add_column(
+            plain(f"for {100 * share:g} % ({allowed} a step)"),
+            overflow="fold",
         )
-    )
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for _ in range(3):
-        table.add_column(overflow="fold")
-    for name, interval in intervals.items():
-        cost = profile[name]
-        now = "off" if cost.interval is None else f"{cost.interval:,.4g}"
-        unsure = "" if cost.is_told else "; counted at its noise"
-        table.add_row(
-            plain(f"  {_label(cost)}"),
-            plain(cost.setting(interval) or ""),
-            plain(f"(now {now}{unsure})"),
-        )
-    console.print(table)
-    console.print(plain("Nothing was set: that is yours to do."))
+    for cost in costs:
+        noise = cost.per_call.noise
+        each = _time(cost.per_call.median)
+        if not cost.is_told and math.isfinite(noise):
+            each = f"below {_time(noise)}"
+        often = "never"
+        if cost.interval is not None:
+            plural = "" if cost.interval == 1 else "s"
+            often = f"{cost.interval:,.6g} step{plural}"
+        cells = [_label(cost), each, often]
+        if budget is not None:
+            interval = intervals.get(cost.name)
+            cells.append((interval and cost.setting(interval)) or "")
+        table.add_row(*map(plain, cells))
+    return table
 
 
 def _has_bar(cost: "Cost") -> bool:
@@ -136,23 +160,16 @@ def _figures(cost: "Cost") -> tuple[str, str, str]:
     )
 
 
-def _remark(cost: "Cost") -> str:
-    """How often, how long each time, and what is not sure."""
-    parts = []
+def _doubt(cost: "Cost") -> str:
+    """Why there is no figure."""
     if cost.interval is None:
-        parts.append("off")
-    elif not cost.is_told:
-        noise = cost.per_step.noise
-        parts.append(
-            f"below the noise of {_number(noise)} µs"
-            if math.isfinite(noise)
-            else f"about {_time(cost.us_per_step)}, but too few rounds to tell"
-        )
-    if cost.interval != 1 and (cost.is_told or cost.interval is None):
-        parts.append(f"{_time(cost.per_call.median)} each")
-    if cost.interval is not None and cost.interval != 1:
-        parts.append(f"every {cost.interval:,.4g} steps")
-    return ", ".join(parts) + ("; " * bool(parts and cost.detail)) + cost.detail
+        return "off"
+    if cost.is_told:
+        return ""
+    noise = cost.per_step.noise
+    if math.isfinite(noise):
+        return f"below the noise of {_number(noise)} µs"
+    return f"{_time(cost.us_per_step)}? Too few rounds"
 
 
 def _bar(share: float, is_unicode: bool) -> str:
@@ -227,8 +244,7 @@ def draw(profile: "Profile", path: Path) -> None:
         ]
         middle, low, high = shares
         if cost.interval is None or not cost.is_told:
-            text = _remark(cost).partition(",")[0]
-            axes.text(0, row, f" {text}", va="center", color="0.45")
+            axes.text(0, row, f"  {_doubt(cost)}", va="center", color="0.45")
             continue
         axes.barh(row, middle, color=f"C{_HUES[_colour(cost.share)]}")
         error = [[max(0, middle - low)], [max(0, high - middle)]]

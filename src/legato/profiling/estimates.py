@@ -65,22 +65,27 @@ class Estimate:
 
 
 def estimate(samples: Sequence[float], *, least_noise: float = 0.0) -> Estimate:
-    """The median of samples, one or more.
+    """The median of differences, one or more, that may all be chance.
 
     Args:
-        samples: times, or differences of times taken in turns.
-        least_noise: how far samples of nothing were from zero.
+        samples: differences of times taken in turns.
+        least_noise: how far differences of nothing were from zero.
     """
+    found = timed(samples)
+    noise = math.inf
+    if len(samples) >= _MIN_SAMPLES:
+        spread = found.high - found.low
+        noise = _NOISE_FACTOR * spread / math.sqrt(len(samples))
+    return dataclasses.replace(found, noise=max(noise, least_noise))
+
+
+def timed(samples: Sequence[float]) -> Estimate:
+    """The median of times that were taken by themselves: none is chance."""
     middle = statistics.median(samples)
     low = high = middle
     if len(samples) > 1:
         low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    noise = math.inf
-    if len(samples) >= _MIN_SAMPLES:
-        noise = _NOISE_FACTOR * (high - low) / math.sqrt(len(samples))
-    return Estimate(
-        median=middle, low=low, high=high, noise=max(noise, least_noise)
-    )
+    return Estimate(median=middle, low=low, high=high, noise=0.0)
 
 
 def differences(samples: Sequence[float], base: Sequence[float]) -> list[float]:

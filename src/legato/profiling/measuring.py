@@ -31,6 +31,7 @@ from legato.profiling.estimates import (
     differences,
     estimate,
     take_turns,
+    timed,
 )
 from legato.profiling.report import Cost, Kind, Profile
 from legato.profiling.workbench import Workbench
@@ -336,7 +337,7 @@ class _Accounts:
         nothing = estimate(differences(last, first))
         self._least_noise = max(abs(nothing.median), nothing.noise)
         self._configured = self._find_configured()
-        self._per_step = estimate(self._bare)
+        self._per_step = timed(self._bare)
         self._costs: list[Cost] = []
 
     def _find_configured(self) -> list[float]:
@@ -447,7 +448,7 @@ class _Accounts:
     def _account_callback(self, number: int, called: Called) -> None:
         name = type(called.callback).__name__
         per_epoch = self._bench.schedule.steps_per_epoch
-        epoch = estimate(self._samples["epoch", number])
+        epoch = timed(self._samples["epoch", number])
         if ("callback", number) not in self._samples:
             self._add(name, "callback", epoch, per_epoch)
             return
@@ -472,7 +473,7 @@ class _Accounts:
         cut = self._cut()
 
         def due(part: Part) -> Estimate:
-            taken = estimate(self._samples[part, None])
+            taken = timed(self._samples[part, None])
             return taken if cut is None else taken + cut
 
         self._add(
@@ -501,7 +502,7 @@ class _Accounts:
         steps = self._contestants.writing.num_steps
         slower = differences(self._samples["writing", None], self._configured)
         self._add(
-            "while they are written",
+            "while written",
             "writing",
             estimate(
                 [each * n for each, n in zip(slower, steps, strict=True)],

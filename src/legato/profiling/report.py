@@ -198,7 +198,7 @@ class Profile:
         from rich.console import Console
 
         file = io.StringIO()
-        console = Console(file=file, width=120, highlight=False, markup=False)
+        console = Console(file=file, width=80, highlight=False, markup=False)
         chart.show(self, console, budget)
         lines = file.getvalue().splitlines()
         return "\n".join(line.rstrip() for line in lines)
