@@ -124,11 +124,12 @@ class Turns:
 
         return measure
 
-    def take(self, until, max_rounds=9, **seconds):
+    def take(self, until, told_until=0.0, max_rounds=9, **seconds):
         contestants = {n: self.contestant(n, s) for n, s in seconds.items()}
         return take_turns(
             contestants,
             until=until,
+            told_until=told_until,
             max_rounds=max_rounds,
             clock=lambda: self.seconds,
         )
@@ -143,6 +144,11 @@ def test_turns_are_taken_until_the_time_is_up():
 
 def test_one_round_is_always_taken():
     assert Turns().take(0.5, a=10.0, b=10.0) == {"a": [1.0], "b": [2.0]}
+
+
+def test_rounds_that_tell_something_may_take_longer():
+    assert len(Turns().take(0.5, told_until=99.0, a=10.0)["a"]) == 3
+    assert len(Turns().take(0.5, told_until=20.0, a=10.0)["a"]) == 2
 
 
 def test_intervals_in_the_mean():
@@ -271,7 +277,8 @@ def test_one_round_and_no_costs():
     text = by_hand(rounds=1, costs=[uncertain], notes=[]).table("1%")
     assert "once" in text
     assert "3.00 µs? Too few rounds" in text
-    assert "legato.Every(2)" in text
+    assert "legato.Every" not in text
+    assert by_hand(costs=[uncertain]).intervals("1%") == {}
     assert "bare step" in by_hand(costs=[]).table()
 
 
@@ -466,8 +473,7 @@ def test_metrics_are_told_apart(temporary):
     assert dear.us_per_step == pytest.approx(dear.per_call.median / 10)
     # Together, at their intervals: about a tenth of the dear one.
     assert both.us_per_step < dear.per_call.median / 2
-    intervals = profile.intervals("1%")
-    assert intervals["rare"] == limits.interval_within(
+    assert profile.intervals("1%")["rare"] >= limits.interval_within(
         dear.per_call.median, profile.us_per_step, limits.parse_budget("1%")
     )
     kinds = {each.kind for each in profile.costs}
@@ -548,7 +554,6 @@ def test_what_cannot_be_measured_is_said(temporary):
     assert profile["dear"].per_call.median > 300
     # They are off, as the config says, and can be asked about all the same.
     assert profile["dear"].interval is None and profile["dear"].share == 0
-    assert profile.intervals("1%")["dear"] > 1
     assert "data" not in [each.name for each in profile.costs]
 
 
@@ -598,12 +603,8 @@ def test_the_command(temporary, capsys):
     assert report["task"] == "Digits"
     names = [each["name"] for each in report["costs"]]
     assert names[:3] == ["accuracy", "logs", "data"]
-    assert report["intervals"].keys() == {
-        "accuracy",
-        "summaries",
-        "validation",
-        "checkpoints",
-    }
+    named = report["intervals"].keys() - {"accuracy"}  # if it can be told
+    assert named == {"summaries", "validation", "checkpoints"}
     assert "legato: measuring" in err and "drawn: costs.png" in err
     with Image.open("costs.png") as picture:
         picture.verify()

@@ -125,8 +125,8 @@ def _each_time(
     for cost in costs:
         noise = cost.per_call.noise
         each = _time(cost.per_call.median)
-        if not cost.is_told and math.isfinite(noise):
-            each = f"below {_time(noise)}"
+        if not cost.is_told:
+            each = f"below {_time(noise)}" if math.isfinite(noise) else "?"
         often = "never"
         if cost.interval is not None:
             plural = "" if cost.interval == 1 else "s"

@@ -97,6 +97,7 @@ def take_turns(
     contestants: Mapping[Key, Callable[[], float]],
     *,
     until: float,
+    told_until: float,
     max_rounds: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[Key, list[float]]:
@@ -106,15 +107,17 @@ def take_turns(
         contestants: what measures each.
         until: no round is begun that would probably end after this time; the
             first one is always.
+        told_until: the same of the rounds without which nothing can be told.
         max_rounds: at most so many.
         clock: tells the time, in seconds.
     """
     samples: dict[Key, list[float]] = {name: [] for name in contestants}
-    for _ in range(max_rounds):
+    for number in range(1, max_rounds + 1):
         began = clock()
         for name, measure in contestants.items():
             samples[name].append(measure())
         now = clock()
-        if now + (now - began) > until:
+        limit = until if number >= _MIN_SAMPLES else max(until, told_until)
+        if now + (now - began) > limit:
             break
     return samples

@@ -96,6 +96,7 @@ def measure(
         samples = take_turns(
             contestants.timed,
             until=time.monotonic() + left,
+            told_until=time.monotonic() + seconds,
             max_rounds=_MAX_ROUNDS,
         )
         return _Accounts(bench, contestants, samples).profile(

@@ -92,10 +92,9 @@ class Cost:
     @property
     def at_most(self) -> float:
         """Microseconds each time, or what the noise may hide of them."""
-        noise = self.per_call.noise
-        if self.is_told or not math.isfinite(noise):
+        if self.is_told:
             return self.per_call.median
-        return max(self.per_call.median, noise)
+        return max(self.per_call.median, self.per_call.noise)
 
     def setting(self, interval: int) -> str | None:
         """How it is told to act every so many steps; None if it is not."""
@@ -174,7 +173,7 @@ class Profile:
         Returns:
             Steps between two times, by the name of the cost. Where a cost is
             below the noise, what the noise may hide is kept within the
-            budget.
+            budget; where too few rounds tell nothing, there is none.
 
         Raises:
             ConfigError: the budget is not a share.
@@ -183,7 +182,7 @@ class Profile:
         return {
             cost.name: interval_within(cost.at_most, self.us_per_step, share)
             for cost in self.costs
-            if cost.kind in _SETTINGS
+            if cost.kind in _SETTINGS and math.isfinite(cost.at_most)
         }
 
     def table(self, budget: str | float | None = None) -> str:
