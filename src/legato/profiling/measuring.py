@@ -517,7 +517,7 @@ class _Accounts:
         if any(c.runner.batch_hooks_active for c in self._contestants.called):
             return None  # each step is one already
         alone, steps = self._one_a_call(), self._bench.chunk.num_batches
-        if alone is None or alone.median <= 0:
+        if alone is None or not alone.is_told or alone.median < 0:
             return None
         return dataclasses.replace(alone.scaled(steps / (steps - 1)), noise=0.0)
 
