@@ -444,6 +444,22 @@ def test_crossentropy_at_the_extremes(dtype):
     np.testing.assert_allclose(gradient, slope, rtol=rtol)
 
 
+def test_what_a_layer_masks_is_no_positive():
+    outputs = layers.Embedding(4, 5, mask_zero=True)(np.array([[1, 2, 0, 0]]))
+    exact = host(outputs)
+    labels = np.zeros((1, 4, 5))
+    labels[0, 1:, 0] = 1  # three, of which two are masked
+    found = SigmoidFocalLoss()(labels, outputs)
+    expected = focal(labels, exact)[:, :2].sum()
+    np.testing.assert_allclose(host(found), expected, **CLOSE)
+    found = SmoothL1Loss()(labels, outputs, sample_weight=[[0, 1, 1, 1]])
+    expected = smooth_l1(labels, exact)[0, 1]
+    np.testing.assert_allclose(host(found), expected, **CLOSE)
+    found = DiceLoss("sigmoid")(labels, outputs)
+    expected = dice(labels[:, :2], sigmoid(exact[:, :2]), 1.0).mean()
+    np.testing.assert_allclose(host(found), expected, **CLOSE)
+
+
 # --- Dice
 
 
