@@ -3,7 +3,6 @@
 import gc
 import itertools
 import os
-import random
 import sys
 import threading
 import time
@@ -14,7 +13,6 @@ import matplotlib.figure
 import ml_dtypes
 import numpy as np
 import pytest
-from tensorboardX.record_writer import masked_crc32c
 
 import legato
 from legato import summaries
@@ -25,7 +23,7 @@ from legato.errors import (
     RunDirError,
     SummaryError,
 )
-from legato.summaries import SummaryManager, SummaryManagerInterface, crc
+from legato.summaries import SummaryManager, SummaryManagerInterface
 from legato.summaries.events import EVENTS
 from tests.summary_files import read, read_below
 
@@ -494,18 +492,6 @@ def test_a_figure_is_let_go_when_it_is_drawn(manager):
 
 
 # -- files -------------------------------------------------------------------
-
-
-def test_checksums_are_those_of_the_format():
-    generator = random.Random(1)
-    sizes = (*range(40), 100, 1023, 1024, 1025, 2048, 70_000, 200_001)
-    for size in sizes:
-        data = generator.randbytes(size)
-        assert crc.masked_crc32c(data) == masked_crc32c(data)
-    sizes = [generator.choice((5, 60, 61, 1023, 1024)) for _ in range(500)]
-    records = [generator.randbytes(size) for size in sizes]
-    expected = [masked_crc32c(record) for record in records]
-    assert crc.masked_crc32c_of_many(records) == expected
 
 
 def test_a_torn_event_is_cut_off_before_the_next(manager):

@@ -8,7 +8,7 @@ from typing import Any
 
 from legato import storage
 from legato.errors import DamagedError
-from legato.summaries.crc import masked_crc32c
+from legato.summaries.events import masked_crc32c
 
 EVENTS = "tfevents"
 """What is in the name of each event file."""

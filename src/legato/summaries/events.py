@@ -14,9 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from crc32c import crc32c
+
 from legato import storage
 from legato.errors import DamagedError
-from legato.summaries.crc import masked_crc32c, masked_crc32c_of_many
 
 # One file for the whole run, whatever number of processes write it: files
 # named by the second, as usual, can meet, and sort wrongly when a clock is
@@ -26,7 +27,6 @@ EVENTS = "events.out.tfevents.legato"
 
 _HEAD = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
-_FRAME_SIZE = _HEAD.size + _CRC.size
 _NOT_IN_TAGS = re.compile(r"[^-/\w.]")
 
 
@@ -74,8 +74,6 @@ class EventFile(storage.RecordFile):
     """
 
     def __init__(self, path: Path) -> None:
-        self._unframed: list[bytes] = []
-        self._unframed_size = 0  # when they are framed
         super().__init__(path)
         self._is_whole = self.offset == 0
         self._is_ready = False  # whole, and begun
@@ -105,27 +103,9 @@ class EventFile(storage.RecordFile):
         self._is_ready = True
 
     def _add(self, data: bytes) -> None:
-        with self._lock:
-            self._unframed.append(data)
-            self._unframed_size += len(data) + _FRAME_SIZE
-
-    @property
-    def offset(self) -> int:
-        """See `storage.RecordFile`."""
-        with self._lock:
-            return super().offset + self._unframed_size
-
-    def flush(self) -> None:
-        """See `storage.RecordFile`.
-
-        Checksums are made here: for many events together, and for a
-        checkpoint in its own thread.
-        """
-        with self._lock:
-            if self._unframed:
-                self._pending += _framed(self._unframed)
-                self._unframed, self._unframed_size = [], 0
-            super().flush()
+        """In the framing of TFRecord files: length, its CRC, data, its CRC."""
+        crc = _CRC.pack(masked_crc32c(data))
+        self.append_bytes(b"".join((_head(len(data)), data, crc)))
 
     def truncate_to(self, offset: int) -> None:
         """See `storage.RecordFile`."""
@@ -133,14 +113,10 @@ class EventFile(storage.RecordFile):
         self._is_whole, self._is_ready = True, False
 
 
-def _framed(records: list[bytes]) -> bytes:
-    """As in TFRecord files: length, its CRC, data, its CRC."""
-    checksums = masked_crc32c_of_many(records)
-    return b"".join(
-        part
-        for data, crc in zip(records, checksums, strict=True)
-        for part in (_head(len(data)), data, _CRC.pack(crc))
-    )
+def masked_crc32c(data: bytes) -> int:
+    """The checksum as it stands in event files."""
+    crc = crc32c(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 @functools.lru_cache(256)
