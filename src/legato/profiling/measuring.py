@@ -16,7 +16,6 @@ from legato.callbacks import CallbackRunner
 from legato.callbacks.entries import flatten
 from legato.config import TrainerConfig
 from legato.errors import ConfigError
-from legato.metrics import Every, When
 from legato.profiling.contestants import (
     Books,
     Called,
@@ -37,6 +36,8 @@ from legato.profiling.report import Cost, Kind, Profile
 from legato.profiling.workbench import Workbench
 from legato.schedule import Schedule
 from legato.task import Task
+from legato.types import flat_logs
+from legato.when import Every, When
 
 _MAX_ROUNDS = 100
 _LEAST_SHARE = 1 / 3  # of the time is for measuring
@@ -310,7 +311,7 @@ class _Contestants:
             books,
             callback,
             runner,
-            validation_logs={f"val_{name}": v for name, v in logs.items()},
+            validation_logs=flat_logs(logs, "val_"),
         )
 
 

@@ -14,17 +14,17 @@ from legato.config import TrainerConfig
 from legato.data import Chunk, DataSource
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
-from legato.metrics import Every, When
 from legato.parts import build_parts
 from legato.program import choose_program, make_schedule
 from legato.progress import make_reporter
 from legato.recorder import Recorder
 from legato.recovery import watch_losses
+from legato.sinks import RunLog
 from legato.state import Clock
-from legato.summaries import RunLog
 from legato.task import Task
 from legato.training import TrainSteps
 from legato.types import LogStyle
+from legato.when import Every, When
 
 _CALL_SECS = 0.2
 """What a device call takes at most, if it holds more than one step."""
@@ -71,9 +71,13 @@ class Workbench:
 
     def __init__(self, task: Task, config: TrainerConfig, folder: Path) -> None:
         config.require_length()
-        self.are_metrics_off = config.train_metrics_interval == 0
+        self.are_metrics_off = not config.trains_metrics
         self.config = config.replace(
-            train_metrics_interval=config.train_metrics_interval or 1,
+            **(
+                {"train_metrics_interval": 1, "train_metrics": {}}
+                if self.are_metrics_off
+                else {}
+            ),
             progress="none",
             # Batches that are trained on again and again mean nothing.
             nonfinite_loss="warn",
@@ -104,7 +108,7 @@ class Workbench:
         self._source: Any = _Placed(source)
         self._values: list[np.ndarray] = []
         self._variables: list[keras.Variable] = []
-        self.log = RunLog(folder)
+        self.log = RunLog(folder, sinks=config.sinks)
         self.clock = Clock()
 
     # -- steps --------------------------------------------------------------
