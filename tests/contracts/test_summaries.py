@@ -200,3 +200,24 @@ def test_a_callback_may_hold_the_manager(tmp_path):
     trainer.train()
     assert len(read(tmp_path / "board" / "mine")["note"]) == 2
     assert np.isfinite(trainer.evaluate()["loss"])
+
+
+def test_one_manager_for_two_runs_and_for_a_run_made_longer(tmp_path):
+    board = tmp_path / "board"
+    managers = {"summary_manager": legato.SummaryManager(board)}
+    make(tmp_path / "run", managers=managers, train_steps=6).train()
+    make(tmp_path / "run", managers=managers).train()
+    expected = read(board)["loss"]
+    assert [step for step, _ in expected] == [4, 8, 12]
+    # Of another run, in files of its own; and the first goes on in its own.
+    make(tmp_path / "other", managers=managers, train_steps=6).train()
+    assert sorted(read(board)["loss"]) == sorted([*expected, expected[0]])
+    make(tmp_path / "run", managers=managers, train_steps=16).train()
+    assert [step for step, _ in sorted(read(board)["loss"])] == [
+        4,
+        4,
+        8,
+        12,
+        16,
+    ]
+    assert len(list(board.iterdir())) == 2
