@@ -1,0 +1,75 @@
+"""Labels, predictions and weights that must fit one another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras import ops
+
+from legato.errors import DataError
+
+
+def differ(one: int | None, other: int | None) -> bool:
+    """Whether two sizes cannot be equal; None is one not known in tracing."""
+    return one is not None and other is not None and one != other
+
+
+def drop_last(tensor: Any, rank: int) -> Any:
+    """Without a last axis of size 1, if that makes it of this rank."""
+    if len(tensor.shape) == rank + 1 and tensor.shape[-1] == 1:
+        return ops.squeeze(tensor, axis=-1)
+    return tensor
+
+
+def fit_labels(name: str, labels: Any, shape: Sequence[int | None]) -> Any:
+    """Labels of the shape of predictions.
+
+    Args:
+        name: of the metric, for messages.
+        labels: tensor; may have one more axis at the end, of size 1.
+        shape: of the predictions.
+
+    Raises:
+        DataError: they have another shape.
+    """
+    fitting = drop_last(labels, len(shape))
+    if len(fitting.shape) != len(shape) or any(
+        map(differ, fitting.shape, shape)
+    ):
+        raise DataError(
+            f"{name}: labels have the shape {tuple(labels.shape)} and the "
+            f"predictions {tuple(shape)} (without an axis of classes). They "
+            "must be the same; one-hot labels need keras.ops.argmax first."
+        )
+    return fitting
+
+
+def fit_weights(name: str, sample_weight: Any, labels: Any) -> Any:
+    """Weights of examples, as `[batch]`, or of each label.
+
+    Args:
+        name: of the metric, for messages.
+        sample_weight: a scalar, or of shape `[batch]`, or one that broadcasts
+            to that of the labels, perhaps with one more axis at the end.
+        labels: that they are for.
+
+    Returns:
+        float32 of shape `[batch]`, or of the shape of the labels.
+
+    Raises:
+        DataError: they have another shape.
+    """
+    weights: Any = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
+    given, rank = tuple(weights.shape), len(labels.shape)
+    weights = drop_last(weights, rank)
+    size = len(weights.shape)
+    if size not in (0, 1, rank) or any(
+        differ(ours, theirs) and ours != 1
+        for ours, theirs in zip(weights.shape, labels.shape, strict=False)
+    ):
+        raise DataError(
+            f"{name}: sample_weight has the shape {given} and the labels "
+            f"{tuple(labels.shape)}: give one weight for each example, or one "
+            "for each label."
+        )
+    shape: Any = ops.shape(labels)
+    return ops.broadcast_to(weights, shape[: max(size, 1)])
