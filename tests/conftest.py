@@ -41,6 +41,8 @@ collect_ignore = (
     if os.environ["KERAS_BACKEND"] == "jax"
     else [
         "diff",
+        "metrics/test_adapters.py",
+        "metrics/test_coco.py",
         "storage",
         "test_architecture.py",
         "test_checkpoint.py",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from legato.version import __version__
 
 if TYPE_CHECKING:
-    from legato import errors, losses, summaries
+    from legato import errors, losses, metrics, summaries
     from legato.backends import value_and_grad
     from legato.config import TrainerConfig
     from legato.data import ArraySource, DataIterator, DataSource
@@ -41,6 +41,7 @@ __all__ = [
     "evaluate",
     "fit",
     "losses",
+    "metrics",
     "profile",
     "run_experiment",
     "summaries",
@@ -76,7 +77,7 @@ _LIGHT = {
     "TrainerConfig",
     "run_experiment",
 }
-_MODULES = {"errors", "losses", "summaries"}
+_MODULES = {"errors", "losses", "metrics", "summaries"}
 _LIGHT_MODULES = {"errors", "summaries"}
 
 
