@@ -893,25 +893,6 @@ class Detector(legato.Task):
             labels, model_outputs, aux_losses, {"box": labels["positive"]}
         )
 
-    def train_step(self, inputs, model, optimizer, metrics=None):
-        features, labels = inputs
-
-        def forward():
-            outputs = model(features, training=True)
-            losses = self.build_losses(labels, outputs, model.losses)
-            return losses[self.loss], losses
-
-        (_, losses), gradients = legato.value_and_grad(
-            forward, model.trainable_variables, optimizer
-        )
-        optimizer.apply(gradients, model.trainable_variables)
-        return losses
-
-    def validation_step(self, inputs, model, metrics=None):
-        features, labels = inputs
-        outputs = self.inference_step(features, model)
-        return self.build_losses(labels, outputs, model.losses)
-
 
 def test_a_task_trains_on_a_sum(tmp_path):
     config = legato.TrainerConfig(epochs=6, progress="none")
