@@ -267,4 +267,4 @@ _HUES = {"green": 2, "yellow": 1, "red": 3}
 
 
 def _any_less(costs: "list[Cost]") -> bool:
-    return any(cost.is_told and cost.us_per_step < 0 for cost in costs)
+    return any(cost.is_told and cost.low < 0 for cost in costs)

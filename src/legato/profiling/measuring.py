@@ -427,16 +427,10 @@ class _Accounts:
             "all metrics",
             "metrics",
             self._over(("configured", None), self._bare),
-            detail="together, as configured",
         )
 
     def _account_loop(self) -> None:
-        self._add(
-            "logs",
-            "logs",
-            self._over(("logs", None), self._configured),
-            detail="means on the host",
-        )
+        self._add("logs", "logs", self._over(("logs", None), self._configured))
         if ("data", None) in self._samples:
             self._add("data", "data", self._over(("data", None), self._bare))
 
