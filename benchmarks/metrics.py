@@ -78,6 +78,9 @@ def sequences() -> tuple[np.ndarray, np.ndarray]:
     return features, rng.integers(0, CLASSES, 2048).astype("int32")
 
 
+MODELS = {"MLP": mlp, "LSTM": lstm, "transformer": transformer}
+
+
 def cheap() -> list[keras.metrics.Metric]:
     """Accuracy, top-3, cross-entropy."""
     metrics = keras.metrics
@@ -177,9 +180,7 @@ def cheap_metrics(rounds: int) -> list[engine.Row]:
     """Three at each step, against none."""
     rows = []
     targets = CHEAP[keras.config.backend()]
-    for name, make in (
-        ("MLP", mlp), ("LSTM", lstm), ("transformer", transformer),
-    ):  # fmt: skip
+    for name, make in MODELS.items():
         times = engine.in_turns(
             {
                 "off": by_legato(make, list),
@@ -304,10 +305,13 @@ def host_metrics(rounds: int) -> list[engine.Row]:
 
 
 class Classes(legato.Task):
-    """The MLP, with three metrics."""
+    """One of the models, with three metrics."""
+
+    def __init__(self, make: Callable) -> None:
+        self._make = make
 
     def build_model(self):  # noqa: D102
-        return model.build_model()
+        return self._make()[0]
 
     def build_optimizer(self):  # noqa: D102
         return keras.optimizers.Adam(1e-3)
@@ -315,7 +319,7 @@ class Classes(legato.Task):
     def build_inputs(self, split):  # noqa: D102
         if split == "validation":
             return None
-        return legato.ArraySource(mlp()[1], batch_size=32)
+        return legato.ArraySource(self._make()[1], batch_size=32)
 
     def build_losses(self, labels, model_outputs, aux_losses=None):  # noqa: D102
         return model.build_loss()(labels, model_outputs)
@@ -327,12 +331,12 @@ class Classes(legato.Task):
 def summaries(rounds: int) -> list[engine.Row]:
     """Every 10 steps, against none."""
 
-    def training(interval: int) -> Callable[[], float]:
+    def training(make: Callable, interval: int) -> Callable[[], float]:
         def measure() -> float:
             timer = Timer()
             with tempfile.TemporaryDirectory() as run_dir:
                 legato.Trainer(
-                    Classes(),
+                    Classes(make),
                     run_dir=run_dir,
                     config=legato.TrainerConfig(
                         epochs=EPOCHS,
@@ -345,9 +349,15 @@ def summaries(rounds: int) -> list[engine.Row]:
 
         return measure
 
-    times = engine.in_turns({"off": training(0), "on": training(10)}, rounds)
-    share, text = cost(times, "on", "off")
-    return [judged("MLP, summaries every 10 steps", text, share, SUMMARIES)]
+    rows = []
+    for name, make in MODELS.items():
+        times = engine.in_turns(
+            {"off": training(make, 0), "on": training(make, 10)}, rounds
+        )
+        share, text = cost(times, "on", "off")
+        label = f"{name}, summaries every 10 steps"
+        rows.append(judged(label, text, share, SUMMARIES))
+    return rows
 
 
 PARTS = {

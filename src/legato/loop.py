@@ -160,12 +160,13 @@ def run(
                 hooks.on_train_batch_begin(clock.step_in_epoch)
             began = time.perf_counter()
             logs = steps.run(clock.step, chunk)
-            feed.prefetch(
-                _plan(clock.step + chunk.num_batches, schedule, hooks, pace)
-            )
+            after = clock.step + chunk.num_batches
+            feed.prefetch(_plan(after, schedule, hooks, pace))
+            is_begun = _begin_next(after, clock.epoch, schedule, steps, feed)
             rows = steps.rows(logs, chunk)
             pace.learn(chunk.num_batches, time.perf_counter() - began)
-            _begin_next(clock.step, schedule, steps, feed, hooks)
+            if not is_begun:  # its batches may have come meanwhile
+                _begin_next(after, clock.epoch, schedule, steps, feed)
 
         clock.step += chunk.num_batches
         clock.step_in_epoch += chunk.num_batches
@@ -214,16 +215,24 @@ def _do_duties(
 
 
 def _begin_next(
-    step: int, schedule: Schedule, steps: Steps, feed: Feed, hooks: Hooks
-) -> None:
-    """Let the device work on while callbacks look at a batch.
+    step: int, epoch: int, schedule: Schedule, steps: Steps, feed: Feed
+) -> bool:
+    """Let the device work on while callbacks and summaries look at a batch.
 
-    Most of them change nothing that the next step would see.
+    Most of them change nothing that the next steps would see. (But an epoch's
+    end and a validation reset metrics.)
     """
-    chunk = feed.ahead if hooks.batch_hooks_active else None
-    # Where more is due, metrics are reset or measured, for example.
-    if chunk is not None and schedule.next_stop(step) > step + 1:
-        steps.begin(step + 1, chunk)
+    chunk = feed.ahead
+    if (
+        chunk is None
+        or step >= schedule.train_steps
+        or schedule.epoch_ends(step)
+        or schedule.is_skipped(step + 1)
+        or schedule.validation_is_due(step, epoch, epoch_ends=False)
+    ):
+        return False
+    steps.begin(step, chunk)
+    return True
 
 
 def _plan(step: int, schedule: Schedule, hooks: Hooks, pace: "Pace") -> int:

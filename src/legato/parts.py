@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any
 
 import keras
+import numpy as np
 
+from legato import backends
 from legato.compat.keras_names import fresh_names
 from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig, nearest
@@ -145,12 +147,15 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
 def _rates(
     optimizers: dict[str, keras.optimizers.Optimizer],
 ) -> dict[str, float]:
-    return {
-        name: float(
-            keras.ops.convert_to_numpy(optimizer.learning_rate)  # type: ignore[arg-type]
-        )
-        for name, optimizer in optimizers.items()
-    }
+    return {name: _rate(each) for name, each in optimizers.items()}
+
+
+def _rate(optimizer: keras.optimizers.Optimizer) -> float:
+    rate: Any = optimizer.learning_rate
+    if isinstance(rate, keras.Variable):  # quicker, for each summary
+        (value,) = backends.current().read([rate])
+        return float(value)
+    return float(np.asarray(keras.ops.convert_to_numpy(rate)))
 
 
 def _build_train_metrics(

@@ -224,7 +224,7 @@ class JaxLoop(CompiledLoop):
         self._run = make(program)
 
     def begin(self, step: int, num_steps: int, operands: Any) -> None:
-        if not self._can_begin:
+        if not self._can_begin or self._begun is not None:
             return
         if self._rests:
             self._rests -= 1
