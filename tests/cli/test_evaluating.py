@@ -22,6 +22,7 @@ TASK = """
 import os
 import time
 import keras
+import legato
 from tests.contracts.scenarios import Classifier
 
 
@@ -52,6 +53,18 @@ def top2():
 
 def spread(labels, outputs):
     return keras.ops.max(outputs, axis=-1) - keras.ops.min(outputs, axis=-1)
+
+
+class Seen(legato.HostMetric):
+    def reset_state(self):
+        self.labels = []
+
+    def update_state(self, labels, outputs):
+        self.labels.extend(labels.tolist())
+
+    def result(self):
+        counts = {f"class_{k}": self.labels.count(k) for k in range(3)}
+        return {"seen": len(self.labels), "counts": counts}
 
 
 metric = top2()
@@ -175,6 +188,15 @@ def test_metrics_that_training_never_computed(project, capsys):
     assert results["sparse_categorical_accuracy"] == pytest.approx(
         expected["acc"]
     )
+
+
+def test_a_metric_of_the_host(project, capsys):
+    flags = ("--checkpoint=4", "--metric=small_task:Seen")
+    results = json.loads(evaluate(capsys, "small.yaml", "--json", *flags))
+    found = results["results"]
+    assert found["seen"] == 45
+    assert sum(found[f"counts/class_{k}"] for k in range(3)) == 45
+    assert "\ncounts/class_1 = " in evaluate(capsys, "small.yaml", *flags)
 
 
 @pytest.mark.parametrize(

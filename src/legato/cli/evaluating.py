@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from legato.cli import experiments
 from legato.cli.inspecting import finite, printable, read_config
 from legato.errors import ConfigError
+from legato.types import flat_logs
 
 if TYPE_CHECKING:
     from legato.checkpoint import Checkpoint
@@ -120,7 +121,7 @@ def _measure_one(args: argparse.Namespace, experiment: "Experiment") -> None:
     # Before Keras is imported: what is missing is told at once.
     found = find_checkpoint(experiment.run_dir, args.checkpoint)
     trainer, metrics = _build(args, experiment, "eval")
-    logs = trainer.evaluate(checkpoint=found, metrics=metrics)
+    logs = flat_logs(trainer.evaluate(checkpoint=found, metrics=metrics))
     if args.json:
         _print_json(found, logs)
         return
@@ -132,7 +133,8 @@ def _measure_one(args: argparse.Namespace, experiment: "Experiment") -> None:
 def _measure_all(args: argparse.Namespace, experiment: "Experiment") -> None:
     from legato.checkpoint import FINAL
 
-    def show(checkpoint: "Checkpoint", logs: dict[str, Any]) -> None:
+    def show(checkpoint: "Checkpoint", nested: dict[str, Any]) -> None:
+        logs = flat_logs(nested)
         if args.json:
             _print_json(checkpoint, logs)
             return

@@ -11,26 +11,31 @@ from legato.experiment import import_object
 if TYPE_CHECKING:
     import keras
 
+    from legato.metrics import HostMetric
 
-def build_metric(name: str) -> "keras.metrics.Metric":
+
+def build_metric(name: str) -> "keras.metrics.Metric | HostMetric":
     """Makes a metric; imports Keras, and the module that the name says.
 
     Args:
         name: as in `compile(metrics=[name])`: "accuracy" (of the kind that
             suits labels and outputs), or what is in `keras.metrics`, such as
-            "AUC" or "mse". Or "package.module:Name": a metric, its class, a
-            function without arguments that makes one, or a function of labels
-            and outputs, whose mean is taken.
+            "AUC" or "mse". Or "package.module:Name": a metric (of Keras or a
+            `legato.HostMetric`), its class, a function without arguments that
+            makes one, or a function of labels and outputs, whose mean is taken.
 
     Raises:
         ConfigError: if there is no such metric, or it needs arguments.
     """
     import keras
 
+    from legato.metrics import HostMetric
+
     where = f"--metric {name}"
+    kinds = (keras.metrics.Metric, HostMetric)
     if ":" in name:
         found = import_object(name, where)
-        if callable(found) and not isinstance(found, keras.metrics.Metric):
+        if callable(found) and not isinstance(found, kinds):
             if _takes_labels_and_outputs(found):
                 return keras.metrics.MeanMetricWrapper(
                     found, name=found.__name__
@@ -43,10 +48,11 @@ def build_metric(name: str) -> "keras.metrics.Metric":
         if not isinstance(found, keras.metrics.Metric):
             found = keras.metrics.MeanMetricWrapper(found)
         found.name = name  # as `compile` calls it
-    if not isinstance(found, keras.metrics.Metric):
+    if not isinstance(found, kinds):
         raise ConfigError(
             f"{where}: is a {type(found).__name__}: it must be a "
-            "keras.metrics.Metric, or a function or class that makes one."
+            "keras.metrics.Metric or a legato.HostMetric, or a function or "
+            "class that makes one."
         )
     return found
 
