@@ -17,6 +17,7 @@ from legato.types import Logs
 
 # A device call lasts at most about so long, so that signals are honoured.
 _CALL_SECS = 0.5
+_QUICK_SECS = 0.05
 
 
 class Steps(Protocol):
@@ -162,10 +163,12 @@ def run(
             logs = steps.run(clock.step, chunk)
             after = clock.step + chunk.num_batches
             feed.prefetch(_plan(after, schedule, hooks, pace))
-            is_begun = _begin_next(after, clock.epoch, schedule, steps, feed)
+            is_begun = pace.is_quick and _begin_next(
+                after, clock.epoch, schedule, steps, feed
+            )
             rows = steps.rows(logs, chunk)
             pace.learn(chunk.num_batches, time.perf_counter() - began)
-            if not is_begun:  # its batches may have come meanwhile
+            if pace.is_quick and not is_begun:  # batches may have come by now
                 _begin_next(after, clock.epoch, schedule, steps, feed)
 
         clock.step += chunk.num_batches
@@ -250,14 +253,18 @@ class Pace:
 
     Attributes:
         max_steps: the most for the next call.
+        is_quick: whether the last one was so short that what the host does
+            after it counts; and the one after it can begin in vain.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self.max_steps = 1
+        self.is_quick = False
 
     def learn(self, num_steps: int, seconds: float) -> None:
         """Take the time of a call (of which the first also compiled)."""
+        self.is_quick = seconds < _QUICK_SECS
         fitting = int(_CALL_SECS * num_steps / max(seconds, 1e-9))
         # Grown step by step: one quick call may be chance.
         self.max_steps = max(
