@@ -38,7 +38,14 @@ def spread(labels, outputs):
     return keras.ops.std(outputs)
 
 
-def made(task=None, optimizer=None, data=None, validation_data=None, **config):
+def made(
+    task=None,
+    optimizer=None,
+    data=None,
+    validation_data=None,
+    metrics=None,
+    **config,
+):
     return identity.make_identity(
         identity.describe_program(
             task or Plain(), optimizer or keras.optimizers.Adam(0.25)
@@ -46,6 +53,7 @@ def made(task=None, optimizer=None, data=None, validation_data=None, **config):
         TrainerConfig(**{"train_steps": 5, **config}),
         data or {"examples": 10},
         validation_data,
+        {},
     )
 
 

@@ -280,6 +280,12 @@ class _Chosen:
                     "outputs. Put them in a list: [metric, ...]."
                 )
             others = [each for each in asked if not _is_on_host(each)]
+            if len(others) + len(on_host) != len(asked):
+                raise ConfigError(
+                    f"{argument}={asked!r}: the host metric "
+                    f"{on_host[0].name!r} is inside of a list in it, and is "
+                    "given all outputs. Put it into the outer list."
+                )
         updated: dict[Any, When] = {}
         if others:
             made = keras_models.make_metrics(model, others, None)
@@ -300,7 +306,9 @@ class _Chosen:
         """Update those metrics that are ours to update."""
         for metric in metrics or ():
             if isinstance(metric, HostStepMetric):
-                metric.update_state(y, outputs)
+                weights = {"sample_weight": weight}
+                given = metric.takes_weights and weight is not None
+                metric.update_state(y, outputs, **(weights if given else {}))
             elif metric.is_any_of(self.updated):
                 metric.update_state(y, outputs, weight)
 

@@ -6,9 +6,15 @@ from typing import Any, Protocol
 
 import keras
 
-from legato import backends
+from legato import backends, restoring
 from legato.backends import Compilation, CompiledLoop
-from legato.data import Chunk, DataSource, Shapes, shapes_of
+from legato.data import (
+    Chunk,
+    DataSource,
+    Shapes,
+    partial_batches,
+    shapes_of,
+)
 from legato.errors import StepError
 from legato.metrics import HostMetric, HostStepMetric, Results, StepMetric
 from legato.on_host import HostSide, HostThread, Packed
@@ -132,6 +138,11 @@ class Evaluator:
         self._reads = AttributeReads()
 
     @property
+    def inexact(self) -> str | None:
+        """Why a run that is resumed may measure something else, as known."""
+        return self._host.inexact
+
+    @property
     def source(self) -> DataSource:
         """The split."""
         return self._source
@@ -187,30 +198,39 @@ class Evaluator:
         hooks.on_test_begin()
         for metric in self.on_device:
             metric.reset_state()
+        if self._host.is_needed:
+            self._trace_all()
         means = _Means()
-        found: dict[str, Any] = {}
+        # What is broken off will be repeated whole; host metrics may draw.
+        random = restoring.get_random_state() if self._host.is_needed else None
+        found: tuple[dict[str, Any], dict[str, Any]] | None = ({}, {})
+
+        def gives_up() -> bool:
+            return stop_requested() and self._leaves_no_trace(hooks)
+
         with contextlib.ExitStack() as stack:
             host = None
             if self._host.is_needed:
-                host = stack.enter_context(self._host.begin(step))
-            if not self._measure(means, hooks, stop_requested, host):
-                return None
-            if host is not None:
+                host = stack.enter_context(self._host.begin(step, gives_up))
+            if not self._measure(means, hooks, gives_up, host):
+                found = None
+            elif host is not None:
                 found = host.finish()
-        logs = self._logs(means) | found
-        if self._task.validation_logs is not LogStyle.MEANS:
-            logs = dict(sorted(logs.items()))
-        on_device = {
-            name
-            for metric in self.on_device
-            for name in self._results.names(metric)
-        }
-        clashes = on_device & found.keys()
+        if found is None:
+            if random is not None:
+                restoring.set_random_state(*random)
+            return None
+        results, reduced = found
+        logs = self._logs(means)
+        clashes = logs.keys() & results.keys()
         if clashes:
             raise StepError(
-                f"A metric of the device and one of the host are both named "
-                f"{', '.join(sorted(clashes))}. Give one of them another name."
+                f"A host metric returned {', '.join(sorted(clashes))}, and so "
+                "do the step or a metric of the device. Give it another name."
             )
+        logs = logs | results | reduced
+        if self._task.validation_logs is not LogStyle.MEANS:
+            logs = dict(sorted(logs.items()))
         hooks.on_test_end(flat_logs(logs))
         return logs
 
@@ -218,7 +238,7 @@ class Evaluator:
         self,
         means: "_Means",
         hooks: TestHooks,
-        stop_requested: Callable[[], bool],
+        gives_up: Callable[[], bool],
         host: HostThread | None,
     ) -> bool:
         """Run all batches; False if it was broken off."""
@@ -229,13 +249,15 @@ class Evaluator:
             seed=self._seed, capacity=self._capacity
         )
         while done < self._num_batches:
-            if stop_requested() and self._leaves_no_trace(hooks):
+            if gives_up():
                 return False
             most = 1 if hooks.test_batch_hooks_active else self._capacity
             chunk = iterator.next_chunk(min(most, self._num_batches - done))
             if hooks.test_batch_hooks_active:
                 hooks.on_test_batch_begin(done)
             names, rows = self._run(done, chunk, host)
+            if rows is None:
+                return False
             late.append((chunk, names, rows))
             if host is None or hooks.test_batch_hooks_active or len(late) > 1:
                 means.add(*late.pop(0))
@@ -268,17 +290,33 @@ class Evaluator:
         """Trace the step, so that lazily made variables exist."""
         self._loop(self._source.example(self._capacity))
 
+    def _trace_all(self) -> None:
+        """Trace what is known to come, before any thread is begun.
+
+        A trace leaves the global random state as it was before: what host
+        metrics draw meanwhile would be drawn again.
+        """
+        operands = self._source.example(self._capacity)
+        self._loop(operands)
+        is_whole = self._num_batches == self._source.batches_per_epoch
+        if is_whole and self._source.partial_batch_size:
+            self._loop(partial_batches(self._source, operands))
+
     def _run(
         self, step: int, chunk: Chunk, host: HostThread | None
     ) -> tuple[list[str], Any]:
-        """Names of logs, and the logs, which may be under way."""
+        """Names of logs, and the logs, which may be under way.
+
+        None for the logs if the host gave up.
+        """
         loop = self._loop(chunk.operands)
         logs = loop(step, chunk.num_batches, chunk.operands)
         if isinstance(logs, tuple):
             logs, outputs = logs
             packed = self._packed[chunk.shapes]
             assert host is not None and packed is not None  # or no outputs
-            host.take(packed, outputs)
+            if not host.take(packed, outputs):
+                return loop.log_names, None
         return loop.log_names, logs
 
     def _loop(self, operands: Any) -> CompiledLoop:

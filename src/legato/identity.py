@@ -26,6 +26,7 @@ from legato.losses import WeightedSum
 from legato.task import Optimizers, Task
 from legato.types import JSON
 from legato.version import __version__
+from legato.when import When
 
 # Changed freely: they change neither bits nor what is logged.
 _FREE = {
@@ -70,6 +71,7 @@ def make_identity(
     config: TrainerConfig,
     data: Mapping[str, JSON],
     validation_data: Mapping[str, JSON] | None,
+    metrics: Mapping[str, When],
 ) -> dict[str, JSON]:
     """Gather everything that a run's bits depend on.
 
@@ -78,6 +80,7 @@ def make_identity(
         config: of the trainer.
         data: the identity of the training data.
         validation_data: that of the validation split.
+        metrics: when each training metric is updated, by name.
 
     Returns:
         All but "program", which is known only when the step is traced.
@@ -90,6 +93,7 @@ def make_identity(
             if name not in _FREE
         },
         **program,
+        "metrics": {name: str(when) for name, when in metrics.items()},
         "data": dict(data),
         "validation_data": validation_data and dict(validation_data),
     }
@@ -107,6 +111,24 @@ def rates_that_differ(saved: Any, present: dict[str, Any]) -> set[str]:
             several = "class" not in present["optimizer"]
             found.add(path[0] if several else "")
     return found
+
+
+def reset_where_windows_differ(
+    metrics: Mapping[keras.metrics.Metric, When],
+    saved: Any,
+    present: dict[str, Any],
+) -> None:
+    """Reset metrics that were taken over other steps before.
+
+    Args:
+        metrics: the training metrics, as they were restored.
+        saved: the identity in the checkpoint.
+        present: that of the program.
+    """
+    before, now = saved.get("metrics", {}), present["metrics"]
+    for metric in metrics:
+        if before.get(metric.name) != now[metric.name]:
+            metric.reset_state()
 
 
 def compare(

@@ -1,19 +1,31 @@
 """What validation measures on the host, in a thread beside the device."""
 
+import contextlib
 import queue
+import random
 import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from legato.errors import StepError
+from legato.errors import LegatoWarning, StepError
 from legato.metrics import HostMetric, HostStepMetric
 from legato.task import Task
 
 _MAX_WAITING = 4
 """Batches that wait for the thread: each holds memory."""
+
+_TICK_SECS = 0.05
+_LEAVE_SECS = 1.0
+"""How long the end of a validation that is broken off waits for a metric."""
+
+_RESERVED = ("kind", "step")
+"""Names of what stands in each record of the logs."""
+
+_SMALL_BYTES = 64 * 1024
 
 _PLAIN = None | bool | int | float | complex | str | bytes
 
@@ -35,6 +47,9 @@ class HostSide:
     def __init__(self, task: Task, metrics: Sequence[HostMetric]) -> None:
         self._task = task
         self._metrics = metrics
+        # Attributes that were others after a reset than after the one before.
+        self._kept: set[str] = set()
+        self._after_reset: dict[str, Any] | None = None
         own = type(task)
         self.aggregates = own.aggregate_logs is not Task.aggregate_logs
         reduces = own.reduce_aggregated_logs is not Task.reduce_aggregated_logs
@@ -53,17 +68,51 @@ class HostSide:
         """Whether anything is measured here."""
         return bool(self._metrics) or self.aggregates
 
-    def begin(self, step: int) -> "HostThread":
+    @property
+    def inexact(self) -> str | None:
+        """What no checkpoint holds, as far as it was noticed; a sentence."""
+        if not self._kept:
+            return None
+        return (
+            "Host metrics keep something from one validation to the next that "
+            f"no checkpoint holds: {', '.join(sorted(self._kept))}. Have "
+            "reset_state set it"
+        )
+
+    def begin(self, step: int, gives_up: Callable[[], bool]) -> "HostThread":
         """Reset everything, and start a thread for one validation.
 
         Args:
             step: the number of training steps that were completed.
+            gives_up: whether to break it off, asked while it is waited for.
         """
         for metric in self._metrics:
             metric.reset_state()
+        self._look()
         return HostThread(
-            self._task, self._metrics, step, aggregates=self.aggregates
+            self._task,
+            self._metrics,
+            step,
+            gives_up,
+            aggregates=self.aggregates,
         )
+
+    def _look(self) -> None:
+        """Note what metrics keep from one validation to the next."""
+        found = {
+            f"{metric.name}.{name}": seen
+            for metric in self._metrics
+            for name, value in vars(metric).items()
+            if (seen := _seen(value)) is not None
+        }
+        before = self._after_reset
+        if before is not None:
+            self._kept |= {
+                name
+                for name in before.keys() | found.keys()
+                if before.get(name) != found.get(name)
+            }
+        self._after_reset = found
 
 
 class Packed:
@@ -124,6 +173,7 @@ class HostThread:
         task: whose logs are aggregated.
         metrics: what is measured.
         step: see `HostSide.begin`.
+        gives_up: see there.
         aggregates: whether logs are.
     """
 
@@ -132,15 +182,19 @@ class HostThread:
         task: Task,
         metrics: Sequence[HostMetric],
         step: int,
+        gives_up: Callable[[], bool],
         *,
         aggregates: bool,
     ) -> None:
         self._task = task
         self._metrics = metrics
         self._step = step
+        self._gives_up = gives_up
+        self._doing = ""
         self._aggregates = aggregates
         self._aggregated: Any = None
         self._results: dict[str, Any] = {}
+        self._reduced: dict[str, Any] = {}
         self._error: BaseException | None = None
         self._cancelled = False
         # None ends it.
@@ -157,41 +211,61 @@ class HostThread:
 
     def __exit__(self, *exc: object) -> None:
         self._cancelled = True
-        self._put(None)
-        self._thread.join()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._waiting.get_nowait()
+        self._waiting.put(None)  # for which there is room now
+        self._thread.join(_LEAVE_SECS)
+        if self._thread.is_alive():
+            warnings.warn(
+                f"Validation was broken off, and {self._doing} still runs in a "
+                "thread, which is left behind.",
+                LegatoWarning,
+                stacklevel=3,
+            )
 
-    def take(self, packed: Packed, tensors: list[Any]) -> None:
+    def take(self, packed: Packed, tensors: list[Any]) -> bool:
         """Hand a batch over; waits while too many are.
+
+        Returns:
+            False: it was given up.
 
         Raises:
             Anything: what a metric raised for this batch or one before.
         """
-        self._put((packed, tensors))
-        self._raise()
+        return self._put((packed, tensors))
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Wait for all batches.
 
         Returns:
-            The results of the metrics and what the Task made of the logs:
-            floats, dicts of such, and what only summaries can show.
+            The results of the metrics, and what the Task made of the logs:
+            floats, dicts of such, and what only summaries can show. None: it
+            was given up.
 
         Raises:
             Anything: what a metric or the Task raised.
             StepError: results have no names, or the same one.
         """
-        self._put(None)
-        self._thread.join()
+        if not self._put(None):
+            return None
+        while self._thread.is_alive():
+            self._thread.join(_TICK_SECS)
+            if self._thread.is_alive() and self._gives_up():
+                return None
         self._raise()
-        return self._results
+        return self._results, self._reduced
 
-    def _put(self, item: Any) -> None:
+    def _put(self, item: Any) -> bool:
         while self._thread.is_alive():
             try:
-                self._waiting.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue  # it may have ended meanwhile
+                self._waiting.put(item, timeout=_TICK_SECS)
+                break
+            except queue.Full:  # it may have ended meanwhile
+                if self._gives_up():
+                    return False
+        self._raise()
+        return True
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -205,37 +279,46 @@ class HostThread:
                 packed, tensors = item
                 logs, calls = packed.unpack([_to_numpy(t) for t in tensors])
                 for metric in self._metrics:
+                    self._doing = f"the metric {metric.name!r}"
                     for args, kwargs in calls[metric.name]:
                         metric.update_state(*args, **kwargs)
                 if self._aggregates:
+                    self._doing = "aggregate_logs"
                     self._aggregated = self._task.aggregate_logs(
                         self._aggregated, logs
                     )
             if not self._cancelled:
-                self._results = self._read()
+                self._read()
         except BaseException as error:
             # With the traceback of this thread: where it was raised.
             self._error = error
 
-    def _read(self) -> dict[str, Any]:
-        results: dict[str, Any] = {}
+    def _read(self) -> None:
         for metric in self._metrics:
+            self._doing = f"the metric {metric.name!r}"
             found = metric.result()
             who = f"{type(metric).__name__}.result (the metric {metric.name!r})"
-            for name, value in _named(found, who).items():
-                if name in results:
-                    raise StepError(
-                        f"{who} returned {name!r}, which another host metric "
-                        "returned too. Give one of them another name."
-                    )
-                results[name] = value
+            self._add(self._results, found, who)
         if self._aggregates:
+            self._doing = who = "reduce_aggregated_logs"
             reduced = self._task.reduce_aggregated_logs(
                 self._aggregated, self._step
             )
-            who = f"{type(self._task).__name__}.reduce_aggregated_logs"
-            results |= _named(reduced, who)
-        return results
+            self._add(
+                self._reduced, reduced, f"{type(self._task).__name__}.{who}"
+            )
+
+    def _add(self, results: dict[str, Any], found: Any, who: str) -> None:
+        for name, value in _named(found, who).items():
+            if name in self._results or name in _RESERVED:
+                other = "each record of the logs has"
+                if name in self._results:
+                    other = "a host metric returned too"
+                raise StepError(
+                    f"{who} returned {name!r}, which {other}. Give it another "
+                    "name."
+                )
+            results[name] = value
 
 
 def _named(found: Any, who: str) -> dict[str, Any]:
@@ -264,6 +347,8 @@ def _plain(value: Any) -> Any:
         array = _to_numpy(value)
         is_number = array.ndim == 0 and array.dtype.kind in "biuf"
         return float(array) if is_number else array
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
     return value
 
 
@@ -272,3 +357,20 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     # What NumPy does not know, host metrics would not either.
     known = array.dtype.kind in "biufcSUO"
     return array if known else array.astype(np.float32)
+
+
+def _seen(value: Any) -> Any:
+    """What to compare a value by; None for what is not looked at."""
+    match value:
+        case bool() | int() | float() | str():
+            return repr(value)
+        case np.random.Generator():
+            return repr(value.bit_generator.state)
+        case np.random.RandomState():
+            return repr(value.get_state(legacy=False))
+        case random.Random():
+            return repr(value.getstate())
+        case np.ndarray() if value.nbytes <= _SMALL_BYTES:
+            return value.dtype.str, value.shape, value.tobytes()
+        case _:
+            return None

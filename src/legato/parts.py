@@ -180,7 +180,12 @@ def _build_train_metrics(
     chosen = {
         metric: when
         for metric, made_when in made.items()
-        if (when := config.choose_when(metric.name, made_when)) is not None
+        if (
+            when := config.choose_when(
+                metric.name, made_when if interval else None
+            )
+        )
+        is not None
     }
     for metric, when in chosen.items():
         if when.over == "summary" and not config.summary_interval:

@@ -359,7 +359,11 @@ def _line(*parts: str) -> str:
 
 
 def _values(logs: Logs) -> str:
-    return "  ".join(f"{name} {_number(value)}" for name, value in logs.items())
+    return "  ".join(
+        f"{name} {_number(value)}"
+        for name, value in logs.items()
+        if isinstance(value, float)  # not whole matrices
+    )
 
 
 def _number(value: float) -> str:

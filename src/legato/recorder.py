@@ -86,7 +86,8 @@ class Recorder:
         self._clock.last_logs = {}
         self._clock.validation_logs = {}
         for metric, when in self._metrics.items():
-            if when.over != "summary":
+            # (A model's own metrics may hold what was measured before.)
+            if when.over != "summary" or self._clock.step == 0:
                 metric.reset_state()
 
     def begin_interval(self) -> None:

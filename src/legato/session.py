@@ -34,7 +34,7 @@ from legato.recovery import Recovery, watch_losses
 from legato.sinks import RunLog
 from legato.state import Clock, variable_paths
 from legato.training import TrainSteps
-from legato.types import JSON, AuditEntry, AuditStatus, Logs
+from legato.types import JSON, AuditEntry, AuditStatus
 
 
 class Session:
@@ -188,6 +188,7 @@ class Session:
             config,
             parts.source.identity,
             parts.evaluator and parts.evaluator.source.identity,
+            {metric.name: when for metric, when in parts.metrics.items()},
         )
         saved: Any = None
         if self._checkpoint is not None:
@@ -312,11 +313,12 @@ class Session:
         self._callbacks.on_train_begin(resuming=False)
 
     def _name_inexact_data(self) -> None:
-        """Once; some reasons show only while data are drawn."""
-        why = self._parts.source.inexact
-        if why is not None and why not in self._named:
-            self._named.add(why)
-            self._name_inexact(why)
+        """Once; some reasons show only while data are drawn, or measured."""
+        for part in (self._parts.source, self._parts.evaluator):
+            why = part and part.inexact
+            if why is not None and why not in self._named:
+                self._named.add(why)
+                self._name_inexact(why)
 
     def _name_inexact(self, message: str) -> None:
         """What cannot be exact is named before training goes on."""
@@ -434,13 +436,12 @@ class Session:
         )
         raise Interrupted(message) if reason == "SIGINT" else Stopped(message)
 
-    def _validate(self) -> Logs | None:
-        parts = self._parts
-        assert parts.evaluator is not None
-        with restoring.kept(parts.shared_variables()):
-            return parts.evaluator(
-                self._callbacks, self._interrupts.is_asked, self.clock.step
-            )
+    def _validate(self) -> dict[str, Any] | None:
+        evaluator = self._parts.evaluator
+        assert evaluator is not None
+        stop, step = self._interrupts.is_asked, self.clock.step
+        with restoring.kept(self._parts.shared_variables()):
+            return evaluator(self._callbacks, stop, step)
 
     def _save_is_due(self) -> bool:
         self._store.poll()
@@ -550,6 +551,9 @@ class Session:
                 parts.optimizers,
                 parts.initial_rates,
             )
+        identity.reset_where_windows_differ(
+            parts.metrics, host.get("identity"), self._identity
+        )
         arrays = restoring.by_root(checkpoint.arrays)
 
         def take(part: str, restore: Callable[[Any], Any]) -> None:

@@ -10,7 +10,13 @@ import numpy as np
 
 from legato import backends
 from legato.backends import Compilation, CompiledLoop, LoopMode
-from legato.data import Chunk, DataSource, Shapes, shapes_of
+from legato.data import (
+    Chunk,
+    DataSource,
+    Shapes,
+    partial_batches,
+    shapes_of,
+)
 from legato.errors import StepError
 from legato.evaluation import check_logs
 from legato.metrics import StepMetric, run_recorded
@@ -147,16 +153,7 @@ class TrainSteps:
         Args:
             operands: those of a chunk of full batches.
         """
-        size = self._source.partial_batch_size
-        full = self._source.full_batch_size
-
-        def resized(a: Any) -> Any:
-            # (Whatever its axis is: a source that knows the size of its
-            # partial batch has the examples in the first one.)
-            assert a.shape[1] == full
-            return np.zeros((len(a), size, *a.shape[2:]), a.dtype)
-
-        operands = keras.tree.map_structure(resized, operands)
+        operands = partial_batches(self._source, operands)
         if shapes_of(operands) not in self._loops:
             with self.compiling():
                 self.trace(operands)

@@ -41,9 +41,15 @@ def flat_logs(logs: Mapping[str, Any], prefix: str = "") -> Logs:
     for name, value in logs.items():
         if isinstance(value, Mapping):
             flat |= flat_logs(value, f"{prefix}{name}/")
-        elif isinstance(value, float | list):
-            flat[prefix + name] = value  # type: ignore[assignment]
+        elif isinstance(value, float) or _is_numbers(value):
+            flat[prefix + name] = value
     return flat
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, float | int) or _is_numbers(each) for each in value
+    )
 
 
 class AuditStatus(enum.StrEnum):

@@ -1,6 +1,8 @@
 """Metrics on the host: what they are given, when they fail, what they cost."""
 
 import json
+import os
+import signal
 import threading
 import time
 import traceback
@@ -10,7 +12,13 @@ import numpy as np
 import pytest
 
 import legato
-from legato.errors import ConfigError, StepError
+from legato.errors import (
+    ConfigError,
+    ExactnessWarning,
+    LegatoWarning,
+    StepError,
+    Stopped,
+)
 from tests.contracts.scenarios import Classifier, Measured, classes_data
 
 
@@ -19,10 +27,10 @@ class Kept(legato.HostMetric):
 
     def __init__(self, name=None):
         super().__init__(name)
-        self.resets = 0
+        self.resets = []
 
     def reset_state(self):
-        self.resets += 1
+        self.resets.append(1)
         self.calls = []
 
     def update_state(self, labels, outputs, **more):
@@ -61,7 +69,7 @@ def test_it_is_given_every_example_in_order_as_numpy(tmp_path):
     trainer = make(tmp_path / "run", Measuring(metric))
     trainer.train()
     assert metric.name == "kept"
-    assert metric.resets == 2
+    assert len(metric.resets) == 2
     assert metric.thread is not threading.main_thread()
     features, labels = classes_data("validation")
     sizes = [len(call[0]) for call in metric.calls]
@@ -322,7 +330,7 @@ class Odd(Classifier):
         (
             Measuring(Returns({"a": 1}), Returns({"a": 2}, "other")),
             StepError,
-            "another host metric",
+            "a host metric returned too",
         ),
         (
             Measuring(
@@ -330,8 +338,10 @@ class Odd(Classifier):
                 Returns({"a": 1}),
             ),
             StepError,
-            "both named a",
+            "returned a, and so do",
         ),
+        (Measuring(Returns({"loss": -1})), StepError, "returned loss, and so"),
+        (Measuring(Returns({"step": 7})), StepError, "each record of the logs"),
         (Halfway(), StepError, "but not reduce_aggregated_logs"),
         (Odd(), StepError, "tensors and plain data"),
     ],
@@ -356,3 +366,162 @@ def test_in_a_step_it_can_only_be_updated(tmp_path):
 
     with pytest.raises(StepError, match=r"'kept'.*result"):
         make(tmp_path / "run", Reads(Kept())).train()
+
+
+class Draws(Kept):
+    """Measures with random numbers: of NumPy's own generator, and PyTorch's."""
+
+    def reset_state(self):
+        super().reset_state()
+        self.drawn = 0.0
+
+    def update_state(self, labels, outputs):
+        super().update_state(labels, outputs)
+        self.drawn = np.random.random()
+        if keras.config.backend() == "torch":
+            import torch
+
+            self.drawn += float(torch.rand(()))
+
+    def result(self):
+        return {"drawn": self.drawn}
+
+
+class Signals(Draws):
+    """Asks the run to stop, once, in the midst of a validation."""
+
+    def __init__(self, validation):
+        super().__init__("draws")
+        self.at = [validation]
+
+    def update_state(self, labels, outputs):
+        super().update_state(labels, outputs)
+        if len(self.resets) in self.at:
+            self.at.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+
+class Dropped(Measuring):
+    def build_model(self):
+        return keras.Sequential(
+            [
+                keras.Input((8,)),
+                keras.layers.Dropout(0.5),
+                keras.layers.Dense(3),
+            ]
+        )
+
+
+def test_what_is_drawn_in_a_validation_that_is_broken_off(tmp_path):
+    def run(name, metric):
+        run_dir = tmp_path / name
+        for _ in range(2):
+            trainer = make(run_dir, Dropped(metric), train_steps=20)
+            try:
+                trainer.train()
+                break
+            except Stopped:
+                metric = Draws("draws")
+        else:
+            pytest.fail("it did not end")
+        return (run_dir / "metrics.jsonl").read_text()
+
+    in_peace = run("in_peace", Draws("draws"))
+    assert run("stopped", Signals(2)) == in_peace
+
+
+class Hangs(Signals):
+    def update_state(self, labels, outputs):
+        super().update_state(labels, outputs)
+        time.sleep(2.5)
+
+
+def test_a_signal_is_honoured_while_a_metric_hangs(tmp_path):
+    began = time.perf_counter()
+    trainer = make(tmp_path / "run", Measuring(Hangs(1)))
+    with (
+        pytest.warns(LegatoWarning, match="the metric 'draws' still runs"),
+        pytest.raises(Stopped),
+    ):
+        trainer.train()
+    assert time.perf_counter() - began < 60  # (it compiles, too)
+
+
+class Remembers(Kept):
+    def __init__(self):
+        super().__init__()
+        self.best = 0.0
+
+    def result(self):
+        self.best += 1
+        return {"best": self.best}
+
+
+def test_what_no_checkpoint_holds_is_named(tmp_path):
+    with pytest.warns(ExactnessWarning, match=r"remembers\.best"):
+        make(tmp_path / "run", Measuring(Remembers())).train()
+
+
+class Weighted(Kept):
+    def update_state(self, labels, outputs, sample_weight=None):
+        self.calls.append(sample_weight)
+
+    def result(self):
+        return {"weight": float(np.sum(np.concatenate(self.calls)))}
+
+
+def test_those_that_take_weights_get_them():
+    features, labels = classes_data("validation")
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    weights = np.linspace(0, 1, len(labels)).astype("float32")
+    kept = Kept()
+    logs = legato.evaluate(
+        model,
+        (features, labels, weights),
+        metrics=[Weighted("weighted"), kept],
+    )
+    assert logs["weight"] == pytest.approx(weights.sum())
+    assert kept.calls[0][2] == {}
+
+
+class UsesKeras(Kept):
+    """Another network and unseeded randomness, as metrics of images do."""
+
+    def update_state(self, labels, outputs):
+        noise = keras.random.normal((2,))
+        keras.ops.cond(noise[0] > 0, lambda: noise, lambda: -noise)
+        keras.random.dropout(keras.ops.ones((3,)), 0.5)
+        super().update_state(labels, outputs)
+        time.sleep(0.002)
+
+
+def test_keras_works_in_them_as_elsewhere(tmp_path):
+    trainer = make(tmp_path / "run", SlowStep(UsesKeras()))
+    trainer.train()
+    for _ in range(3):
+        trainer.evaluate()
+
+
+class Lists(Kept):
+    def result(self):
+        return {
+            "row": [np.float32(1), 2],
+            "names": ["a", "b"],
+            "matrix": [np.arange(2), np.arange(2)],
+        }
+
+
+def test_lists_of_numbers_are_logs_and_others_are_not(tmp_path):
+    history = make(tmp_path / "run", Measuring(Lists())).train().history
+    assert history["val_row"] == [[1.0, 2.0], [1.0, 2.0]]
+    assert "val_names" not in history and "val_matrix" not in history
+
+
+@pytest.mark.parametrize("progress", ["plain", "rich"])
+def test_matrices_are_not_shown(tmp_path, progress, capsys):
+    metrics = [legato.metrics.ConfusionMatrix(3), Lists()]
+    task = Measuring(*metrics)
+    history = make(tmp_path / "run", task, progress=progress).train().history
+    assert np.shape(history["val_confusion_matrix"]) == (2, 3, 3)
+    assert "[" not in capsys.readouterr().out.replace("[2K", "")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import legato
-from legato.errors import ConfigError, StepError
+from legato.errors import ConfigError, ExactnessWarning, StepError
 from legato.training import TrainSteps
 from tests.contracts.scenarios import Classifier, classes_data
 
@@ -266,3 +266,45 @@ def test_validation_updates_all_with_every_batch(tmp_path):
     history, _ = train(tmp_path / "run", Same(), validation_interval="epoch")
     assert "never" not in history and np.isnan(history["rare"]).all()
     assert history["val_always"] == history["val_rare"] == history["val_never"]
+
+
+def test_a_run_begins_with_empty_metrics(tmp_path):
+    features, labels = classes_data("train")
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    metric = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+    model.compile(
+        keras.optimizers.SGD(0.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    found = []
+    for name in ("first", "second"):
+        history = legato.fit(
+            model, features, labels, epochs=2, verbose=0,
+            shuffle=False, run_dir=tmp_path / name,
+            train_metrics={metric: legato.Every(over="summary")},
+        )  # fmt: skip
+        found.append(history.history["accuracy"])
+    assert found[0] == found[1]
+
+
+def test_zero_leaves_out_all_that_the_config_does_not_name(tmp_path):
+    task = Labels(dict.fromkeys("ab", legato.Every()))
+    _, summaries = train(
+        tmp_path / "run", task, train_metrics_interval=0, train_metrics={"a": 2}
+    )
+    assert "a" in summaries[0] and "b" not in summaries[0]
+
+
+def test_another_window_on_resume_is_named_and_begins_anew(tmp_path):
+    def run(when, steps):
+        return train(
+            tmp_path / "run", Labels({"a": when}), train_steps=steps,
+            checkpoint_interval=7,
+        )  # fmt: skip
+
+    run(legato.Every(over="batch"), 7)
+    with pytest.warns(ExactnessWarning, match="metrics"):
+        history, _ = run(legato.Every(), 10)
+    labels = classes_data("train")[1]
+    # What steps 6 and 7 left is not of its window.
+    assert history["a"][-1] == pytest.approx(labels[64:].mean())

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,12 +34,30 @@ def native_cond(
 _NATIVE_COND: Cond = keras_backend.core.cond
 
 
+def only_here(
+    function: Callable[..., Any], elsewhere: Callable[..., Any]
+) -> Callable[..., Any]:
+    """One function in this thread, and another one in all others.
+
+    What is bound while a step is traced is bound for the process, and host
+    metrics may use Keras meanwhile.
+    """
+    thread = threading.get_ident()
+
+    @functools.wraps(function)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        here = threading.get_ident() == thread
+        return (function if here else elsewhere)(*args, **kwargs)
+
+    return chosen
+
+
 @contextlib.contextmanager
 def bound_cond(cond: Cond | None) -> Iterator[None]:
     """While active: `keras.ops.cond` is `cond`; None keeps the backend's."""
     before = keras_backend.core.cond
     if cond is not None:
-        keras_backend.core.cond = cond
+        keras_backend.core.cond = only_here(cond, before)
     try:
         yield
     finally:
@@ -61,9 +80,11 @@ def traced_step(
     """
     old_generator = seed_generator.global_seed_generator
     old_dropout = keras_backend.random.dropout
-    seed_generator.global_seed_generator = _refuse_unseeded
+    seed_generator.global_seed_generator = only_here(
+        _refuse_unseeded, old_generator
+    )
     # PyTorch's asks for no seed where it is given none.
-    keras_backend.random.dropout = _seeded(old_dropout)
+    keras_backend.random.dropout = only_here(_seeded(old_dropout), old_dropout)
     try:
         with bound_cond(cond), _watching_apply(eager):
             yield

@@ -131,6 +131,8 @@ def _read_when(value: Any) -> When:
     number = _as_whole(value)
     if number is not None:
         return Every(number)
+    if not isinstance(value, dict):
+        raise TypeError
     fields = dict(value)
     if "every" in fields:
         steps = _as_whole(fields.pop("every"))
@@ -169,8 +171,9 @@ class TrainerConfig(Config):
         sinks: where summaries go, beside `metrics.jsonl`: "tensorboard",
             "csv", or what installed packages offer by entry points of the
             group `legato.sinks`.
-        train_metrics_interval: steps between updates of the training metrics;
-            0 leaves them out of the compiled step.
+        train_metrics_interval: steps between updates of the training metrics
+            of which `build_metrics` says nothing else; 0 leaves all out of
+            the compiled step that `train_metrics` does not name.
         train_metrics: when single ones are updated, by their names, where
             `build_metrics` does not say it in the way that is wanted:
             `legato.Every(50)` or 50, `legato.Sample(0.02)`, or None for

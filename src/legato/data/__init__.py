@@ -15,6 +15,7 @@ from legato.data.source import (
     DataSource,
     DataState,
     Shapes,
+    partial_batches,
     shapes_of,
 )
 from legato.data.state import join_arrays, split_arrays
@@ -30,6 +31,7 @@ __all__ = [
     "Shapes",
     "fit_source",
     "join_arrays",
+    "partial_batches",
     "shapes_of",
     "split_arrays",
     "split_validation",

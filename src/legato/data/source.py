@@ -202,3 +202,20 @@ class DataSource(abc.ABC):
             seed: the run's seed, for a source that has none of its own.
             capacity: the fixed first axis of a chunk's operands.
         """
+
+
+def partial_batches(source: DataSource, operands: Any) -> Any:
+    """Operands like those of full batches, for the partial last one.
+
+    Args:
+        source: one that knows the size of its partial batch.
+        operands: those of a chunk of full batches.
+    """
+    size, full = source.partial_batch_size, source.full_batch_size
+
+    def resized(a: Any) -> Any:
+        # (A source that knows the size has the examples in the first axis.)
+        assert a.shape[1] == full
+        return np.zeros((len(a), size, *a.shape[2:]), a.dtype)
+
+    return keras.tree.map_structure(resized, operands)

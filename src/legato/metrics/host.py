@@ -42,6 +42,9 @@ class HostMetric(abc.ABC):
     def update_state(self, labels: Any, outputs: Any) -> None:
         """Take a batch.
 
+        An argument `sample_weight` may be added: `legato.fit` and
+        `legato.evaluate` then pass the weights of the data, if there are any.
+
         Args:
             labels: of the batch, in the structure in which the step passed
                 them, with NumPy arrays of shape `[batch, ...]` as leaves.
@@ -59,4 +62,9 @@ class HostMetric(abc.ABC):
 
     @abc.abstractmethod
     def reset_state(self) -> None:
-        """Forget all batches; called before each validation."""
+        """Forget all batches; called before each validation.
+
+        Nothing of a host metric is saved: what it keeps over this, such as a
+        random generator, is another one after a run was resumed. The engine
+        names what it notices.
+        """

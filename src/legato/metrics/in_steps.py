@@ -1,6 +1,7 @@
 """Metrics inside a compiled step: updated when they are due, never read."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,14 @@ class StepMetric:
             change()
         else:
             self._recorded.append(change)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it would give the result.
+
+        Raises:
+            StepError: always.
+        """
+        raise _not_in_a_step(self._metric.name, "called")
 
     def result(self) -> Any:
         """Refused: the engine reads results when they are due.
@@ -104,18 +113,27 @@ class HostStepMetric:
         metric: the metric behind it.
 
     Attributes:
-        metric: as given.
         name: its name.
+        takes_weights: whether its `update_state` has a `sample_weight`.
     """
 
     def __init__(self, metric: HostMetric) -> None:
-        self.metric = metric
         self.name = metric.name
+        taken = inspect.signature(metric.update_state).parameters
+        self.takes_weights = "sample_weight" in taken
         self._recorded: list[tuple[Any, Any]] = []
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
         """Update the metric with a batch, once that has come to the host."""
         self._recorded.append((args, kwargs))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it would give the result.
+
+        Raises:
+            StepError: always.
+        """
+        raise _not_in_a_step(self.name, "called")
 
     def result(self) -> Any:
         """Refused: the engine reads results when they are due.
@@ -141,9 +159,9 @@ class HostStepMetric:
 
 def _not_in_a_step(name: str, what: str) -> StepError:
     return StepError(
-        f"The metric {name!r} was {what} in a step. Only update it there: the "
-        "engine resets metrics when an epoch or a validation begins, and reads "
-        "them for summaries and at its end."
+        f"The metric {name!r} was {what} in a step. Only update it there, by "
+        "update_state: the engine resets metrics when an epoch or a "
+        "validation begins, and reads them for summaries and at its end."
     )
 
 
@@ -197,8 +215,9 @@ def check_metrics(
                 "for never."
             )
     names = [metric.name for metric, _ in pairs]
+    on_host = [m.name for m, _ in pairs if isinstance(m, HostMetric)]
     for name in names:
-        if unique and names.count(name) > 1:
+        if names.count(name) > 1 and (unique or name in on_host):
             raise ConfigError(
                 f"{where} returned two metrics named {name!r}: give each one "
                 "its own `name`."

@@ -148,6 +148,7 @@ class _ObservedSteps:
 
     def __init__(self, steps: Any, during: Any, note_batches: Any) -> None:
         self.capacity = steps.capacity
+        self.begin = steps.begin
         self.rows = during(Phase.STEPS, steps.rows)
         self._run = during(Phase.STEPS, steps.run)
         self._note_batches = note_batches

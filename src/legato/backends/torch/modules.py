@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import torch
 
+from legato.compat import keras_tracing
 from legato.errors import StepError
 
 
@@ -19,7 +20,7 @@ def scoped_modules() -> Iterator[None]:
     """
     cls: Any = keras.layers.TorchModuleWrapper
     original = cls.call
-    cls.call = _call
+    cls.call = keras_tracing.only_here(_call, original)
     try:
         yield
     finally:
