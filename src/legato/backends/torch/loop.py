@@ -108,7 +108,7 @@ def compile_loop(
 
         required = mode is not None or compilation == "always"
         program = capture(found, resident, first, required=required)
-    replays = outputs is program is None and compilation != "never"
+    replays = outputs is None and program is None and compilation != "never"
     return TorchLoop(found, resident, program, replays=replays)
 
 
