@@ -16,6 +16,9 @@ the epoch began ("epoch"), since the last summary before this one ("summary"),
 or the last one of these in the epoch ("batch")."""
 
 
+_LEAST_SHARE = 2**-30  # what steps are drawn by has 30 bits
+
+
 def _check_window(when: "Every | Sample") -> None:
     if when.over not in get_args(Window):
         raise ConfigError(
@@ -67,7 +70,7 @@ class Sample:
     """After a random share of the steps.
 
     Args:
-        share: how many of them, as a number above 0 and at most 1.
+        share: how many of them, as a number of at least 2**-30 and at most 1.
         seed: another one gives other steps.
         over: what a result is taken over; see `Window`.
 
@@ -84,12 +87,14 @@ class Sample:
         in_range = (
             isinstance(self.share, int | float)
             and not isinstance(self.share, bool)
-            and 0 < self.share <= 1
+            and _LEAST_SHARE <= self.share <= 1
         )
         if not in_range:
             raise ConfigError(
                 f"Sample({self.share!r}): the share must be a number above 0 "
-                "and at most 1, as 0.02 for one step in fifty."
+                "and at most 1, as 0.02 for one step in fifty, and at least "
+                "2**-30, for one below that is never due. Give None instead "
+                "of Sample to switch the metric off."
             )
         if type(self.seed) is not int or not 0 <= self.seed < 2**31:
             raise ConfigError(
@@ -108,7 +113,7 @@ class Sample:
         Args:
             step: an int32 scalar tensor, or NumPy integers.
         """
-        return _hash(step, self.seed) < round(self.share * 2**30)
+        return _hash(step, self.seed) < round(self.share / _LEAST_SHARE)
 
 
 When = Every | Sample

@@ -209,6 +209,13 @@ def test_what_does_not_fit_the_task_is_refused(whens, changes, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_share_that_is_never_due_is_refused():
+    for share in (1e-10, 2**-31, 0):
+        with pytest.raises(ConfigError, match=r"at least 2\*\*-30.*Give None"):
+            legato.Sample(share)
+    assert legato.Sample(2**-30).share == 2**-30
+
+
 def test_windows_are_checked():
     with pytest.raises(ConfigError, match="over='week'"):
         legato.Every(2, over="week")
