@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
+from legato import storage
 from legato.config import sinks as names
 from legato.errors import (
     ConfigError,
@@ -346,6 +347,54 @@ def test_all_directories_are_named_durably(tmp_path, monkeypatch):
     log.sync()
     assert len(opened) == before  # once is enough
     log.close()
+
+
+def test_a_group_that_comes_meanwhile_is_named_durably(tmp_path, monkeypatch):
+    manager = SummaryManager(tmp_path / "board", global_step=1)
+    synced = []
+    real = storage.sync_directory
+
+    def sync_directory(path):
+        if not synced:  # as the training thread may
+            manager.write_summaries({"late": {"x": 1.0}})
+        synced.append(path)
+        real(path)
+
+    monkeypatch.setattr(storage, "sync_directory", sync_directory)
+    manager.write_summaries({"early": {"x": 1.0}})
+    manager.summary_writer("empty")
+    manager.sync()
+    for add in (
+        lambda: None,  # late
+        lambda: manager.write_summaries({"empty": {"x": 1.0}}),
+    ):
+        synced.clear()
+        add()
+        manager.sync()
+        assert manager.summary_dir in synced
+    synced.clear()
+    manager.sync()
+    assert not synced
+    manager.close()
+
+
+def test_directories_that_could_not_be_synced_are_tried_again(
+    tmp_path, monkeypatch
+):
+    manager = SummaryManager(tmp_path / "board", global_step=1)
+    manager.write_summaries({"a": {"x": 1.0}})
+    synced = []
+
+    def fail(path):
+        raise OSError("no space")
+
+    monkeypatch.setattr(storage, "sync_directory", fail)
+    with pytest.raises(OSError, match="no space"):
+        manager.sync()
+    monkeypatch.setattr(storage, "sync_directory", synced.append)
+    manager.sync()
+    assert {tmp_path / "board", tmp_path, tmp_path.parent} == set(synced)
+    manager.close()
 
 
 # -- summary managers of the user's ------------------------------------------

@@ -117,7 +117,7 @@ class SummaryManager(SummaryManagerInterface):
         self._ending = ""
         self._files: dict[str, EventFile] = {}
         self._writers: dict[str, SummaryWriter] = {}
-        self._unnamed: set[Path] = set()  # durably
+        self._unnamed: set[str] = set()  # groups: not durably
         self._worker = Worker(MAX_WAITING)
 
     @property
@@ -234,16 +234,24 @@ class SummaryManager(SummaryManagerInterface):
         Raises:
             OSError: see `flush`.
         """
+        # Groups that come meanwhile are for the next time.
+        unnamed = list(self._unnamed)
         for file in list(self._files.values()):
             file.sync()
         # Directories are made with the files in them.
-        for folder in sorted(self._unnamed, reverse=True):
-            if not folder.exists():
-                continue
+        made = [path for path in unnamed if (self._root / path).exists()]
+        above = {folder for path in made for folder in self._above(path)}
+        for folder in sorted(above, reverse=True):
             # (Above its own, there may be some that it must not read.)
             with contextlib.suppress(PermissionError):
                 storage.sync_directory(folder)
-            self._unnamed.discard(folder)
+        self._unnamed.difference_update(made)
+
+    def _above(self, path: str) -> list[Path]:
+        """The directories that hold the names of a group's, and of its own."""
+        groups = (self._root / path).parents if path else ()
+        own = [each for each in groups if each.is_relative_to(self._root)]
+        return [*own, self._root.parent, self._root.parent.parent]
 
     def get_state(self) -> JSON:
         """How far each file counts, for a checkpoint."""
@@ -299,15 +307,14 @@ class SummaryManager(SummaryManagerInterface):
         if path not in self._files:
             folder = self._root
             for part in path.split("/") if path else ():
-                self._unnamed.add(folder)
                 folder = folder / part
                 if folder.is_symlink():
                     raise link_error(folder)
-            self._unnamed |= {self._root.parent, self._root.parent.parent}
             name = f"{EVENTS}{self._ending}"
             if (folder / name).is_symlink():
                 raise link_error(folder / name)
             self._files[path] = EventFile(folder / name)
+            self._unnamed.add(path)
         return self._files[path]
 
     def _find(self) -> Iterator[str]:
