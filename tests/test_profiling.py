@@ -4,7 +4,7 @@ The artificial costs are far above what a busy machine adds by chance; what is
 small is never compared with what is small.
 """
 
-import importlib
+import importlib.metadata
 import io
 import json
 import random
@@ -534,6 +534,21 @@ def test_callbacks_and_data_are_told(temporary):
         assert profile[name].interval == interval
         assert profile[name].is_told and profile[name].us_per_step > 0
     assert not [each for each in profile.costs if each.kind == "metric"]
+
+
+def test_plug_in_sinks_are_not_made(temporary, monkeypatch):
+    made = []
+    point = importlib.metadata.EntryPoint("tracker", "tracker:make", "")
+    monkeypatch.setattr(type(point), "load", lambda self: made.append)
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [point]
+    )
+    settings = config(sinks=["tracker", "csv"], validation_interval=None)
+    profile = legato.profile(Small(), config=settings, seconds=0.1)
+    assert profile["summaries"].kind == "summaries"
+    assert made == []
+    with pytest.raises(ConfigError, match="there is no sink 'trackr'"):
+        legato.profile(Small(), config=settings.replace(sinks=["trackr"]))
 
 
 class TakesApart(Small):

@@ -11,6 +11,7 @@ import numpy as np
 
 from legato import backends
 from legato.config import TrainerConfig
+from legato.config.sinks import BUILT_IN
 from legato.data import Chunk, DataSource
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
@@ -108,7 +109,10 @@ class Workbench:
         self._source: Any = _Placed(source)
         self._values: list[np.ndarray] = []
         self._variables: list[keras.Variable] = []
-        self.log = RunLog(folder, sinks=config.sinks)
+        config.require_sinks()
+        # A plug-in may tell a server of a run that there is not.
+        sinks = [name for name in config.sinks if name in BUILT_IN]
+        self.log = RunLog(folder, sinks=sinks)
         self.clock = Clock()
 
     # -- steps --------------------------------------------------------------
