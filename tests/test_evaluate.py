@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -23,7 +24,7 @@ from legato.errors import (
     Stopped,
 )
 from tests import evaluated_by_hand
-from tests.contracts.scenarios import Classifier
+from tests.contracts.scenarios import Classifier, Measured
 
 STEPS = (4, 5, 8, 10)
 PLACES = {
@@ -143,6 +144,30 @@ def test_a_process_that_trained_measures_its_model(tmp_path):
     assert trainer.evaluate(checkpoint="latest") == pytest.approx(
         ended, rel=1e-5
     )
+
+
+class Fails(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise RuntimeError("of the user")
+
+
+@pytest.mark.parametrize(
+    ("ends", "error", "step"),
+    [
+        ({"callbacks": [Fails()]}, RuntimeError, 6),
+        ({"max_time": "0.01s"}, Stopped, None),
+    ],
+)
+def test_what_ended_early_is_measured_at_its_step(tmp_path, ends, error, step):
+    make(tmp_path / "run", Measured(), epochs=1, best_metric=None).train()
+    settings = {"epochs": 30, "best_metric": None, **ends}
+    trainer = make(tmp_path / "run", Measured(), **settings)
+    with pytest.raises(error) as caught:
+        trainer.train()
+    if step is None:
+        step = int(re.search(r"at step (\d+) of", str(caught.value))[1])
+    assert step >= 5
+    assert trainer.evaluate()["errors"]["at"] == step
 
 
 def test_evaluating_in_between_changes_no_bit_of_the_run(tmp_path):

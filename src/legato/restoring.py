@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -111,19 +111,30 @@ def assign_arrays(
     return audit
 
 
+class Held(NamedTuple):
+    """Whose values the variables hold: of which step, and in words."""
+
+    step: int | None
+    words: str = ""
+
+    def __str__(self) -> str:
+        return self.words or f"step {self.step}"
+
+
 def assign_newest(
     variables: Mapping[str, keras.Variable], store: CheckpointStore
-) -> str:
+) -> Held:
     """Put the newest checkpoint's arrays into variables; say whose they are."""
     try:
         store.wait()
         checkpoint = store.restore()
     except CheckpointError as problem:
-        return f"nothing valid ({problem})"
+        return Held(None, f"nothing valid ({problem})")
     if checkpoint is None:
-        return "nothing valid, for there is no checkpoint yet"
+        return Held(None, "nothing valid, for there is no checkpoint yet")
     assign_arrays(variables, checkpoint)
-    return f"step {checkpoint.step}, the newest checkpoint"
+    step = checkpoint.step
+    return Held(step, f"step {step}, the newest checkpoint")
 
 
 def set_rates(

@@ -64,6 +64,7 @@ class Session:
         audit: what became of each part of the state; empty for a new run.
         recovers: whether the loss went wrong, and another session, which goes
             back to a checkpoint before that, is to go on.
+        held: after a failure in training, what the variables hold.
 
     Raises:
         RunDirError: `resume=` forbids it.
@@ -84,6 +85,7 @@ class Session:
     ) -> None:
         self.clock = Clock()
         self.recovers = False
+        self.held: restoring.Held | None = None
         self.audit: list[AuditEntry] = []
         self._parts = parts
         self._config = config
@@ -451,12 +453,12 @@ class Session:
 
     def _leave_valid_variables(self, error: BaseException) -> None:
         """After a failure: values in all variables, and word of whose."""
-        held = f"step {self.clock.step}"
+        self.held = restoring.Held(self.clock.step)
         if self._backend.lost_variables(list(self._variables.values())):
             # A device call had taken its inputs when it failed.
-            held = restoring.assign_newest(self._variables, self._store)
+            self.held = restoring.assign_newest(self._variables, self._store)
         error.add_note(
-            f"legato: the model's variables hold {held}. The same call "
+            f"legato: the model's variables hold {self.held}. The same call "
             f"(run_dir={str(self._run_dir)!r}) goes on from the newest "
             "checkpoint."
         )

@@ -1,9 +1,10 @@
 """Trains a Task in a run directory, and resumes it exactly."""
 
+import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,7 +41,7 @@ from legato.run_directory import (
     read_run_id,
 )
 from legato.session import Session
-from legato.sinks import SUMMARIES, ManagerSink, check_managers
+from legato.sinks import SUMMARIES, EvaluationSink, check_managers
 from legato.state import variable_paths
 from legato.summaries import SummaryManagerInterface
 from legato.task import Optimizers, Task
@@ -176,20 +177,23 @@ class Trainer:
             Interrupts(max_seconds=self.config.max_seconds) as interrupts,
         ):
             while True:
-                with self.session_type(
-                    self._parts,
-                    self.config,
-                    self.run_dir,
-                    read_run_id(self.run_dir),
-                    self._callbacks,
-                    references=self._references(),
-                    interrupts=interrupts,
-                    before=session,
-                    summary_managers={
-                        "train": self._summary_manager,
-                        "validation": self._eval_summary_manager,
-                    },
-                ) as session:
+                with (
+                    self.session_type(
+                        self._parts,
+                        self.config,
+                        self.run_dir,
+                        read_run_id(self.run_dir),
+                        self._callbacks,
+                        references=self._references(),
+                        interrupts=interrupts,
+                        before=session,
+                        summary_managers={
+                            "train": self._summary_manager,
+                            "validation": self._eval_summary_manager,
+                        },
+                    ) as session,
+                    self._noting_step(session),
+                ):
                     session.identify()
                     if not session.steps.is_traced:
                         with session.compiling():
@@ -202,9 +206,20 @@ class Trainer:
                     else:
                         with session.training():
                             loop.run(**session.for_loop())
-                self._step = session.clock.step
                 if not session.recovers:
                     return session.history
+
+    @contextlib.contextmanager
+    def _noting_step(self, session: Session) -> Iterator[None]:
+        """Note of which step the weights are that a session leaves."""
+        try:
+            yield
+        finally:
+            if session.held is not None and session.held.step is not None:
+                self._step = session.held.step
+            elif session.audit or session.clock.step:
+                # Otherwise it failed before it changed any.
+                self._step = session.clock.step
 
     def evaluate(
         self,

@@ -14,6 +14,16 @@ from legato.state import variable_paths
 from tests.contracts.scenarios import Classifier
 
 
+class Stepped(Classifier):
+    """Its results say at which step they were measured."""
+
+    def aggregate_logs(self, state, step_logs):
+        return True
+
+    def reduce_aggregated_logs(self, aggregated_logs, global_step):
+        return {"at": float(global_step)}
+
+
 def trainer(run_dir):
     config = legato.TrainerConfig(
         train_steps=30,
@@ -21,7 +31,7 @@ def trainer(run_dir):
         validation_interval=None,
         progress="none",
     )
-    return legato.Trainer(Classifier(), run_dir=run_dir, config=config)
+    return legato.Trainer(Stepped(), run_dir=run_dir, config=config)
 
 
 FAILURE = "RESOURCE_EXHAUSTED: Out of memory"
@@ -115,6 +125,7 @@ def test_after_a_failed_device_call_the_model_is_valid(
         value = keras.ops.convert_to_numpy(variable)
         np.testing.assert_array_equal(value, saved.arrays[path])
     assert np.isfinite(failed.model.predict(np.ones((2, 8)), verbose=0)).all()
+    assert failed.evaluate()["at"] == saved.step
 
     monkeypatch.undo()
     trainer(tmp_path / "run").train()
