@@ -231,7 +231,7 @@ class Trainer:
 
         Takes no lock and writes nothing into the run, another process of
         which may train meanwhile; an `eval_summary_manager` is given what was
-        measured, at the checkpoint's step.
+        measured, at the checkpoint's step; if that fails, a warning says so.
 
         Args:
             checkpoint: whose weights are measured, and held by the model
@@ -268,7 +268,7 @@ class Trainer:
             self._load(found, evaluator)
         logs = self._measure(evaluator, lambda: False)
         assert logs is not None  # nothing asks it to stop
-        self._write_summaries(self._step, logs)
+        EvaluationSink(self._eval_summary_manager).write(self._step, logs)
         return logs
 
     def evaluate_continuously(
@@ -311,7 +311,8 @@ class Trainer:
             )
         evaluator = self._evaluator(metrics)
         report = on_result or self._show_result
-        results: dict[int | str, Logs] = {}
+        results: dict[int | str, dict[str, Any]] = {}
+        sink = EvaluationSink(self._eval_summary_manager)
         with Interrupts() as interrupts:
             for checkpoint in watch_checkpoints(
                 self.run_dir,
@@ -328,7 +329,7 @@ class Trainer:
                 ended = checkpoint.path.name == FINAL
                 results[FINAL if ended else checkpoint.step] = logs
                 if not ended or checkpoint.step not in results:
-                    self._write_summaries(checkpoint.step, logs)
+                    sink.write(checkpoint.step, logs)
                 report(checkpoint, logs)
         reason = interrupts.reason
         if reason is not None and FINAL not in results:
@@ -388,13 +389,6 @@ class Trainer:
         }
         given = {k: each for k, each in managers.items() if each is not None}
         return {"trainer": self, "task": self.task, **given}
-
-    def _write_summaries(self, step: int, logs: Logs) -> None:
-        """Give what was measured to the manager, if there is one."""
-        if self._eval_summary_manager is not None:
-            sink = ManagerSink("validation", self._eval_summary_manager)
-            sink.write("validation", step, logs)
-            sink.flush()
 
     def _measure(
         self, evaluator: Evaluator, stop_requested: Callable[[], bool]

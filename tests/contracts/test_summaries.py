@@ -15,6 +15,7 @@ from legato.errors import (
     ExactnessError,
     ExactnessWarning,
     LegatoWarning,
+    SummaryError,
 )
 from legato.experiment import Experiment, run_experiment
 from tests.contracts.scenarios import Classifier
@@ -178,6 +179,61 @@ def test_evaluation_gives_its_results_with_the_steps_of_checkpoints(tmp_path):
     assert results[12]["loss"] == pytest.approx(read(board)["loss"][2][1])
     make(run_dir).evaluate()
     assert sorted(run_dir.rglob("*")) == before
+
+
+class Full(Kept):
+    """On a board that takes one result, and no more."""
+
+    def flush(self):
+        super().flush()
+        if self.flushes > 1:
+            raise OSError("disk full")
+
+
+def test_results_are_not_lost_to_a_manager_that_fails(tmp_path):
+    make(tmp_path / "run", checkpoint_interval=4).train()
+    full = Full()
+    trainer = make(tmp_path / "run", managers={"eval_summary_manager": full})
+    with pytest.warns(LegatoWarning, match="manager failed.*disk full") as told:
+        results = trainer.evaluate_continuously()
+    assert list(results) == [4, 8, 12, "final"]
+    assert [step for step, _ in full.given] == [4, 8]
+    assert len(told) == 1
+    with pytest.warns(LegatoWarning, match="until the next evaluation"):
+        assert trainer.evaluate(checkpoint=12) == results[12]
+    assert full.given[-1][0] == 12
+
+
+def test_results_are_not_lost_to_a_value_that_is_refused(tmp_path):
+    def refuse(name, value, step):
+        if name == "accuracy":
+            raise SummaryError("no such value")
+        legato.summaries.scalar(name, value, step)
+
+    make(tmp_path / "run").train()
+    manager = legato.SummaryManager(tmp_path / "board", refuse)
+    trainer = make(tmp_path / "run", managers={"eval_summary_manager": manager})
+    for step in (6, 12):
+        with pytest.warns(LegatoWarning, match="no such value"):
+            logs = trainer.evaluate(checkpoint=step)
+        assert set(logs) == {"loss", "accuracy"}
+    assert [step for step, _ in read(tmp_path / "board")["loss"]] == [6, 12]
+
+
+def test_evaluation_writes_nothing_into_the_files_of_the_run(tmp_path):
+    board = tmp_path / "board"
+    managers = {"eval_summary_manager": legato.SummaryManager(board)}
+    trainer = make(tmp_path / "run", managers=managers)
+    trainer.train()
+    (file,) = board.iterdir()
+    before = file.read_bytes()
+    trainer.evaluate()
+    assert file.read_bytes() == before
+    (other,) = {*board.iterdir()} - {file}
+    make(tmp_path / "run", managers=managers, train_steps=18).train()
+    assert other.stat().st_size
+    steps = sorted(step for step, _ in read(board)["loss"])
+    assert steps == [6, 12, 12, 18]
 
 
 def test_a_callback_may_hold_the_manager(tmp_path):

@@ -7,7 +7,7 @@ and live apart in `timing.jsonl`.
 
 from legato.sinks.files import CSV, METRICS, CsvSink, JsonLinesSink
 from legato.sinks.log import SUMMARIES, TIMING, RunLog
-from legato.sinks.managed import ManagerSink, check_managers
+from legato.sinks.managed import EvaluationSink, ManagerSink, check_managers
 from legato.sinks.protocol import Sink, SyncedSink
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SUMMARIES",
     "TIMING",
     "CsvSink",
+    "EvaluationSink",
     "JsonLinesSink",
     "ManagerSink",
     "RunLog",

@@ -93,6 +93,41 @@ class ManagerSink:
             _tell(error)
 
 
+class EvaluationSink:
+    """Gives what is evaluated to a manager, whose failures end nothing.
+
+    Args:
+        manager: what it is given to; None for nothing.
+    """
+
+    def __init__(self, manager: SummaryManagerInterface | None) -> None:
+        self._sink = manager and ManagerSink("validation", manager)
+
+    def write(self, step: int, results: Mapping[str, Any]) -> None:
+        """Write and flush results.
+
+        A value that cannot be written is told, and the others are written. A
+        manager that fails is told, and is given nothing more.
+        """
+        if self._sink is None:
+            return
+        try:
+            try:
+                self._sink.write("validation", step, results)
+            except SummaryError as error:
+                _tell(error)
+            self._sink.flush()
+        except Exception as error:
+            self._sink = None
+            warnings.warn(
+                "The eval_summary_manager failed, and is left out until the "
+                f"next evaluation: {type(error).__name__}: {error}. The "
+                "results are returned all the same.",
+                LegatoWarning,
+                stacklevel=3,
+            )
+
+
 def check_managers(run_dir: Path, summaries: str, **managers: Any) -> None:
     """Checks the summary managers that a user gives.
 
