@@ -21,7 +21,6 @@ from legato.evaluation import Evaluator
 from legato.restoring import assign_arrays, kept
 from legato.state import variable_paths
 from legato.trainer import Trainer
-from legato.types import Logs
 
 Verbose = Literal["auto", 0, 1, 2]
 
@@ -178,7 +177,7 @@ def evaluate(
     batch_size: int | None = None,
     steps: int | None = None,
     callbacks: Any = None,
-) -> Logs:
+) -> dict[str, Any]:
     """Measure a model, with any metrics, at any checkpoint of a run.
 
     Args:
@@ -196,7 +195,8 @@ def evaluate(
         callbacks: Keras callbacks; their `on_test_*` hooks are called.
 
     Returns:
-        The loss and the metrics, by name.
+        The loss and the metrics, by name: floats. Host metrics may return
+        groups of them too, as dicts, and images, texts or figures.
 
     Raises:
         ConfigError: the arguments do not go together.

@@ -45,7 +45,7 @@ from legato.sinks import SUMMARIES, EvaluationSink, check_managers
 from legato.state import variable_paths
 from legato.summaries import SummaryManagerInterface
 from legato.task import Optimizers, Task
-from legato.types import AuditEntry, Logs
+from legato.types import AuditEntry
 
 
 class Trainer:
@@ -226,7 +226,7 @@ class Trainer:
         *,
         checkpoint: str | int | Checkpoint | None = None,
         metrics: Sequence[keras.metrics.Metric | HostMetric] | None = None,
-    ) -> Logs:
+    ) -> dict[str, Any]:
         """Measure the model on the validation split.
 
         Takes no lock and writes nothing into the run, another process of
@@ -276,8 +276,8 @@ class Trainer:
         *,
         metrics: Sequence[keras.metrics.Metric | HostMetric] | None = None,
         timeout: float | None = None,
-        on_result: Callable[[Checkpoint, Logs], None] | None = None,
-    ) -> dict[int | str, Logs]:
+        on_result: Callable[[Checkpoint, dict[str, Any]], None] | None = None,
+    ) -> dict[int | str, dict[str, Any]]:
         """Measure each checkpoint of the run, as another process writes them.
 
         Begins with those that are there, and ends when the run has: then what
@@ -294,7 +294,8 @@ class Trainer:
                 of; None shows it as `config.progress` says.
 
         Returns:
-            The results by step, and as "final" of what the run ended with.
+            The results, as those of `evaluate`, by step; and as "final" of
+            what the run ended with.
 
         Raises:
             Stopped: a signal ended it.
@@ -392,7 +393,7 @@ class Trainer:
 
     def _measure(
         self, evaluator: Evaluator, stop_requested: Callable[[], bool]
-    ) -> Logs | None:
+    ) -> dict[str, Any] | None:
         callbacks = CallbackRunner([], model=self._parts.whole, params={})
         return evaluator(callbacks, stop_requested, self._step)
 
@@ -450,7 +451,9 @@ class Trainer:
             dataclasses.replace(checkpoint, arrays=arrays),
         )
 
-    def _show_result(self, checkpoint: Checkpoint, logs: Logs) -> None:
+    def _show_result(
+        self, checkpoint: Checkpoint, logs: dict[str, Any]
+    ) -> None:
         scalars = {k: v for k, v in logs.items() if isinstance(v, float)}
         reporter = make_reporter(self.config.progress)
         reporter.validation(checkpoint.step, scalars)
