@@ -92,24 +92,25 @@ class RunLog:
         self._states: dict[str, JSON] = {}
         self._failed: list[tuple[_Entry, Exception]] = []
         self._forget = set(dropped)
+        self._claimed: list[SummaryManager] = []
         _refuse_links(run_dir / SUMMARIES)
         self._metrics = JsonLinesSink(run_dir)
         self._timing = storage.JsonLines(run_dir / TIMING)
         self._others: list[_Entry] = []
         self.inexact: list[str] = []
+        for name in sinks:
+            if name == "csv":
+                self._add(CSV, CsvSink(run_dir), is_own=True)
+            elif name != "tensorboard":
+                self._make(name)
+        # Pictures are given away by managers, and so are written last. (And
+        # whatever is refused above, no manager is claimed for good.)
         for kind, manager in self._managers(sinks, managers or {}, run_id):
             sink = ManagerSink(kind, manager)
             if sink.inexact:
                 self.inexact.append(sink.inexact)
             is_own = isinstance(manager, SummaryManager)
             self._add(f"{SUMMARIES}/{kind}", sink, is_own)
-        for name in sinks:
-            if name == "csv":
-                self._add(CSV, CsvSink(run_dir), is_own=True)
-            elif name != "tensorboard":
-                self._make(name)
-        # Pictures are given away by managers, and so are written last.
-        self._others.sort(key=lambda each: isinstance(each.sink, ManagerSink))
 
     def _managers(
         self,
@@ -128,6 +129,7 @@ class RunLog:
                 manager is not each for _, each in found
             ):
                 manager.claim(f"-{kind}-{run_id}")
+                self._claimed.append(manager)
             found.append((kind, manager))
         return found
 
@@ -254,8 +256,10 @@ class RunLog:
             ) from error
 
     def close(self) -> None:
-        """Flush and close; idempotent."""
+        """Flush and close, and let managers go; idempotent."""
         with contextlib.ExitStack() as stack:
+            while self._claimed:  # called last: nothing is open any more
+                stack.callback(self._claimed.pop().release)
             stack.callback(self._timing.close)
             stack.callback(self._metrics.close)
             for entry in self._others:

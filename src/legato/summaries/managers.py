@@ -134,8 +134,19 @@ class SummaryManager(SummaryManagerInterface):
         """
         if ending != self._ending:
             self.close()
-            self._ending = ending
-            self._files, self._writers = {}, {}
+            self._write_files(ending)
+
+    def release(self) -> None:
+        """From now on write files of no run.
+
+        To be called when it is closed: what could not be written is let go,
+        for no checkpoint counts it.
+        """
+        self._write_files("")
+
+    def _write_files(self, ending: str) -> None:
+        self._ending = ending
+        self._files, self._writers = {}, {}
 
     def summary_writer(self, relative_path: str = "") -> SummaryWriter:
         """See `SummaryManagerInterface`.
