@@ -9,11 +9,13 @@ from typing import Any
 
 from legato import backends
 from legato.backends import Compilation, LoopMode
+from legato.checkpoint import Checkpoint
 from legato.config import TrainerConfig
 from legato.data import DataSource
 from legato.errors import DamagedError, LegatoWarning
 from legato.evaluation import MAX_CAPACITY, loop_capacity
 from legato.schedule import Schedule
+from legato.task import Task
 
 # From here on some ten seconds of compilation are worth it.
 _LONG_RUN_STEPS = 5000
@@ -122,3 +124,21 @@ def make_schedule(
         summary_interval=config.summary_interval,
         skipped=skipped,
     )
+
+
+def choose_seed(
+    task: Task, config: TrainerConfig, checkpoint: Checkpoint | None
+) -> int:
+    """The seed of the order of the data: that which the run began with.
+
+    Raises:
+        DamagedError: the one in the checkpoint is none.
+    """
+    seed = task.order_seed
+    if seed is None:
+        return config.seed
+    if checkpoint is not None:
+        seed = checkpoint.host.get("seed")
+    if type(seed) is not int:
+        raise DamagedError(f"The saved seed is {seed!r:.80}.")
+    return seed

@@ -19,7 +19,6 @@ from legato.data import Feed, join_arrays, split_arrays
 from legato.errors import (
     BadLossError,
     CheckpointError,
-    DamagedError,
     ExactnessError,
     ExactnessWarning,
     Interrupted,
@@ -27,7 +26,7 @@ from legato.errors import (
 )
 from legato.interrupts import Interrupts
 from legato.parts import Parts
-from legato.program import choose_program, make_schedule
+from legato.program import choose_program, choose_seed, make_schedule
 from legato.progress import VERBOSE, make_reporter
 from legato.recorder import Recorder
 from legato.recovery import Recovery, watch_losses
@@ -110,7 +109,7 @@ class Session:
         if before is None:
             restoring.check_resume(config.resume, run_dir, self._store.steps())
         self._checkpoint = self._recovery.find_checkpoint(self._store)
-        self._seed = self._choose_seed()
+        self._seed = choose_seed(parts.task, config, self._checkpoint)
         self._reporter = make_reporter(config.progress)
         self._interrupts = interrupts
         interrupts.before_exit = self._store.wait
@@ -141,17 +140,6 @@ class Session:
         finally:
             self._callbacks.close()
             self._log.close()
-
-    def _choose_seed(self) -> int:
-        """The seed of the order of the data: that which the run began with."""
-        seed = self._parts.task.order_seed
-        if seed is None:
-            return self._config.seed
-        if self._checkpoint is not None:
-            seed = self._checkpoint.host.get("seed")
-        if type(seed) is not int:
-            raise DamagedError(f"The saved seed is {seed!r:.80}.")
-        return seed
 
     def _make_callbacks(
         self,
