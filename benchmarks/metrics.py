@@ -33,15 +33,22 @@ then."""
 WAITING = 0.15
 SUMMARIES = 0.02
 
-EPOCHS = 7
+EPOCHS = 6
 """Of which the first compiles, and is not counted."""
+
+MLP_STEPS = {"jax": 4096, "tensorflow": 2048, "torch": 512}
+"""In an epoch: enough for what happens at its end not to count."""
 
 LENGTH, FEATURES, CLASSES = 16, 32, 10
 
 
 def mlp() -> tuple[keras.Model, tuple, int]:
     """The model, its data, the size of a batch."""
-    return model.build_model(), model.make_data(32 * 512), 32
+    return (
+        model.build_model(),
+        model.make_data(32 * MLP_STEPS[keras.config.backend()]),
+        32,
+    )
 
 
 def lstm() -> tuple[keras.Model, tuple, int]:
@@ -72,10 +79,10 @@ def transformer() -> tuple[keras.Model, tuple, int]:
 
 
 def sequences() -> tuple[np.ndarray, np.ndarray]:
-    """Random sequences and their classes, 64 batches of them."""
+    """Random sequences and their classes, 256 batches of them."""
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(2048, LENGTH, FEATURES)).astype("float32")
-    return features, rng.integers(0, CLASSES, 2048).astype("int32")
+    features = rng.normal(size=(8192, LENGTH, FEATURES)).astype("float32")
+    return features, rng.integers(0, CLASSES, 8192).astype("int32")
 
 
 MODELS = {"MLP": mlp, "LSTM": lstm, "transformer": transformer}
@@ -116,24 +123,55 @@ def seconds_per_epoch(timer: Timer) -> float:
     return statistics.median(np.diff(timer.ends).tolist())
 
 
+class Classes(legato.Task):
+    """One of the models, with metrics."""
+
+    def __init__(self, make: Callable, metrics: Callable[[], list]) -> None:
+        self._make = make
+        self._metrics = metrics
+
+    def build_model(self):  # noqa: D102
+        return self._make()[0]
+
+    def build_optimizer(self):  # noqa: D102
+        return keras.optimizers.Adam(1e-3)
+
+    def build_inputs(self, split):  # noqa: D102
+        if split == "validation":
+            return None
+        return legato.ArraySource(self._make()[1], batch_size=32)
+
+    def build_losses(self, labels, model_outputs, aux_losses=None):  # noqa: D102
+        return model.build_loss()(labels, model_outputs)
+
+    def build_metrics(self, training):  # noqa: D102
+        return self._metrics()
+
+
 def by_legato(
-    make: Callable, metrics: Callable[[], Any], when: Any = None
+    make: Callable,
+    metrics: Callable[[], list],
+    every: int = 1,
+    summary_interval: int = 0,
 ) -> Callable[[], float]:
-    """Seconds of an epoch with `legato.fit`; `when` for each metric."""
+    """Seconds of an epoch with legato; each metric every so many steps."""
 
     def measure() -> float:
-        network, (x, y), batch_size = make()
-        network.compile(keras.optimizers.Adam(1e-3), model.build_loss())
-        chosen = metrics()
-        if when is not None:
-            chosen = dict.fromkeys(chosen, when)
         timer = Timer()
         with tempfile.TemporaryDirectory() as run_dir:
-            legato.fit(
-                network, x, y, batch_size=batch_size, epochs=EPOCHS, verbose=0,
-                callbacks=[timer], run_dir=run_dir,
-                train_metrics=chosen or None,
-            )  # fmt: skip
+            legato.Trainer(
+                Classes(make, metrics),
+                run_dir=run_dir,
+                config=legato.TrainerConfig(
+                    epochs=EPOCHS,
+                    train_metrics_interval=every,
+                    # A summary reads results too, and is measured apart.
+                    summary_interval=summary_interval,
+                    checkpoint_interval=10**6,
+                    progress="none",
+                ),
+                callbacks=[timer],
+            ).train()
         return seconds_per_epoch(timer)
 
     return measure
@@ -207,8 +245,8 @@ def dear_metric(rounds: int) -> list[engine.Row]:
     times = engine.in_turns(
         {
             "off": by_legato(mlp, list),
-            "always": by_legato(mlp, auc, legato.Every(1)),
-            "now and then": by_legato(mlp, auc, legato.Every(50)),
+            "always": by_legato(mlp, auc),
+            "now and then": by_legato(mlp, auc, every=50),
             "fit, off": by_keras(mlp, list),
             "fit, on": by_keras(mlp, auc),
         },
@@ -304,55 +342,16 @@ def host_metrics(rounds: int) -> list[engine.Row]:
     return rows
 
 
-class Classes(legato.Task):
-    """One of the models, with three metrics."""
-
-    def __init__(self, make: Callable) -> None:
-        self._make = make
-
-    def build_model(self):  # noqa: D102
-        return self._make()[0]
-
-    def build_optimizer(self):  # noqa: D102
-        return keras.optimizers.Adam(1e-3)
-
-    def build_inputs(self, split):  # noqa: D102
-        if split == "validation":
-            return None
-        return legato.ArraySource(self._make()[1], batch_size=32)
-
-    def build_losses(self, labels, model_outputs, aux_losses=None):  # noqa: D102
-        return model.build_loss()(labels, model_outputs)
-
-    def build_metrics(self, training):  # noqa: D102
-        return cheap()
-
-
 def summaries(rounds: int) -> list[engine.Row]:
     """Every 10 steps, against none."""
-
-    def training(make: Callable, interval: int) -> Callable[[], float]:
-        def measure() -> float:
-            timer = Timer()
-            with tempfile.TemporaryDirectory() as run_dir:
-                legato.Trainer(
-                    Classes(make),
-                    run_dir=run_dir,
-                    config=legato.TrainerConfig(
-                        epochs=EPOCHS,
-                        summary_interval=interval,
-                        progress="none",
-                    ),
-                    callbacks=[timer],
-                ).train()
-            return seconds_per_epoch(timer)
-
-        return measure
-
     rows = []
     for name, make in MODELS.items():
         times = engine.in_turns(
-            {"off": training(make, 0), "on": training(make, 10)}, rounds
+            {
+                "off": by_legato(make, cheap),
+                "on": by_legato(make, cheap, summary_interval=10),
+            },
+            rounds,
         )
         share, text = cost(times, "on", "off")
         label = f"{name}, summaries every 10 steps"
