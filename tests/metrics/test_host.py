@@ -201,10 +201,12 @@ def test_it_runs_beside_the_rest(tmp_path):
     spans = {}
     for metric in (Kept(), Slow()):
         evaluator = trainer._evaluator([metric])
-        for _ in range(2):  # the first compiles
+        times = []
+        for _ in range(4):  # the first compiles
             began = time.perf_counter()
             trainer._measure(evaluator, lambda: False)
-            spans[type(metric)] = time.perf_counter() - began
+            times.append(time.perf_counter() - began)
+        spans[type(metric)] = min(times)
     # Nine batches: 0.45 s more, if they took turns.
     assert spans[Slow] - spans[Kept] < 0.25
 
