@@ -10,6 +10,7 @@ from legato import backends, restoring
 from legato.backends import Compilation, CompiledLoop
 from legato.data import (
     Chunk,
+    DataIterator,
     DataSource,
     Shapes,
     partial_batches,
@@ -201,8 +202,9 @@ class Evaluator:
         if self._host.is_needed:
             self._trace_all()
         means = _Means()
-        # What is broken off will be repeated whole; host metrics may draw.
-        random = restoring.get_random_state() if self._host.is_needed else None
+        # What is broken off will be repeated whole; data and host metrics may
+        # draw from the global generators.
+        random = restoring.get_random_state()
         found: tuple[dict[str, Any], dict[str, Any]] | None = ({}, {})
 
         def gives_up() -> bool:
@@ -212,13 +214,16 @@ class Evaluator:
             host = None
             if self._host.is_needed:
                 host = stack.enter_context(self._host.begin(step, gives_up))
-            if not self._measure(means, hooks, gives_up, host):
+            iterator = self._source.iterate(
+                seed=self._seed, capacity=self._capacity
+            )
+            stack.callback(iterator.close)
+            if not self._measure(iterator, means, hooks, gives_up, host):
                 found = None
             elif host is not None:
                 found = host.finish()
         if found is None:
-            if random is not None:
-                restoring.set_random_state(*random)
+            restoring.set_random_state(*random)
             return None
         results, reduced = found
         logs = self._logs(means)
@@ -236,6 +241,7 @@ class Evaluator:
 
     def _measure(
         self,
+        iterator: DataIterator,
         means: "_Means",
         hooks: TestHooks,
         gives_up: Callable[[], bool],
@@ -245,9 +251,6 @@ class Evaluator:
         done = 0
         # Of the step before: the device is not waited for at each batch.
         late: list[tuple[Chunk, list[str], Any]] = []
-        iterator = self._source.iterate(
-            seed=self._seed, capacity=self._capacity
-        )
         while done < self._num_batches:
             if gives_up():
                 return False
@@ -271,7 +274,6 @@ class Evaluator:
                 break
         for each in late:
             means.add(*each)
-        iterator.close()
         return True
 
     def _logs(self, means: "_Means") -> Logs:

@@ -219,7 +219,9 @@ class Recorder:
             clock.step,
             {k: v for k, v in logs.items() if k not in clock.validation_logs},
         )
-        self.best.warn_if_unknown(logs)
+        # (The first validation may be due in a later epoch.)
+        if clock.validation_logs or self._schedule.validation_interval is None:
+            self.best.warn_if_unknown(logs)
 
 
 def _by_name(logs: Logs) -> Logs:

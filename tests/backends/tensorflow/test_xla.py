@@ -284,7 +284,12 @@ def test_embeddings_and_attention_gain():
 def train(name, run_dir, **config):
     trainer = SCENARIOS[name].trainer(
         run_dir,
-        **{"train_steps": 12, "validation_interval": None, **config},
+        **{
+            "train_steps": 12,
+            "validation_interval": None,
+            "best_metric": None,
+            **config,
+        },
     )
     trainer.train()
     return trainer
