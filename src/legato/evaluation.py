@@ -279,14 +279,10 @@ class Evaluator:
     def _logs(self, means: "_Means") -> Logs:
         """Means and metrics, or what the last batch's own step reported."""
         results = self._results()
-        match self._task.validation_logs:
-            case LogStyle.OWN:
-                own = results if results.keys() == means.last.keys() else None
-                return dict(sorted((own or means.last).items()))
-            case style:
-                logs = means.read() | results
-                running = style is LogStyle.RUNNING
-                return dict(sorted(logs.items())) if running else logs
+        if self._task.validation_logs is LogStyle.OWN:
+            same = results.keys() == means.last.keys()
+            return results if same else means.last
+        return means.read() | results
 
     def build(self) -> None:
         """Trace the step, so that lazily made variables exist."""
@@ -298,10 +294,10 @@ class Evaluator:
         A trace leaves the global random state as it was before: what host
         metrics draw meanwhile would be drawn again.
         """
-        operands = self._source.example(self._capacity)
-        self._loop(operands)
+        self.build()
         is_whole = self._num_batches == self._source.batches_per_epoch
         if is_whole and self._source.partial_batch_size:
+            operands = self._source.example(self._capacity)
             self._loop(partial_batches(self._source, operands))
 
     def _run(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -37,13 +37,22 @@ def flat_logs(logs: Mapping[str, Any], prefix: str = "") -> Logs:
             (images, texts) is for summaries alone.
         prefix: of all names.
     """
-    flat: Logs = {}
-    for name, value in logs.items():
+    return {
+        name: value
+        for name, value in flatten(logs, prefix)
+        if isinstance(value, float) or _is_numbers(value)
+    }
+
+
+def flatten(
+    values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """All values, with the names of the groups that they are in."""
+    for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= flat_logs(value, f"{prefix}{name}/")
-        elif isinstance(value, float) or _is_numbers(value):
-            flat[prefix + name] = value
-    return flat
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _is_numbers(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from legato import storage
 from legato.errors import RestoreError, SummaryError
 from legato.summaries.values import as_array, is_image
-from legato.types import JSON
+from legato.types import JSON, flatten
 
 METRICS = "metrics.jsonl"
 CSV = "summaries.csv"
@@ -112,17 +112,6 @@ class CsvSink(_FileSink):
                 rows.writerow((kind, step, name, repr(value)))
         # (What is no text in UTF-8 is no text in JSON either.)
         self._file.append_bytes(text.getvalue().encode("utf-8", "replace"))
-
-
-def flatten(
-    values: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """All values, with the names of the groups that they are in."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
