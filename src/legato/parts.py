@@ -10,7 +10,7 @@ from legato import backends
 from legato.compat.keras_names import fresh_names
 from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig, nearest
-from legato.data import DataSource
+from legato.data import DataSource, task_source
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
 from legato.identity import describe_program
@@ -128,7 +128,12 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
             f"{name}.build_metrics returned a metric named {task.loss!r}, "
             "which is the name of the loss. Give it another `name`."
         )
-    source = _check_source(task, "train", task.build_inputs("train"))
+    source = _build_source(task, "train", config.steps_per_epoch)
+    if source is None:
+        raise ConfigError(
+            f'{name}.build_inputs("train") returned None: give the data to '
+            "train on."
+        )
     return Parts(
         task=task,
         model=model,
@@ -214,24 +219,28 @@ def _build_metrics(
 def _build_evaluator(
     task: Task, model: Any, config: TrainerConfig
 ) -> Evaluator | None:
-    source = task.build_inputs("validation")
+    source = _build_source(task, "validation", config.validation_steps)
     if source is None:
         return None
     return Evaluator(
         task,
         model,
-        _check_source(task, "validation", source),
+        source,
         list(_build_metrics(task, training=False, default=Every(1))),
         seed=config.seed,
         max_batches=config.validation_steps,
     )
 
 
-def _check_source(task: Task, split: str, source: Any) -> DataSource:
-    if not isinstance(source, DataSource):
-        raise ConfigError(
-            f"{type(task).__name__}.build_inputs({split!r}) returned "
-            f"{type(source).__name__}: it must return a data source, such as "
-            "legato.ArraySource((features, labels), batch_size=32)."
-        )
-    return source
+def _build_source(
+    task: Task, split: str, num_batches: int | None
+) -> DataSource | None:
+    data = task.build_inputs(split)
+    if data is None:
+        return None
+    return task_source(
+        data,
+        f"{type(task).__name__}.build_inputs({split!r})",
+        shuffle=split == "train",
+        steps_per_epoch=num_batches,
+    )

@@ -8,7 +8,6 @@ import keras
 import numpy as np
 
 from legato.backends import value_and_grad
-from legato.data import DataSource
 from legato.errors import ConfigError, StepError
 from legato.metrics import HostMetric, HostStepMetric, StepMetric
 from legato.rng import kept_host_state
@@ -71,14 +70,19 @@ class Task:
         """Make the optimizer, or a dict of them by name."""
         raise _missing(self, "build_optimizer", "a Keras optimizer")
 
-    def build_inputs(self, split: str) -> DataSource | None:
+    def build_inputs(self, split: str) -> Any:
         """Make the data of a split.
 
         Args:
             split: "train" or "validation".
 
         Returns:
-            A data source, such as `legato.ArraySource`; None for a validation
+            A data source, such as `legato.ArraySource`; or what gives
+            batches, nested in any way: a `keras.utils.PyDataset`, a
+            `tf.data.Dataset`, a PyTorch `DataLoader`, a Grain dataset or
+            loader, a generator, any object that can be iterated over again
+            and again. Plain arrays, `(features, labels)`, are given in
+            batches of 32, and shuffled in training. None for a validation
             split that there is not.
         """
         del split

@@ -7,7 +7,7 @@ sources of all that `keras.Model.fit` takes, `feed` keeps the device fed,
 
 from legato.data.arrays import ArraySource
 from legato.data.feed import Feed
-from legato.data.fitting import fit_source, split_validation
+from legato.data.fitting import fit_source, split_validation, task_source
 from legato.data.source import (
     ArraySpec,
     Chunk,
@@ -35,4 +35,5 @@ __all__ = [
     "shapes_of",
     "split_arrays",
     "split_validation",
+    "task_source",
 ]

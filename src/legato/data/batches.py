@@ -65,23 +65,24 @@ class Layout:
     """What all batches of a source have in common, learnt from the first.
 
     Args:
-        first: a standardised batch.
+        first: a batch, as `standardise` returns it or nested in any way.
         what: what gave it, for messages.
 
     Raises:
         DataError: it holds no array, or something that is none.
     """
 
-    def __init__(self, first: tuple[Any, ...], what: str) -> None:
+    def __init__(self, first: Any, what: str) -> None:
         self._what = what
         self._structure = Structure(first)
-        if not Structure.leaves(first[0]):
+        x = first[0] if isinstance(first, tuple) and first else first
+        if not Structure.leaves(x):
             raise DataError(f"{what} gave a batch without any x.")
         self._dtypes: list[np.dtype] = []
         self.first = [leaf.copy() for leaf in self.leaves(first)]
         self._dtypes = [leaf.dtype for leaf in self.first]
 
-    def leaves(self, batch: tuple[Any, ...]) -> Leaves:
+    def leaves(self, batch: Any) -> Leaves:
         """The arrays of a batch, with the dtypes of the device.
 
         Raises:

@@ -1,9 +1,9 @@
-"""What `keras.Model.fit` takes as data, as data sources.
+"""What `keras.Model.fit` takes as data, or a Task returns, as data sources.
 
-The rules are Keras's own (`keras.src.trainers.data_adapters`), and so are the
-batches: `(x,)`, `(x, y)` or `(x, y, sample_weight)`, nested as the user's data
-are. Where Keras fails deep inside, or passes over an argument in silence, the
-argument is named here.
+The rules of `fit` are Keras's own (`keras.src.trainers.data_adapters`), and so
+are the batches: `(x,)`, `(x, y)` or `(x, y, sample_weight)`, nested as the
+user's data are. Where Keras fails deep inside, or passes over an argument in
+silence, the argument is named here. Those of a Task are left as they are.
 """
 
 import math
@@ -42,10 +42,10 @@ def fit_source(
 
     Args:
         x: the features: arrays of any library, or lists, tuples and dicts of
-            them; or all of the data: a `keras.utils.PyDataset`, a
-            `tf.data.Dataset`, a PyTorch `DataLoader`, a Grain dataset or
-            loader, a generator, or any object that gives batches when it is
-            iterated over, again and again.
+            them; or all of the data: a `legato.DataSource`, a
+            `keras.utils.PyDataset`, a `tf.data.Dataset`, a PyTorch
+            `DataLoader`, a Grain dataset or loader, a generator, or any object
+            that gives batches when it is iterated over, again and again.
         y: the targets, if x are arrays; None may stand for those of an output.
         sample_weight: weights of the examples, if x are arrays: one array for
             all outputs, or as many as y.
@@ -73,6 +73,16 @@ def fit_source(
     _check_class_weight(class_weight)
     if x is None:
         raise DataError(f"{name}=None: give the data to train on.")
+    if isinstance(x, DataSource):
+        _refuse_beside(
+            x,
+            name,
+            y=y,
+            sample_weight=sample_weight,
+            batch_size=batch_size,
+            class_weight=class_weight,
+        )
+        return x
     if not _are_arrays((x, y, sample_weight)):
         return _batch_source(
             x,
@@ -94,6 +104,41 @@ def fit_source(
         class_weight=class_weight,
         steps_per_epoch=steps_per_epoch,
         name=name,
+    )
+
+
+def task_source(
+    data: Any, name: str, *, shuffle: bool, steps_per_epoch: int | None = None
+) -> DataSource:
+    """What `Task.build_inputs` returned.
+
+    Args:
+        data: a source; or arrays, which become an `ArraySource` of batches of
+            32; or what gives batches: see `fit_source`. Batches may be nested
+            in any way.
+        name: what the caller calls it, for messages.
+        shuffle: a new order in each epoch, for arrays and PyDatasets.
+        steps_per_epoch: see `fit_source`. Of data that can be read only once
+            these are all, where `shuffle` is False: for validation.
+
+    Raises:
+        DataError: they are none.
+    """
+    if isinstance(data, DataSource):
+        return data
+    if _are_arrays(data):
+        return ArraySource(data, _BATCH_SIZE, shuffle=shuffle)
+    return _batch_source(
+        data,
+        None,
+        None,
+        batch_size=None,
+        shuffle=shuffle,
+        class_weight=None,
+        steps_per_epoch=steps_per_epoch,
+        name=name,
+        keep=not shuffle,
+        as_given=True,
     )
 
 
@@ -159,26 +204,15 @@ def _batch_source(
     steps_per_epoch: int | None,
     name: str,
     keep: bool,
+    as_given: bool = False,
 ) -> DataSource:
     """A source of what gives batches by itself."""
     is_py = isinstance(x, keras.utils.PyDataset)
     if not is_py and not _is_iterable(x):
         _refuse(x, y, sample_weight, name)
-    given = {
-        "y": (y, "the targets come with the batches: (x, y)"),
-        "sample_weight": (
-            sample_weight,
-            "the weights come with the batches: (x, y, sample_weight)",
-        ),
-        "batch_size": (batch_size, "it makes the batches itself"),
-    }
-    for argument, (value, rule) in given.items():
-        if value is not None:
-            shown = f"={value}" if argument == "batch_size" else ""
-            raise DataError(
-                f"{argument}{shown} was given with {name} of type "
-                f"{type(x).__name__}: {rule}. Leave {argument} out."
-            )
+    _refuse_beside(
+        x, name, y=y, sample_weight=sample_weight, batch_size=batch_size
+    )
     if is_py:
         return PyDatasetSource(
             x,
@@ -186,6 +220,7 @@ def _batch_source(
             class_weight=class_weight,
             steps_per_epoch=steps_per_epoch,
             name=name,
+            as_given=as_given,
         )
     reader = _reader(x)
     if keep and isinstance(reader, OneShot) and steps_per_epoch is not None:
@@ -195,7 +230,28 @@ def _batch_source(
         class_weight=class_weight,
         steps_per_epoch=steps_per_epoch,
         name=name,
+        as_given=as_given,
     )
+
+
+_BESIDE = {
+    "y": "the targets come with the batches: (x, y)",
+    "sample_weight": "the weights come with the batches: (x, y, sample_weight)",
+    "batch_size": "it makes the batches itself",
+    "class_weight": "the weights come with the batches: (x, y, sample_weight)",
+}
+
+
+def _refuse_beside(x: Any, name: str, **given: Any) -> None:
+    """What is no argument beside data that give whole batches."""
+    for argument, value in given.items():
+        if value is not None:
+            shown = f"={value}" if argument == "batch_size" else ""
+            raise DataError(
+                f"{argument}{shown} was given with {name} of type "
+                f"{type(x).__name__}: {_BESIDE[argument]}. Leave {argument} "
+                "out."
+            )
 
 
 def _is_iterable(x: Any) -> bool:

@@ -42,6 +42,8 @@ class IterableSource(BatchSource):
         steps_per_epoch: the length of an epoch. Data that end sooner begin
             anew in mid-epoch.
         name: what the caller calls the data, for messages.
+        as_given: batches are nested in any way, and stay so; not those of
+            `fit`.
 
     Raises:
         DataError: the data have no end, or can be read once only, and
@@ -55,8 +57,10 @@ class IterableSource(BatchSource):
         class_weight: Mapping[int, float] | None = None,
         steps_per_epoch: int | None = None,
         name: str = "x",
+        as_given: bool = False,
     ) -> None:
         self.reader = reader
+        self._as_given = as_given
         self.is_one_shot = reader.one_shot
         self.what = f"{name} ({reader.kind})"
         self._class_weight = class_weight
@@ -102,7 +106,7 @@ class IterableSource(BatchSource):
             )
         return layout, not self.reader.notes
 
-    def _first(self) -> tuple[Any, ...]:
+    def _first(self) -> Any:
         """The first batch of the first pass, and all as it was before."""
         passes = self.reader.open()
         with streams.kept():
@@ -147,7 +151,9 @@ class IterableSource(BatchSource):
             if tracked.look().state is not None:
                 tracked.reset()
 
-    def _standardised(self, batch: Any) -> tuple[Any, ...]:
+    def _standardised(self, batch: Any) -> Any:
+        if self._as_given:
+            return batch
         return standardise(batch, self._class_weight, self.what)
 
     def leaves(self, batch: Any) -> Leaves:

@@ -47,6 +47,8 @@ class PyDatasetSource(BatchSource):
         steps_per_epoch: the length of an epoch for the hooks, where that is
             not a whole pass.
         name: what the caller calls it, for messages.
+        as_given: batches are nested in any way, and stay so; not those of
+            `fit`.
 
     Raises:
         DataError: it has no length and `steps_per_epoch` is None, or its
@@ -61,8 +63,10 @@ class PyDatasetSource(BatchSource):
         class_weight: Mapping[int, float] | None = None,
         steps_per_epoch: int | None = None,
         name: str = "x",
+        as_given: bool = False,
     ) -> None:
         self.dataset = dataset
+        self._as_given = as_given
         self.what = f"{name} ({type(dataset).__name__})"
         self.length = self._count()
         if self.length is None and steps_per_epoch is None:
@@ -103,10 +107,11 @@ class PyDatasetSource(BatchSource):
             return None
         return check_count(count, f"The length of {self.what}")
 
-    def _standardised(self, index: int) -> tuple[Any, ...]:
-        return standardise(
-            self.dataset[index], self._class_weight, f"{self.what}[{index}]"
-        )
+    def _standardised(self, index: int) -> Any:
+        batch = self.dataset[index]
+        if self._as_given:
+            return batch
+        return standardise(batch, self._class_weight, f"{self.what}[{index}]")
 
     def draw(self, index: int) -> Leaves:
         """The arrays of one batch."""
