@@ -164,7 +164,8 @@ def test_a_task_may_return_plain_arrays(tmp_path):
 )
 def test_what_is_no_data_is_named(data, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        train(Pairs(data), tmp_path)
+        train(Pairs(data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_data_to_train_on(tmp_path):

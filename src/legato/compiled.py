@@ -78,6 +78,7 @@ class CompiledTask(Task):
         batch = train.batch_spec(train.full_batch_size)
         with_compiled = any(each.is_compiled for each in used)
         keras_models.build(model, batch, with_compiled=with_compiled)
+        self.label_classes = keras_models.label_classes(model, batch)
         for argument, asked, each in zip(
             ("train_metrics", "validation_metrics"),
             (train_metrics, validation_metrics),

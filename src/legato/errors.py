@@ -59,6 +59,10 @@ class BadLossError(StepError):
         self.step = step
         self.loss = loss
 
+    def explain(self, why: str) -> None:
+        """Add a sentence to the message."""
+        self.args = (f"{self} {why}", *self.args[1:])
+
 
 class NonFiniteLossError(BadLossError):
     """The loss became NaN or infinite."""

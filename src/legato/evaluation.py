@@ -12,6 +12,7 @@ from legato.data import (
     Chunk,
     DataIterator,
     DataSource,
+    InputChecks,
     Shapes,
     partial_batches,
     shapes_of,
@@ -96,6 +97,7 @@ class Evaluator:
         metrics: what is measured beside the step's own logs.
         seed: of the order, where the source has one.
         max_batches: how many batches; None takes the whole split.
+        checks: looks at each batch before it is used; None: nobody does.
 
     Attributes:
         metrics: as given.
@@ -112,8 +114,10 @@ class Evaluator:
         *,
         seed: int,
         max_batches: int | None = None,
+        checks: InputChecks | None = None,
     ) -> None:
         self._task = task
+        self._checks = checks
         self._model = model
         self._source = source
         self.metrics = metrics
@@ -307,6 +311,8 @@ class Evaluator:
 
         None for the logs if the host gave up.
         """
+        if self._checks is not None:
+            self._checks.check(chunk, step)
         loop = self._loop(chunk.operands)
         logs = loop(step, chunk.num_batches, chunk.operands)
         if isinstance(logs, tuple):

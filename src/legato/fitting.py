@@ -49,6 +49,7 @@ def fit(
     keep_last: int | None = 3,
     train_metrics: TrainMetrics = "compiled",
     validation_metrics: ValidationMetrics = "compiled",
+    check_numerics: bool = False,
     exact: Literal["strict", "warn", "off"] = "warn",
     resume: Literal["auto", "must", "never", "override"] = "auto",
 ) -> keras.callbacks.History:
@@ -97,6 +98,9 @@ def fit(
             it, or a dict `{metric: legato.Every(50)}` takes others; None
             leaves all out of the compiled step. The loss is always measured.
         validation_metrics: "compiled", a list of metrics, or None.
+        check_numerics: look at every batch before it is used, for NaN,
+            infinities and labels out of range, and name the example. (Labels
+            in arrays are looked at in any case.)
         exact: what to do about something that keeps resuming from being
             exact: refuse ("strict"), warn once ("warn"), or nothing ("off").
         resume: "auto" resumes if there is something to resume, "must" refuses
@@ -143,6 +147,7 @@ def fit(
         validation_steps=validation_steps,
         checkpoint_interval=checkpoint_interval,
         keep_last=keep_last,
+        check_numerics=check_numerics,
         exact=exact,
         resume=resume,
         # As in Keras: a NaN is TerminateOnNaN's to act upon.

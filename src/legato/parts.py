@@ -10,7 +10,7 @@ from legato import backends
 from legato.compat.keras_names import fresh_names
 from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig, nearest
-from legato.data import DataSource, task_source
+from legato.data import DataSource, InputChecks, task_source
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
 from legato.identity import describe_program
@@ -33,6 +33,7 @@ class Parts:
         metrics: the training metrics, and when each is updated; empty where
             they are off.
         source: the training data.
+        checks: of the training data.
         evaluator: of the validation split; None if there is none.
         program: what the Task and the optimizers are, to compare runs by.
         initial_rates: the learning rates before anything was trained.
@@ -45,6 +46,7 @@ class Parts:
     optimizers: dict[str, keras.optimizers.Optimizer]
     metrics: dict[keras.metrics.Metric, When]
     source: DataSource
+    checks: InputChecks
     evaluator: Evaluator | None
     program: dict[str, JSON]
     initial_rates: dict[str, float]
@@ -142,6 +144,7 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
         optimizers=optimizers,
         metrics=metrics,
         source=source,
+        checks=_build_checks(task, source, "The training data"),
         evaluator=_build_evaluator(task, model, config),
         # Described now: callbacks may change them.
         program=describe_program(task, optimizer),
@@ -222,6 +225,7 @@ def _build_evaluator(
     source = _build_source(task, "validation", config.validation_steps)
     if source is None:
         return None
+    checks = _build_checks(task, source, "The validation data")
     return Evaluator(
         task,
         model,
@@ -229,6 +233,7 @@ def _build_evaluator(
         list(_build_metrics(task, training=False, default=Every(1))),
         seed=config.seed,
         max_batches=config.validation_steps,
+        checks=checks if config.check_numerics else None,
     )
 
 
@@ -244,3 +249,10 @@ def _build_source(
         shuffle=split == "train",
         steps_per_epoch=num_batches,
     )
+
+
+def _build_checks(task: Task, source: DataSource, what: str) -> InputChecks:
+    """Also looks at the labels at once, where that costs next to nothing."""
+    checks = InputChecks(source, what, task.label_classes)
+    checks.check_labels()
+    return checks

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from legato.config import TrainerConfig
-from legato.data import Chunk
+from legato.data import Chunk, InputChecks
 from legato.errors import ConfigError, LegatoWarning
 from legato.metrics import Results
 from legato.progress import ProgressReporter
@@ -41,6 +41,7 @@ class Recorder:
         log: where summaries go.
         reporter: where progress goes.
         watch: looks at each loss.
+        checks: looks at the inputs where a loss is bad.
 
     Attributes:
         best: the best value so far.
@@ -60,6 +61,7 @@ class Recorder:
         log: RunLog,
         reporter: ProgressReporter,
         watch: LossWatch,
+        checks: InputChecks,
     ) -> None:
         self.best = Best(config, directions)
         self._task = task
@@ -72,6 +74,7 @@ class Recorder:
         self._log = log
         self._reporter = reporter
         self._watch = watch
+        self._checks = checks
         self._timed_from = time.perf_counter(), 0
 
     def start(self) -> None:
@@ -111,7 +114,7 @@ class Recorder:
         columns = rows.T.tolist()
         for name, column in zip(names, columns, strict=True):
             if name == self._task.loss:
-                self._watch.check(column, clock.step)
+                self._check_losses(column, chunk)
             epoch = clock.epoch_logs.get(name, 0.0)
             interval = clock.interval_logs.get(name, 0.0)
             for value in column:
@@ -126,6 +129,14 @@ class Recorder:
             for name, column in zip(names, columns, strict=True)
         }
         self._reporter.update(clock.step, clock.last_logs)
+
+    def _check_losses(self, losses: Sequence[float], chunk: Chunk) -> None:
+        def explain(step: int) -> str:
+            first = self._clock.step + 1 - chunk.num_batches
+            found = self._checks.explain(chunk, step - first)
+            return f"It is the data: {found}. " if found else ""
+
+        self._watch.check(losses, self._clock.step, explain)
 
     def batch_logs(self) -> Logs:
         """What batch hooks see after a step; see `LogStyle`."""

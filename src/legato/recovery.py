@@ -14,7 +14,7 @@ and in every checkpoint from then on: restarting does not forget the trials.
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from legato import storage
@@ -198,8 +198,7 @@ class Recovery:
         if not self.is_on:
             return None
         if len(self.trials) >= self._max_trials:
-            _explain(
-                error,
+            error.explain(
                 f"Gave up after {len(self.trials)} of recovery_max_trials="
                 f"{self._max_trials} recoveries, which skipped {self._list()}.",
             )
@@ -213,8 +212,7 @@ class Recovery:
                 first = max(1, before - width)
         if not any(step < first for step in steps):
             oldest = f"the oldest is that of {min(steps)}" if steps else "none"
-            _explain(
-                error,
+            error.explain(
                 f"Recovering would take a checkpoint from before step {first}; "
                 f"of those kept, {oldest}. Raise keep_last.",
             )
@@ -307,12 +305,19 @@ class LossWatch:
         self._tolerates = is_expected if policy is None else policy == "warn"
         self._warned = False
 
-    def check(self, losses: Sequence[float], last: int) -> None:
+    def check(
+        self,
+        losses: Sequence[float],
+        last: int,
+        explain: Callable[[int], str],
+    ) -> None:
         """Look at the losses of completed steps.
 
         Args:
             losses: of consecutive steps.
             last: the last of these.
+            explain: a sentence on the inputs of a step; "" if there is
+                nothing to say.
 
         Raises:
             NonFiniteLossError: one is NaN or infinite.
@@ -320,7 +325,7 @@ class LossWatch:
         """
         for step, loss in enumerate(losses, last + 1 - len(losses)):
             if not math.isfinite(loss):
-                self._take_nonfinite(loss, step)
+                self._take_nonfinite(loss, step, explain)
             elif (
                 self._bound is not None
                 and loss > self._bound
@@ -328,20 +333,22 @@ class LossWatch:
             ):
                 raise BadLossError(
                     f"The loss became {loss} at step {step}, above "
-                    f"loss_upper_bound={self._bound}. {_KEPT} Lower the "
-                    "learning rate, clip gradients (clipnorm=), look at the "
-                    "inputs of that batch, or raise the bound.",
+                    f"loss_upper_bound={self._bound}. {explain(step)}{_KEPT} "
+                    "Lower the learning rate, clip gradients (clipnorm=), look "
+                    "at the inputs of that batch, or raise the bound.",
                     step,
                     loss,
                 )
 
-    def _take_nonfinite(self, loss: float, step: int) -> None:
+    def _take_nonfinite(
+        self, loss: float, step: int, explain: Callable[[int], str]
+    ) -> None:
         message = f"The loss became {loss} at step {step}"
         if not self._tolerates:
             raise NonFiniteLossError(
-                f"{message}. {_KEPT} Lower the learning rate, clip gradients "
-                "(clipnorm=), look at the inputs of that batch, set "
-                "recovery_max_trials to go back and skip it, or "
+                f"{message}. {explain(step)}{_KEPT} Lower the learning rate, "
+                "clip gradients (clipnorm=), look at the inputs of that batch, "
+                "set recovery_max_trials to go back and skip it, or "
                 'nonfinite_loss="warn" to go on.',
                 step,
                 loss,
@@ -349,7 +356,9 @@ class LossWatch:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{message}; training goes on.", LegatoWarning, stacklevel=3
+                f"{message}; training goes on. {explain(step)}".rstrip(),
+                LegatoWarning,
+                stacklevel=3,
             )
 
 
@@ -404,7 +413,3 @@ _KEPT = (
     "No checkpoint was written since; resuming repeats the steps before it "
     "exactly."
 )
-
-
-def _explain(error: BadLossError, why: str) -> None:
-    error.args = (f"{error} {why}", *error.args[1:])

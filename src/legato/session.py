@@ -202,6 +202,7 @@ class Session:
             capacity=program.capacity,
             compilation=program.compilation,
             max_steps=config.steps_per_loop,
+            checks=parts.checks if config.check_numerics else None,
         )
         self.steps.compiling = self.compiling
 
@@ -257,6 +258,7 @@ class Session:
                 ends_on_nan=self._callbacks.end_on_nan,
                 is_one_shot=parts.source.is_one_shot,
             ),
+            checks=parts.checks,
         )
         self._name_inexact_data()
         for why in self._log.inexact:

@@ -1,6 +1,7 @@
 """What is learned: model, data, losses, metrics and steps in one object."""
 
 import contextlib
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,12 +34,17 @@ class Task:
         order_seed: of the order of the data, where the caller has seeded
             everything already; None lets the engine seed everything from the
             config.
+        label_classes: how many classes there are for the labels at some
+            places of a batch, such as `{"1": 10}` for batches of (features,
+            labels), or `{"1.digit": 10}`. Labels in arrays are checked before
+            training, others with `TrainerConfig.check_numerics`.
     """
 
     loss = "loss"
     train_logs = LogStyle.MEANS
     validation_logs = LogStyle.MEANS
     order_seed: int | None = None
+    label_classes: Mapping[str, int] = types.MappingProxyType({})
 
     def __getattribute__(self, name: str) -> Any:
         value = object.__getattribute__(self, name)

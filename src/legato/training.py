@@ -13,6 +13,7 @@ from legato.backends import Compilation, CompiledLoop, LoopMode
 from legato.data import (
     Chunk,
     DataSource,
+    InputChecks,
     Shapes,
     partial_batches,
     shapes_of,
@@ -41,6 +42,7 @@ class TrainSteps:
             is None.
         capacity: batches in one device call, which is part of the program.
         max_steps: the most to run in one; None for the capacity.
+        checks: looks at each batch before it is used; None: nobody does.
 
     Attributes:
         compiling: a context around what may compile for long.
@@ -62,7 +64,9 @@ class TrainSteps:
         capacity: int,
         compilation: Compilation = "never",
         max_steps: int | None = None,
+        checks: InputChecks | None = None,
     ) -> None:
+        self._checks = checks
         self.compiling: Callable[[], AbstractContextManager[Any]] = (
             contextlib.nullcontext
         )
@@ -257,8 +261,11 @@ class TrainSteps:
         Raises:
             StepError: a plain attribute of the Task, which the compiled step
                 holds as a constant, changed.
+            DataError: the chunk does not pass the checks.
         """
         self._reads.check()
+        if self._checks is not None:
+            self._checks.check(chunk, step)
         if self._trainable != [each.trainable for each in self._flags]:
             # A callback froze or unfroze layers: the step is another one now.
             self._begin_anew()

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import keras
 from keras.src import backend as keras_backend
+from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.trainers.compile_utils import CompileMetrics
 
 __all__ = ["CompileMetrics"]
@@ -186,13 +187,63 @@ def build_metrics(model: Any, batch: Any, metrics: CompileMetrics) -> None:
     """
     if metrics.built:
         return
+    symbols = _symbols(batch)
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(symbols)
+    y_pred = keras_backend.compute_output_spec(model, x, training=False)
+    keras_backend.compute_output_spec(metrics.update_state, y, y_pred, weight)
 
+
+def label_classes(model: Any, batch: Any) -> dict[str, int]:
+    """How many classes there are for the labels at some places of a batch.
+
+    Known where the loss of an output is the sparse categorical cross-entropy.
+
+    Args:
+        model: a model that is built, with its loss.
+        batch: see `build`.
+
+    Returns:
+        Outputs by the path of their labels: "1", or "1.name".
+    """
+    loss = model._compile_loss
+    sparse = [
+        each.path
+        for each in (loss._flat_losses or [] if loss is not None else [])
+        if _is_sparse(each.loss)
+    ]
+    if not sparse:
+        return {}
+    x, *_ = keras.utils.unpack_x_y_sample_weight(_symbols(batch))
+    y_pred = keras_backend.compute_output_spec(model, x, training=False)
+    shapes = {
+        path: leaf.shape for path, leaf in keras.tree.flatten_with_path(y_pred)
+    }
+    return {
+        ".".join(map(str, (1, *path))): int(shapes[path][-1])
+        for path in map(tuple, sparse)
+        if shapes.get(path) and shapes[path][-1] is not None
+    }
+
+
+def _is_sparse(loss: Any) -> bool:
+    """Whether each label of a loss must be a class of the last axis."""
+    if type(loss) not in (
+        keras.losses.SparseCategoricalCrossentropy,
+        LossFunctionWrapper,  # what `compile` makes of a name
+    ):
+        return False
+    options = loss._fn_kwargs
+    return (
+        loss.fn is keras.losses.sparse_categorical_crossentropy
+        and options.get("ignore_class") is None
+        and options.get("axis", -1) == -1
+    )
+
+
+def _symbols(batch: Any) -> Any:
     def symbol(spec: Any) -> Any:
         if spec is None:
             return None
         return keras.KerasTensor(spec.shape, str(spec.dtype))
 
-    symbols = keras.tree.map_structure(symbol, batch)
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(symbols)
-    y_pred = keras_backend.compute_output_spec(model, x, training=False)
-    keras_backend.compute_output_spec(metrics.update_state, y, y_pred, weight)
+    return keras.tree.map_structure(symbol, batch)

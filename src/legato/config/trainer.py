@@ -198,6 +198,10 @@ class TrainerConfig(Config):
         nonfinite_loss: "error" stops at a loss that is NaN or infinite and
             "warn" goes on; None is "error", but "warn" where a
             LossScaleOptimizer will skip the step.
+        check_numerics: look at every batch on the host, before it is trained
+            or validated on, for values that are NaN or infinite and labels
+            out of range; the error names the example. Costs a pass over the
+            batch.
         loss_upper_bound: a loss above it is as bad as one that is not finite;
             None for no bound.
         recovery_max_trials: how often the run goes back to a checkpoint and
@@ -255,6 +259,7 @@ class TrainerConfig(Config):
     exact: Literal["strict", "warn", "off"] = "warn"
     resume: Literal["auto", "must", "never", "override"] = "auto"
     nonfinite_loss: Literal["error", "warn"] | None = None
+    check_numerics: bool = False
     loss_upper_bound: Annotated[
         float | None, pydantic.Field(allow_inf_nan=False)
     ] = None

@@ -6,6 +6,7 @@ sources of all that `keras.Model.fit` takes, `feed` keeps the device fed,
 """
 
 from legato.data.arrays import ArraySource
+from legato.data.checks import InputChecks
 from legato.data.feed import Feed
 from legato.data.fitting import fit_source, split_validation, task_source
 from legato.data.source import (
@@ -28,6 +29,7 @@ __all__ = [
     "DataSource",
     "DataState",
     "Feed",
+    "InputChecks",
     "Shapes",
     "fit_source",
     "join_arrays",

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import keras
@@ -150,6 +150,10 @@ class ArraySource(DataSource):
             ]
         )
 
+    def columns(self) -> Iterator[tuple[str, Column]]:
+        """The arrays, each with its path in a batch, such as "1"."""
+        yield from zip(self._structure.paths(), self._columns, strict=True)
+
     def fetch(self, resident: Any, operands: Any, index: Any) -> Batch:
         if self._is_resident:
             rows = operands[index]
@@ -215,6 +219,7 @@ class _ArrayIterator(DataIterator):
             batch_size=size,
             operands=self._operands(rows),
             state=self.get_state(),
+            rows=rows,
         )
 
     def _rows(self, start: int, count: int) -> np.ndarray:

@@ -46,12 +46,15 @@ class Chunk:
         state: the iterator's state after the last batch of this chunk; of no
             account where the iterator does not draw ahead, and then so has
             `get_state`.
+        rows: which examples of the data they are, `[num_batches, batch_size]`;
+            None where examples have no numbers.
     """
 
     num_batches: int
     batch_size: int
     operands: Any
     state: DataState
+    rows: np.ndarray | None = None
 
     @functools.cached_property
     def shapes(self) -> Shapes:

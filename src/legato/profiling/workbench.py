@@ -345,6 +345,7 @@ class Workbench:
                 ends_on_nan=False,
                 is_one_shot=parts.source.is_one_shot,
             ),
+            checks=parts.checks,
         )
 
     def make_evaluator(self, max_batches: int) -> Evaluator:

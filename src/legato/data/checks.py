@@ -1,0 +1,190 @@
+"""Values that spoil a step in silence: NaN in inputs, labels out of range.
+
+A device computes on with both: NaN spreads to every weight, and a label that
+the model has no output for counts as none on one backend, reads beyond the
+array on another.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import keras
+import numpy as np
+
+from legato.data.arrays import ArraySource
+from legato.data.source import Chunk, DataSource
+from legato.errors import DataError
+
+# Rows of arrays that are looked at in one go: bounds the memory of the masks.
+_ROWS = 65536
+
+
+class InputChecks:
+    """Looks at batches on the host, before they are trained on.
+
+    Args:
+        source: whose batches they are.
+        what: what to call it in messages, such as "The training data".
+        num_classes: how many outputs the model has for the labels at some
+            paths, such as `{"1": 10}`.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        what: str,
+        num_classes: Mapping[str, int] | None = None,
+    ) -> None:
+        self._source = source
+        self._what = what
+        self._num_classes = num_classes or {}
+        self._paths: list[str] | None = None
+        self._are_residents_good = False
+
+    def check(self, chunk: Chunk, step: int) -> None:
+        """Look at a chunk; at all the data where they live on the device.
+
+        Args:
+            chunk: the chunk.
+            step: the number of steps that were completed before it.
+
+        Raises:
+            DataError: a value is NaN or infinite, or a label is out of range;
+                the message names its place.
+        """
+        if self._source.resident is not None:
+            if not self._are_residents_good:
+                self.check_all()
+                self._are_residents_good = True
+            return
+        for index in range(chunk.num_batches):
+            found = self.explain(chunk, index)
+            if found is not None:
+                raise DataError(
+                    f"{self._what}: {found}, in the batch of step "
+                    f"{step + index + 1}. Clean the data, or leave the example "
+                    "out."
+                )
+
+    def check_all(self) -> None:
+        """Look at all arrays, where the data are arrays in memory.
+
+        Raises:
+            DataError: see `check`.
+        """
+        if not isinstance(self._source, ArraySource):
+            return
+        for path, column in self._source.columns():
+            for start in range(0, column.shape[0], _ROWS):
+                part = column.rows(slice(start, start + _ROWS))
+                bad = self._find(path, part)
+                if bad is not None:
+                    example, why = bad
+                    raise DataError(
+                        f"{self._what}: example {start + example} holds {why}. "
+                        "Clean the data, or leave the example out."
+                    )
+
+    def check_labels(self) -> None:
+        """Look at the labels of all arrays, and at nothing else.
+
+        Raises:
+            DataError: one is out of range.
+        """
+        if not isinstance(self._source, ArraySource):
+            return
+        for path, column in self._source.columns():
+            if path in self._num_classes:
+                labels = column.rows(slice(None))
+                bad = self._find_label(path, labels)
+                if bad is not None:
+                    raise DataError(
+                        f"{self._what}: example {bad[0]} holds {bad[1]}. "
+                        "Number the classes from 0, or give the model as many "
+                        "outputs as there are classes."
+                    )
+
+    def explain(self, chunk: Chunk, index: int) -> str | None:
+        """What is wrong with a batch of a chunk; None: nothing is seen.
+
+        Args:
+            chunk: the chunk.
+            index: of the batch in it.
+        """
+        for path, batch in self._arrays(chunk, index):
+            bad = self._find(path, batch)
+            if bad is not None:
+                example, why = bad
+                where = f"example {example} of the batch"
+                if chunk.rows is not None:
+                    row = int(chunk.rows[index, example])
+                    where += f" (example {row} of the data)"
+                return f"{where} holds {why}"
+        return None
+
+    def _arrays(
+        self, chunk: Chunk, index: int
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        resident = self._source.resident
+        if resident is None:
+            arrays = keras.tree.flatten(chunk.operands)
+            arrays = [array[index] for array in arrays]
+        elif chunk.rows is not None:
+            arrays = keras.tree.flatten(resident)
+            arrays = [array[chunk.rows[index]] for array in arrays]
+        else:
+            return
+        yield from zip(self._named(len(arrays)), arrays, strict=True)
+
+    def _named(self, count: int) -> list[str]:
+        """The paths of a batch's arrays, where these are what is moved."""
+        if self._paths is None:
+            spec = self._source.batch_spec(1)
+            self._paths = [
+                ".".join(map(str, path)) or "data"
+                for path, leaf in keras.tree.flatten_with_path(spec)
+                if leaf is not None
+            ]
+        if len(self._paths) == count:
+            return self._paths
+        return [f"array {number}" for number in range(count)]
+
+    def _find(self, path: str, batch: np.ndarray) -> tuple[int, str] | None:
+        """The first example with a bad value, and what it is."""
+        if path in self._num_classes:
+            return self._find_label(path, batch)
+        if not _is_float(batch.dtype):
+            return None
+        # (The sum first: it is finite but for one batch in a million.)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(batch.sum(dtype=np.float64)):
+                return None
+        finite = np.isfinite(batch).reshape(len(batch), -1)
+        bad = np.flatnonzero(~finite.all(1))
+        if not len(bad):
+            return None
+        example = int(bad[0])
+        place = int(np.flatnonzero(~finite[example])[0])
+        value = batch[example].reshape(-1)[place]
+        inner = np.unravel_index(place, batch.shape[1:])
+        at = f" at {[int(i) for i in inner]}" if inner else ""
+        return example, f"{float(value)} in {path!r}{at}"
+
+    def _find_label(
+        self, path: str, labels: np.ndarray
+    ) -> tuple[int, str] | None:
+        classes = self._num_classes[path]
+        if not labels.size or (labels.min() >= 0 and labels.max() < classes):
+            return None
+        bad = ((labels < 0) | (labels >= classes)).reshape(len(labels), -1)
+        bad |= (labels != labels).reshape(len(labels), -1)
+        example = int(np.flatnonzero(bad.any(1))[0])
+        label = labels[example].reshape(-1)[np.flatnonzero(bad[example])[0]]
+        return example, (
+            f"the label {label} in {path!r}, and the model has {classes} "
+            f"classes: 0 to {classes - 1}"
+        )
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    # (bfloat16 is of kind "V" for NumPy.)
+    return dtype.kind in "fc" or "float" in dtype.name
