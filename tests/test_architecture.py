@@ -38,6 +38,7 @@ LAYERS = [
         "compiled",
         "evaluation",
         "on_host",
+        "by_shape",
         "training",
         "parts",
         "identity",

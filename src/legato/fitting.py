@@ -14,7 +14,7 @@ from legato.callbacks import CallbackRunner
 from legato.checkpoint import Checkpoint, find_checkpoint
 from legato.compat import keras_models
 from legato.compiled import CompiledTask, TrainMetrics, ValidationMetrics
-from legato.config import TrainerConfig
+from legato.config import MAX_SHAPES, TrainerConfig
 from legato.data import DataSource, fit_source, split_validation
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
@@ -50,6 +50,7 @@ def fit(
     train_metrics: TrainMetrics = "compiled",
     validation_metrics: ValidationMetrics = "compiled",
     check_numerics: bool = False,
+    max_batch_shapes: int = MAX_SHAPES,
     exact: Literal["strict", "warn", "off"] = "warn",
     resume: Literal["auto", "must", "never", "override"] = "auto",
 ) -> keras.callbacks.History:
@@ -101,6 +102,7 @@ def fit(
         check_numerics: look at every batch before it is used, for NaN,
             infinities and labels out of range, and name the example. (Labels
             in arrays are looked at in any case.)
+        max_batch_shapes: for how many shapes of batches steps may be compiled.
         exact: what to do about something that keeps resuming from being
             exact: refuse ("strict"), warn once ("warn"), or nothing ("off").
         resume: "auto" resumes if there is something to resume, "must" refuses
@@ -148,6 +150,7 @@ def fit(
         checkpoint_interval=checkpoint_interval,
         keep_last=keep_last,
         check_numerics=check_numerics,
+        max_batch_shapes=max_batch_shapes,
         exact=exact,
         resume=resume,
         # As in Keras: a NaN is TerminateOnNaN's to act upon.

@@ -33,8 +33,7 @@ _FREE = {
     "train_steps", "epochs", "keep_last", "keep_every", "checkpoint_timeout",
     "checkpoint_interval", "steps_per_loop", "exact", "resume", "max_time",
     "progress", "torch_compile", "best_metric", "best_mode", "nonfinite_loss",
-    "check_numerics",
-    "recovery_max_trials",
+    "check_numerics", "max_batch_shapes", "recovery_max_trials",
 }  # fmt: skip
 
 

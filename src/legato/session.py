@@ -203,8 +203,10 @@ class Session:
             compilation=program.compilation,
             max_steps=config.steps_per_loop,
             checks=parts.checks if config.check_numerics else None,
+            max_shapes=config.max_batch_shapes,
         )
         self.steps.compiling = self.compiling
+        self.steps.announce = self._reporter.message
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:

@@ -10,6 +10,8 @@ import numpy as np
 
 from legato import backends
 from legato.backends import Compilation, CompiledLoop, LoopMode
+from legato.by_shape import LoopsByShape
+from legato.config import MAX_SHAPES
 from legato.data import (
     Chunk,
     DataSource,
@@ -43,9 +45,11 @@ class TrainSteps:
         capacity: batches in one device call, which is part of the program.
         max_steps: the most to run in one; None for the capacity.
         checks: looks at each batch before it is used; None: nobody does.
+        max_shapes: for how many shapes of batches the step may be compiled.
 
     Attributes:
         compiling: a context around what may compile for long.
+        announce: told what takes time and was not to be expected.
         capacity: the most steps in one call of `run`.
         mode: the one chosen, once `trace` was called.
         log_names: names of the step's logs, likewise.
@@ -65,8 +69,11 @@ class TrainSteps:
         compilation: Compilation = "never",
         max_steps: int | None = None,
         checks: InputChecks | None = None,
+        max_shapes: int = MAX_SHAPES,
     ) -> None:
+        self.announce: Callable[[str], None] = lambda _: None
         self._checks = checks
+        self._max_shapes = max_shapes
         self.compiling: Callable[[], AbstractContextManager[Any]] = (
             contextlib.nullcontext
         )
@@ -87,8 +94,12 @@ class TrainSteps:
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        # By the shapes of what they take; see `Chunk.shapes`.
-        self._loops: dict[Shapes, CompiledLoop] = {}
+        self._loops = LoopsByShape(
+            self._source,
+            f"{type(self._task).__name__}.train_step",
+            self._max_shapes,
+            lambda text: self.announce(text),
+        )
         self._called: set[Shapes] = set()
         self._usual: Shapes | None = None
         self._variables: dict[int, keras.Variable] = {}
@@ -99,7 +110,7 @@ class TrainSteps:
     @property
     def is_traced(self) -> bool:
         """Whether `trace` was called."""
-        return bool(self._loops)
+        return len(self._loops) > 0
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -212,14 +223,14 @@ class TrainSteps:
         name = f"{type(self._task).__name__}.train_step"
         variables = {id(v): v for v in loop.variables}
         new = [v.path for k, v in variables.items() if k not in self._variables]
-        if self._loops and new:
+        if len(self._loops) and new:
             # They would be missing in the checkpoints.
             raise StepError(
                 f"{name} uses {', '.join(new[:3])} for batches of the shape "
                 f"{shapes} only. Use the same variables for every "
                 "batch."
             )
-        if self._loops and loop.log_names != self.log_names:
+        if len(self._loops) and loop.log_names != self.log_names:
             raise StepError(
                 f"{name} returned the logs {self.log_names} for one shape of "
                 f"batch and {loop.log_names} for another. Return the same for "
@@ -228,7 +239,7 @@ class TrainSteps:
         self.mode = loop.mode
         self.log_names = loop.log_names
         self.traces += loop.traces
-        self._loops[shapes] = loop
+        self._loops.add(shapes, loop)
         self._variables |= variables
         self._flags = [*self.variables, *self._layers()]
         self._trainable = [each.trainable for each in self._flags]
@@ -261,7 +272,8 @@ class TrainSteps:
         Raises:
             StepError: a plain attribute of the Task, which the compiled step
                 holds as a constant, changed.
-            DataError: the chunk does not pass the checks.
+            DataError: the chunk does not pass the checks, or its batches have
+                one more shape than there may be.
         """
         self._reads.check()
         if self._checks is not None:
@@ -272,6 +284,9 @@ class TrainSteps:
             self.trace()
         shapes = chunk.shapes
         if shapes not in self._loops:
+            self._loops.make_room(
+                shapes, is_expected=self._source.partial_batch_size > 0
+            )
             with self.compiling():
                 self.trace(chunk.operands)
         elif (

@@ -21,9 +21,10 @@ from legato.config.model import (
     validate,
     validate_mapping,
 )
-from legato.config.trainer import TrainerConfig
+from legato.config.trainer import MAX_SHAPES, TrainerConfig
 
 __all__ = [
+    "MAX_SHAPES",
     "Config",
     "Document",
     "TrainerConfig",

@@ -140,6 +140,10 @@ def _read_when(value: Any) -> When:
     return Sample(fields.pop("sample", None), **fields)
 
 
+MAX_SHAPES = 32
+"""The default of `TrainerConfig.max_batch_shapes`."""
+
+
 class TrainerConfig(Config):
     """How a run is driven; the same in Python and in YAML.
 
@@ -180,6 +184,10 @@ class TrainerConfig(Config):
             never; in YAML `{auc: {every: 50, over: summary}, top3: null}`.
         steps_per_loop: at most this many steps run in one device call; None
             lets the engine choose. It does not change any bits.
+        max_batch_shapes: for how many shapes of batches a step may be
+            compiled, which takes time and memory for each; a batch of one
+            more is an error. Eager steps on PyTorch are not compiled, and
+            have no limit.
         torch_compile: on PyTorch and TensorFlow, whether the steps are
             compiled (by `torch.compile`, by XLA): several times as fast, after
             a compilation of some seconds; "auto" compiles runs of 5,000 steps
@@ -253,6 +261,7 @@ class TrainerConfig(Config):
     steps_per_loop: Annotated[
         int | None, _whole(1, ", or null (None) to let the engine choose")
     ] = None
+    max_batch_shapes: Annotated[int, _whole(1)] = MAX_SHAPES
     torch_compile: bool | Literal["auto"] = "auto"
     best_metric: str | None = None
     best_mode: Literal["min", "max", "auto"] = "auto"
