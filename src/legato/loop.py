@@ -162,7 +162,11 @@ def run(
             began = time.perf_counter()
             logs = steps.run(clock.step, chunk)
             after = clock.step + chunk.num_batches
-            feed.prefetch(_plan(after, schedule, hooks, pace))
+            feed.prefetch(
+                _plan(after, schedule, hooks, pace),
+                is_quiet=not hooks.batch_hooks_active
+                and not schedule.calls_back(after),
+            )
             is_begun = pace.is_quick and _begin_next(
                 after, clock.epoch, schedule, steps, feed
             )

@@ -90,6 +90,18 @@ class Schedule:
             return epoch_ends and (epoch + 1) % self.validation_freq == 0
         return epoch_ends and epoch + 1 in self.validation_freq
 
+    def calls_back(self, step: int) -> bool:
+        """Whether callbacks may be called, or a save is due, at this step.
+
+        Those that act at each batch are not meant.
+        """
+        return (
+            step >= self.train_steps
+            or self.epoch_ends(step)
+            or self.checkpoint_is_due(step)
+            or self.validation_is_due(step, 0, epoch_ends=False)
+        )
+
     def checkpoint_is_due(self, step: int) -> bool:
         """Whether to save after this step (time apart)."""
         return _is_due(step, self._every(self.checkpoint_interval))

@@ -272,7 +272,10 @@ class Session:
                 f"{'; '.join(unrepeatable)}"
             )
         self._feed = Feed(
-            parts.source.iterate(seed=self._seed, capacity=self._capacity)
+            parts.source,
+            seed=self._seed,
+            capacity=self._capacity,
+            draws_here=self._backend.runs_ahead,
         )
         if self._recovery.is_on:
             self._prepare_to_recover()

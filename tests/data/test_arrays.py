@@ -152,14 +152,15 @@ def test_identity_tells_data_apart():
 
 def test_the_feed_knows_what_was_taken_not_what_was_prefetched():
     source = ArraySource(Y, 5)
-    feed = Feed(source.iterate(seed=5, capacity=4))
+    feed = Feed(source, seed=5, capacity=4)
     feed.take(2)
     state = feed.get_state()
     feed.prefetch(2)
-    assert feed.get_state() == state == {"epoch": 0, "batch": 2}
+    position = {"epoch": 0, "batch": 2}
+    assert feed.get_state() == state == {"position": position, "ahead": None}
     # The plan changed: a shorter one is wanted than was prefetched.
     one = feed.take(1)
-    assert one.num_batches == 1 and feed.get_state()["batch"] == 3
+    assert one.num_batches == 1 and feed.get_state()["position"]["batch"] == 3
     feed.prefetch(4)
     feed.set_state(state)
     assert (feed.take(1).operands == one.operands).all()

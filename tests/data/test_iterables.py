@@ -458,9 +458,7 @@ def test_iterables_do_not_draw_ahead():
             drawn.append(i)
             yield X[:3], Y[:3]
 
-    feed = Feed(
-        fit_source(counting(), steps_per_epoch=3).iterate(seed=1, capacity=4)
-    )
+    feed = Feed(fit_source(counting(), steps_per_epoch=3), seed=1, capacity=4)
     feed.take(2)
     feed.prefetch(2)
     feed.end_epoch()

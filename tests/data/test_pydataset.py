@@ -46,7 +46,7 @@ def kerass_events(epochs, **kwargs):
 def our_events(epochs, steps=None, call=True):
     source = fit_source(Records(), steps_per_epoch=steps)
     EVENTS.clear()
-    feed = Feed(source.iterate(seed=1, capacity=4))
+    feed = Feed(source, seed=1, capacity=4)
     for _ in range(epochs):
         for _ in range(steps or 5):
             feed.take(1)
@@ -336,7 +336,7 @@ def test_what_it_raises_is_raised(workers):
 
 def test_the_feed_does_not_draw_ahead(events):
     source = fit_source(Records())
-    feed = Feed(source.iterate(seed=1, capacity=4))
+    feed = Feed(source, seed=1, capacity=4)
     feed.take(1)
     before = list(events)
     feed.prefetch(2)

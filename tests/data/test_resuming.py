@@ -140,14 +140,14 @@ def test_the_seed_orders_the_data(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_feed_tells_the_state(name):
     source = make(name)
-    feed = Feed(source.iterate(seed=5, capacity=4))
+    feed = Feed(source, seed=5, capacity=4)
     feed.take(2)
     state = through_disk(feed.get_state())
     feed.prefetch(2)
     one = [b for b in chunk_batches(source, feed.take(1))]
     feed.close()
     source = make(name)
-    feed = Feed(source.iterate(seed=5, capacity=4))
+    feed = Feed(source, seed=5, capacity=4)
     feed.set_state(state)
     assert_equal(chunk_batches(source, feed.take(1)), one)
     feed.close()

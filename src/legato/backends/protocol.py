@@ -86,6 +86,8 @@ class Backend(abc.ABC):
     name: str
     modes: tuple[LoopMode, ...]
     """Those that it can run in."""
+    runs_ahead: bool = False
+    """Whether calls return while the device is still at work."""
 
     @abc.abstractmethod
     def compile_loop(

@@ -1,41 +1,74 @@
-"""The next chunk is made ready in the background while the device works."""
+"""The next chunk is made ready while the device works."""
 
+import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-from legato.data.source import Chunk, DataIterator, DataState
+import keras
+import numpy as np
+
+from legato.data.source import Chunk, DataIterator, DataSource, DataState
+from legato.errors import DamagedError
 
 
 class Feed:
     """Hands out chunks, one prepared ahead, and knows the true position.
 
     The position is that after the last chunk *taken*, never the prefetched
-    one: a checkpoint must hold what completed steps consumed.
+    one: a checkpoint must hold what completed steps consumed. Data that
+    cannot go back are saved with the chunk that they gave already.
+
+    Args:
+        source: the data.
+        seed: of their order.
+        capacity: the fixed first axis of a chunk's operands.
+        draws_here: whether data that must be drawn in the calling thread may
+            be drawn by `prefetch`: where the device works meanwhile.
     """
 
-    def __init__(self, iterator: DataIterator) -> None:
-        self._iterator = iterator
-        self._state = iterator.get_state()
+    def __init__(
+        self,
+        source: DataSource,
+        *,
+        seed: int,
+        capacity: int,
+        draws_here: bool = False,
+    ) -> None:
+        self._iterator: DataIterator = source.iterate(
+            seed=seed, capacity=capacity
+        )
+        self._source = source
+        self._capacity = capacity
+        self._draws_here = draws_here and not self._iterator.draws_ahead
+        self._state = self._iterator.get_state()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="legato-feed")
         self._ahead: Future[Chunk] | None = None
 
-    def prefetch(self, max_batches: int) -> None:
+    def prefetch(self, max_batches: int, *, is_quiet: bool = True) -> None:
         """Begin to make the chunk that `take(max_batches)` will want.
 
         Nothing is done where the data must be drawn in this thread, in turn
-        with the callbacks.
+        with the callbacks, and one of these comes first.
+
+        Args:
+            max_batches: batches in it, at most.
+            is_quiet: no callback will be called before that.
         """
-        if self._ahead is not None or not self._iterator.draws_ahead:
+        draws_ahead = self._iterator.draws_ahead
+        if self._ahead is not None or not (
+            draws_ahead or (is_quiet and self._draws_here)
+        ):
             return
-        if max_batches > 1:
+        if draws_ahead and max_batches > 1:
             self._ahead = self._executor.submit(
                 self._iterator.next_chunk, max_batches
             )
             return
-        # A single batch is made sooner than it is handed over, and the device
-        # works meanwhile.
+        # (A single batch is made sooner than it is handed over.)
         future: Future[Chunk] = Future()
         try:
-            future.set_result(self._iterator.next_chunk(1))
+            future.set_result(self._iterator.next_chunk(max_batches))
         except Exception as error:  # for `take` to raise, in its turn
             future.set_exception(error)
         self._ahead = future
@@ -59,13 +92,43 @@ class Feed:
             future, self._ahead = self._ahead, None
             chunk = future.result()
             if chunk.num_batches > max_batches:
-                # The plan changed (a callback stopped training, say): go back.
-                self._iterator.set_state(self._state)
-                chunk = None
+                # The plan changed (a callback stopped training, say).
+                chunk = self._part(chunk, max_batches)
         if chunk is None:
             chunk = self._iterator.next_chunk(max_batches)
         self._state = chunk.state
         return chunk
+
+    def _part(self, chunk: Chunk, count: int) -> Chunk | None:
+        """The first batches of a chunk; None: they are to be drawn again."""
+        if self._iterator.draws_ahead:
+            self._iterator.set_state(self._state)
+            return None
+        self._keep(self._cut(chunk, count, chunk.num_batches))
+        return self._cut(chunk, 0, count)
+
+    def _keep(self, chunk: Chunk) -> None:
+        self._ahead = Future()
+        self._ahead.set_result(chunk)
+
+    def _cut(self, chunk: Chunk, start: int, stop: int) -> Chunk:
+        return dataclasses.replace(
+            chunk,
+            num_batches=stop - start,
+            operands=self._padded(
+                [a[start:stop] for a in keras.tree.flatten(chunk.operands)],
+                like=chunk.operands,
+            ),
+            rows=None if chunk.rows is None else chunk.rows[start:stop],
+        )
+
+    def _padded(self, arrays: Sequence[np.ndarray], like: Any) -> Any:
+        padded = []
+        for array in arrays:
+            whole = np.zeros((self._capacity, *array.shape[1:]), array.dtype)
+            whole[: len(array)] = array
+            padded.append(whole)
+        return keras.tree.pack_sequence_as(like, padded)
 
     def end_epoch(self) -> None:
         """The last batch of the epoch has been trained on: tell the data."""
@@ -75,19 +138,62 @@ class Feed:
 
     def get_state(self) -> DataState:
         """The position after the last chunk taken."""
-        if not self._iterator.draws_ahead:
-            # Asked for when it is wanted: it may be dear to tell.
-            return self._iterator.get_state()
-        return self._state
+        if self._iterator.draws_ahead:
+            return {"position": self._state, "ahead": None}
+        # Asked for when it is wanted: it may be dear to tell.
+        position, ahead = self._iterator.get_state(), self._ahead
+        if ahead is None or ahead.exception():
+            return {"position": position, "ahead": None}
+        chunk = ahead.result()
+        return {
+            "position": position,
+            "ahead": [
+                array[: chunk.num_batches]
+                for array in keras.tree.flatten(chunk.operands)
+            ],
+        }
 
     def set_state(self, state: DataState) -> None:
-        """Go to a position, dropping what was prefetched."""
+        """Go to a position, dropping what was prefetched.
+
+        Raises:
+            DamagedError: it is none.
+            RestoreError: it is another source's.
+        """
+        match state:
+            case {"position": position, "ahead": list() | None as ahead}:
+                pass
+            case _:
+                raise DamagedError("data state: not a position.")
         if self._ahead is not None:
             if not self._ahead.cancel():
                 self._ahead.exception()  # wait; what it raised is moot
             self._ahead = None
-        self._iterator.set_state(state)
-        self._state = state
+        chunk = None if ahead is None else self._read_ahead(ahead)
+        self._iterator.set_state(position)
+        self._state = position
+        if chunk is not None:
+            self._keep(chunk)
+
+    def _read_ahead(self, arrays: list[Any]) -> Chunk:
+        dtypes = [
+            leaf.dtype
+            for leaf in keras.tree.flatten(self._source.batch_spec(1))
+            if leaf is not None
+        ]
+        if (
+            not all(isinstance(a, np.ndarray) and a.ndim > 1 for a in arrays)
+            or [a.dtype for a in arrays] != dtypes
+            or len({len(a) for a in arrays}) != 1
+            or not 1 <= len(arrays[0]) <= self._capacity
+        ):
+            raise DamagedError("data state: not batches of these data.")
+        return Chunk(
+            num_batches=len(arrays[0]),
+            batch_size=arrays[0].shape[1],
+            operands=self._padded(arrays, like=arrays),
+            state=None,
+        )
 
     def close(self) -> None:
         """Stop the thread and close the iterator."""

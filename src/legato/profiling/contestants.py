@@ -118,7 +118,10 @@ class DataRun:
         self._per_epoch = bench.schedule.steps_per_epoch
         self._step = 0
         self._feed = Feed(
-            bench.parts.source.iterate(seed=bench.seed, capacity=bench.capacity)
+            bench.parts.source,
+            seed=bench.seed,
+            capacity=bench.capacity,
+            draws_here=backends.current().runs_ahead,
         )
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ class JaxBackend(Backend):
     """See `Backend`."""
 
     name = "jax"
+    runs_ahead = True
     modes = ("fused", "stepwise")
 
     # Not methods that call these: few frames should lie above the user's.
