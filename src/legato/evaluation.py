@@ -135,9 +135,10 @@ class Evaluator:
         self.compilation: Compilation = "replay"
         whole = source.batches_per_epoch
         self._num_batches = min(max_batches or whole, whole)
-        # What goes to the host goes batch by batch.
-        limit = 1 if self._host.is_needed else None
+        # What goes to the host is to be there soon.
+        limit = backends.current().host_steps if self._host.is_needed else None
         self._capacity = loop_capacity(source, limit)
+        self._max_steps = self._capacity
         self._resident: Any = None
         self._loops: dict[Shapes, CompiledLoop] = {}
         self._reads = AttributeReads()
@@ -203,8 +204,13 @@ class Evaluator:
         hooks.on_test_begin()
         for metric in self.on_device:
             metric.reset_state()
+        self._max_steps = self._capacity
         if self._host.is_needed:
             self._trace_all()
+            self._max_steps = min(
+                loop.max_steps or self._capacity
+                for loop in self._loops.values()
+            )
         means = _Means()
         # What is broken off will be repeated whole; data and host metrics may
         # draw from the global generators.
@@ -217,7 +223,9 @@ class Evaluator:
         with contextlib.ExitStack() as stack:
             host = None
             if self._host.is_needed:
-                host = stack.enter_context(self._host.begin(step, gives_up))
+                host = stack.enter_context(
+                    self._host.begin(step, gives_up, self._max_steps)
+                )
             iterator = self._source.iterate(
                 seed=self._seed, capacity=self._capacity
             )
@@ -258,7 +266,7 @@ class Evaluator:
         while done < self._num_batches:
             if gives_up():
                 return False
-            most = 1 if hooks.test_batch_hooks_active else self._capacity
+            most = 1 if hooks.test_batch_hooks_active else self._max_steps
             chunk = iterator.next_chunk(min(most, self._num_batches - done))
             if hooks.test_batch_hooks_active:
                 hooks.on_test_batch_begin(done)
@@ -319,7 +327,7 @@ class Evaluator:
             logs, outputs = logs
             packed = self._packed[chunk.shapes]
             assert host is not None and packed is not None  # or no outputs
-            if not host.take(packed, outputs):
+            if not host.take(packed, outputs, chunk.num_batches):
                 return loop.log_names, None
         return loop.log_names, logs
 

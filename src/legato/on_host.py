@@ -16,7 +16,8 @@ from legato.metrics import HostMetric, HostStepMetric
 from legato.task import Task
 
 _MAX_WAITING = 4
-"""Batches that wait for the thread: each holds memory."""
+"""Batches that wait for the thread: each holds memory. (Or those of one call
+of the device, if these are more.)"""
 
 _TICK_SECS = 0.05
 _LEAVE_SECS = 1.0
@@ -79,12 +80,15 @@ class HostSide:
             "reset_state set it"
         )
 
-    def begin(self, step: int, gives_up: Callable[[], bool]) -> "HostThread":
+    def begin(
+        self, step: int, gives_up: Callable[[], bool], max_steps: int
+    ) -> "HostThread":
         """Reset everything, and start a thread for one validation.
 
         Args:
             step: the number of training steps that were completed.
             gives_up: whether to break it off, asked while it is waited for.
+            max_steps: the most batches that are handed over at a time.
         """
         for metric in self._metrics:
             metric.reset_state()
@@ -94,6 +98,7 @@ class HostSide:
             self._metrics,
             step,
             gives_up,
+            max_steps,
             aggregates=self.aggregates,
         )
 
@@ -174,6 +179,7 @@ class HostThread:
         metrics: what is measured.
         step: see `HostSide.begin`.
         gives_up: see there.
+        max_steps: see there.
         aggregates: whether logs are.
     """
 
@@ -183,6 +189,7 @@ class HostThread:
         metrics: Sequence[HostMetric],
         step: int,
         gives_up: Callable[[], bool],
+        max_steps: int,
         *,
         aggregates: bool,
     ) -> None:
@@ -198,8 +205,8 @@ class HostThread:
         self._error: BaseException | None = None
         self._cancelled = False
         # None ends it.
-        self._waiting: queue.Queue[tuple[Packed, list[Any]] | None] = (
-            queue.Queue(_MAX_WAITING)
+        self._waiting: queue.Queue[tuple[Packed, list[Any], int] | None] = (
+            queue.Queue(max(1, _MAX_WAITING // max_steps))
         )
         self._thread = threading.Thread(
             target=self._run, name="legato-host-metrics", daemon=True
@@ -224,16 +231,21 @@ class HostThread:
                 stacklevel=3,
             )
 
-    def take(self, packed: Packed, tensors: list[Any]) -> bool:
-        """Hand a batch over; waits while too many are.
+    def take(self, packed: Packed, tensors: list[Any], num_steps: int) -> bool:
+        """Hand some batches over; waits while too many are.
+
+        Args:
+            packed: what the tensors of a batch are part of.
+            tensors: those of all batches, `[batches or more, ...]`.
+            num_steps: how many batches.
 
         Returns:
             False: it was given up.
 
         Raises:
-            Anything: what a metric raised for this batch or one before.
+            Anything: what a metric raised for these batches or some before.
         """
-        return self._put((packed, tensors))
+        return self._put((packed, tensors, num_steps))
 
     def finish(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Wait for all batches.
@@ -276,22 +288,30 @@ class HostThread:
             while (item := self._waiting.get()) is not None:
                 if self._cancelled:
                     return
-                packed, tensors = item
-                logs, calls = packed.unpack([_to_numpy(t) for t in tensors])
-                for metric in self._metrics:
-                    self._doing = f"the metric {metric.name!r}"
-                    for args, kwargs in calls[metric.name]:
-                        metric.update_state(*args, **kwargs)
-                if self._aggregates:
-                    self._doing = "aggregate_logs"
-                    self._aggregated = self._task.aggregate_logs(
-                        self._aggregated, logs
+                packed, tensors, num_steps = item
+                stacks = [_to_numpy(tensor) for tensor in tensors]
+                for index in range(num_steps):
+                    if self._cancelled:
+                        return
+                    self._update(
+                        packed, [stack[index, ...] for stack in stacks]
                     )
             if not self._cancelled:
                 self._read()
         except BaseException as error:
             # With the traceback of this thread: where it was raised.
             self._error = error
+
+    def _update(self, packed: Packed, arrays: Sequence[np.ndarray]) -> None:
+        """With a batch."""
+        logs, calls = packed.unpack(arrays)
+        for metric in self._metrics:
+            self._doing = f"the metric {metric.name!r}"
+            for args, kwargs in calls[metric.name]:
+                metric.update_state(*args, **kwargs)
+        if self._aggregates:
+            self._doing = "aggregate_logs"
+            self._aggregated = self._task.aggregate_logs(self._aggregated, logs)
 
     def _read(self) -> None:
         for metric in self._metrics:

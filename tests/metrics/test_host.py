@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import legato
+from legato.backends import scope
 from legato.errors import (
     ConfigError,
     ExactnessWarning,
@@ -170,26 +171,27 @@ class Slow(Kept):
 
     def update_state(self, labels, outputs):
         super().update_state(labels, outputs)
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 class SlowStep(Measuring):
     """Each batch of its validation takes its time on the "device"."""
 
     def build_inputs(self, split):
-        batch_size = 5 if split == "validation" else 32
+        batch_size = 1 if split == "validation" else 32
         return SlowSource(classes_data(split), batch_size=batch_size)
 
 
 class SlowSource(legato.ArraySource):
     def iterate(self, **arguments):
         iterator = super().iterate(**arguments)
-        if self.full_batch_size == 5:
+        if self.full_batch_size == 1:
             next_chunk = iterator.next_chunk
 
             def slowly(most):
-                time.sleep(0.05)
-                return next_chunk(most)
+                chunk = next_chunk(most)
+                time.sleep(0.01 * chunk.num_batches)
+                return chunk
 
             iterator.next_chunk = slowly
         return iterator
@@ -207,7 +209,7 @@ def test_it_runs_beside_the_rest(tmp_path):
             trainer._measure(evaluator, lambda: False)
             times.append(time.perf_counter() - began)
         spans[type(metric)] = min(times)
-    # Nine batches: 0.45 s more, if they took turns.
+    # 45 batches: 0.45 s more, if they took turns.
     assert spans[Slow] - spans[Kept] < 0.25
 
 
@@ -232,11 +234,12 @@ def test_few_batches_wait(tmp_path):
                 iterator = iterate(**arguments)
                 next_chunk = iterator.next_chunk
 
-                def one(most):
-                    drawn[0] += 1
-                    return next_chunk(most)
+                def some(most):
+                    chunk = next_chunk(most)
+                    drawn[0] += chunk.num_batches
+                    return chunk
 
-                iterator.next_chunk = one
+                iterator.next_chunk = some
                 return iterator
 
             source.iterate = counted
@@ -244,8 +247,76 @@ def test_few_batches_wait(tmp_path):
 
     drawn[0] = 0
     make(tmp_path / "run", Counting()).evaluate(metrics=[Late()])
-    assert len(seen) == 9
-    assert max(seen) <= 7
+    assert len(seen) == 45
+    # Those of a call wait for it, and for the one before; or four single ones.
+    assert max(seen) <= 12
+
+
+class ManyKinds(Measuring):
+    """Hands over tensors of many dtypes and shapes, of several batches."""
+
+    def __init__(self, *metrics, convolves=False):
+        super().__init__(*metrics)
+        self.convolves = convolves
+
+    def build_model(self):
+        layers = keras.layers
+        if not self.convolves:
+            return super().build_model()
+        return keras.Sequential(
+            [
+                keras.Input((8,)),
+                layers.Reshape((8, 1)),
+                layers.Conv1D(4, 3),
+                layers.Flatten(),
+                layers.Dense(3),
+            ]
+        )
+
+    def build_inputs(self, split):
+        return legato.ArraySource(
+            classes_data(split), batch_size=4, shuffle=split == "train"
+        )
+
+    def process_metrics(self, metrics, labels, outputs):
+        ops = keras.ops
+        for metric in metrics or ():
+            more = {
+                "scalar": ops.sum(outputs),
+                "whole": ops.cast(labels, "uint8"),
+                "half": ops.cast(outputs, "bfloat16"),
+                "truth": labels > 0,
+                "none": ops.zeros((0, 3)),
+            }
+            metric.update_state(labels, outputs, **more)
+
+
+@pytest.mark.parametrize("kind", ["small", "large", "convolves"])
+def test_batches_come_one_by_one(kind, tmp_path, monkeypatch):
+    """Whether the device takes one in a call, or several."""
+    if kind == "large":
+        monkeypatch.setattr(scope, "_OUTPUT_BYTES", 300)
+    kept = Kept()
+    task = ManyKinds(kept, convolves=kind == "convolves")
+    trainer = make(tmp_path / "run", task)
+    trainer.train()
+    features, labels = classes_data("validation")
+    outputs = keras.ops.convert_to_numpy(trainer.model(features))
+    assert [len(call[0]) for call in kept.calls] == [4] * 11 + [1]
+    for k, (own_labels, own_outputs, more) in enumerate(kept.calls):
+        batch = slice(4 * k, 4 * k + 4)
+        np.testing.assert_array_equal(own_labels, labels[batch])
+        np.testing.assert_allclose(
+            own_outputs, outputs[batch], rtol=1e-5, atol=1e-6
+        )
+        assert type(more["scalar"]) is np.ndarray
+        assert more["scalar"].shape == ()
+        assert more["scalar"] == pytest.approx(own_outputs.sum(), rel=1e-5)
+        assert more["whole"].dtype == np.uint8
+        np.testing.assert_array_equal(more["whole"], own_labels)
+        np.testing.assert_allclose(more["half"], own_outputs, rtol=1e-2)
+        np.testing.assert_array_equal(more["truth"], own_labels > 0)
+        assert more["none"].shape == (0, 3)
 
 
 def test_fit_and_evaluate_take_them(tmp_path):

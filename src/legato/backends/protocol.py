@@ -30,7 +30,7 @@ Step = Callable[[Any, Any], Any]
 """`step(batch, step_index) -> logs`, called while it is traced. `batch` holds
 backend tensors, `step_index` is an int32 scalar tensor: the number of steps
 completed before this one. `logs` maps names to scalar tensors. Or `-> logs,
-outputs`: a list of tensors for the host; such a step runs once in a call."""
+outputs`: a list of tensors for the host; see `CompiledLoop.max_steps`."""
 
 Fetch = Callable[[Any, Any, Any], Any]
 """`fetch(resident, operands, index) -> batch`, traced with the step."""
@@ -44,6 +44,8 @@ class CompiledLoop(abc.ABC):
         updated: variables that the step writes.
         log_names: names of the step's logs, in their order.
         mode: how it runs on the device.
+        max_steps: the most steps of one call; None where their operands alone
+            bound it. (What steps give the host takes memory.)
         traces: how often user code has been traced, for tests.
     """
 
@@ -51,6 +53,7 @@ class CompiledLoop(abc.ABC):
     updated: list[keras.Variable]
     log_names: list[str]
     mode: LoopMode
+    max_steps: int | None = None
     traces: int
 
     @property
@@ -67,8 +70,9 @@ class CompiledLoop(abc.ABC):
         the values from before the call, or are reported by `lost_variables`.
 
         Returns:
-            The logs of every step, on the device: see `Backend.to_host`. Of a
-            step with outputs, which is to run once: the logs, and these.
+            The logs of every step, on the device: see `Backend.to_host`. Of
+            steps with outputs: the logs, and each output of all the steps, of
+            shape `[steps or more, ...]`.
         """
 
     def begin(self, step: int, num_steps: int, operands: Any) -> None:
@@ -88,6 +92,11 @@ class Backend(abc.ABC):
     """Those that it can run in."""
     runs_ahead: bool = False
     """Whether calls return while the device is still at work."""
+
+    host_steps: int
+    """The most steps of one call that give something to the host. Where steps
+    are quicker together than in a call each, several; not many, for the host
+    begins with them when the call ends."""
 
     @abc.abstractmethod
     def compile_loop(

@@ -12,6 +12,9 @@ from legato.errors import StepError
 # the fourth makes them in every step.
 MAX_TRACES = 4
 
+_OUTPUT_BYTES = 16 << 20
+"""Of the steps of one call, for the host; a few calls wait for it."""
+
 
 class RecordingScope(keras.StatelessScope):
     """A scope that sees every variable a step reads or writes.
@@ -57,6 +60,17 @@ class _UndefinedLosses(list):
 def split_outputs(returned: Any) -> tuple[Any, list[Any] | None]:
     """The logs that a step returned, and what goes to the host beside them."""
     return returned if isinstance(returned, tuple) else (returned, None)
+
+
+def steps_with_outputs(num_bytes: int, operands: Any) -> int:
+    """How many steps with outputs fit in a call.
+
+    Args:
+        num_bytes: of one step's outputs.
+        operands: of a chunk.
+    """
+    capacity: int = keras.tree.flatten(operands)[0].shape[0]
+    return max(1, min(capacity, _OUTPUT_BYTES // max(num_bytes, 1)))
 
 
 def own_dtype(variable: keras.Variable) -> str:

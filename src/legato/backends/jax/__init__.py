@@ -26,6 +26,7 @@ class JaxBackend(Backend):
     name = "jax"
     runs_ahead = True
     modes = ("fused", "stepwise")
+    host_steps = 4
 
     # Not methods that call these: few frames should lie above the user's.
     compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]

@@ -28,6 +28,7 @@ from legato.backends.scope import (
     initial_value,
     refuse_new_variables,
     split_outputs,
+    steps_with_outputs,
 )
 from legato.compat import keras_tracing
 from legato.errors import StepError
@@ -137,7 +138,8 @@ class StepProgram:
         self.closed = closed
         self.log_names = list(log_names)
         self.updated = [v for v, _ in scope.updates()]
-        self.has_outputs = len(closed.jaxpr.outvars) > len(self.updated) + 1
+        # After the new values and the row come the outputs for the host.
+        self.outputs = closed.out_avals[len(self.updated) + 1 :]
         self.read_only = [
             v for key, v in scope.read.items() if key not in scope.updated
         ]
@@ -152,10 +154,7 @@ class StepProgram:
         index: Any,
         at: Any,
     ) -> Any:
-        """New values of `updated`, and the logs, float32 `[names]`.
-
-        Of a step with outputs, a pair of the logs and these.
-        """
+        """New values of `updated`, the logs, float32 `[names]`, and outputs."""
         variables = (*self.updated, *self.read_only)
         given = dict(
             zip(map(id, variables), (*updated, *read_only), strict=True)
@@ -167,11 +166,8 @@ class StepProgram:
         ]
         flat = jax.tree.leaves((values, resident, operands, index, at))
         results = replay(self.closed, *flat)
-        num_updated = len(self.updated)
-        new, row = results[:num_updated], results[num_updated]
-        if self.has_outputs:
-            row = row, results[num_updated + 1 :]
-        return new, row
+        count = len(self.updated)
+        return results[:count], results[count], results[count + 1 :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +178,7 @@ class _Begun:
         steps: its first step, and how many.
         operands: as given.
         values: of the variables, with which it was begun.
-        results: new values of those that it updates, and the logs.
+        results: new values of those that it updates, the logs, the outputs.
     """
 
     steps: tuple[int, int]
@@ -205,9 +201,10 @@ class JaxLoop(CompiledLoop):
         self.read_only = program.read_only
         self.updated = program.updated
         self.log_names = program.log_names
-        self._has_outputs = program.has_outputs
-        if program.has_outputs:
-            mode = "stepwise"
+        self._outputs = program.outputs
+        if self._outputs:
+            num_bytes = sum(o.size * o.dtype.itemsize for o in self._outputs)
+            self.max_steps = steps_with_outputs(num_bytes, operands)
         self.mode = mode or _choose_mode(program.closed)
         self.traces = traces
         self._num_arrays = len(program.updated) + len(program.read_only)
@@ -263,14 +260,11 @@ class JaxLoop(CompiledLoop):
             results = self._take_begun(step, num_steps, operands)
         if results is None:
             results = self._call(step, num_steps, operands)
-        new, logs = results
+        new, logs, outputs = results
         for variable, value in zip(self.updated, new, strict=True):
             # By reference: `assign` would convert and check each one.
             variable._value = value
-        if self._has_outputs:
-            ((row, outputs),) = logs
-            return [row], outputs
-        return logs
+        return (logs, outputs) if outputs else logs
 
     def _call(self, step: int, num_steps: int, operands: Any) -> Any:
         updated = list(map(_VALUE, self.updated))
@@ -288,6 +282,7 @@ class JaxLoop(CompiledLoop):
 
     def _fused(self, run: Any) -> Any:
         shape = (self._capacity, len(self.log_names))
+        stacks = [((self.max_steps, *o.shape), o.dtype) for o in self._outputs]
 
         def loop(
             updated: Any, read_only: Any, resident: Any, operands: Any,
@@ -296,14 +291,20 @@ class JaxLoop(CompiledLoop):
             step, num_steps = numbers
 
             def body(index: Any, carry: Any) -> Any:
-                values, rows = carry
-                values, row = run(
+                values, rows, stacked = carry
+                values, row, outputs = run(
                     values, read_only, resident, operands, index, step + index
                 )
-                return values, rows.at[index].set(row)
+                stacked = [
+                    stack.at[index].set(output)
+                    for stack, output in zip(stacked, outputs, strict=True)
+                ]
+                return values, rows.at[index].set(row), stacked
 
             rows = jnp.zeros(shape, jnp.float32)
-            return jax.lax.fori_loop(0, num_steps, body, (updated, rows))
+            stacked = [jnp.zeros(*stack) for stack in stacks]
+            carry = updated, rows, stacked
+            return jax.lax.fori_loop(0, num_steps, body, carry)
 
         compiled = jax.jit(loop, donate_argnums=self._donated())
 
@@ -331,16 +332,18 @@ class JaxLoop(CompiledLoop):
             updated: Any, read_only: Any, resident: Any, operands: Any,
             step: int, num_steps: int,
         ) -> Any:  # fmt: skip
-            rows = []
+            rows, outputs = [], []
             if num_steps > 1:  # for one, the call does it, and quicker
                 operands = jax.device_put(operands)
             for index in range(num_steps):
                 numbers = np.array([index, step + index], np.int32)
-                updated, row = compiled(
+                updated, row, given = compiled(
                     updated, read_only, resident, operands, numbers
                 )
                 rows.append(row)
-            return updated, rows
+                outputs.append(given)
+            stacked = [jnp.stack(each) for each in zip(*outputs, strict=True)]
+            return updated, rows, stacked
 
         return call
 

@@ -29,6 +29,7 @@ class TensorFlowBackend(Backend):
 
     name = "tensorflow"
     modes = ("fused", "compiled")
+    host_steps = 4
 
     # Not methods that call these: few frames should lie above the user's.
     compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]

@@ -14,7 +14,7 @@ from legato.backends.protocol import (
     LoopMode,
     Step,
 )
-from legato.backends.scope import split_outputs
+from legato.backends.scope import split_outputs, steps_with_outputs
 from legato.backends.tensorflow import xla
 from legato.backends.tensorflow.effects import find_effects
 from legato.backends.tensorflow.scope import StepScope
@@ -127,14 +127,18 @@ class TensorFlowLoop(CompiledLoop):
         Raises:
             StepError: it has to be compiled, and cannot be.
         """
+        leaves, num_logs = self._leaves, len(self.log_names)
         if isinstance(self._traced.structured_outputs, tuple):
+            outputs = self._traced.structured_outputs[1]
+            self.max_steps = _max_steps(outputs, leaves)
+            self._run = _make_loop(
+                self._traced, leaves, num_logs, False, outputs
+            )
             self.mode = "fused"
-            self._run = self._run_once
             return
         required = mode == "compiled" or (
             mode is None and compilation == "always"
         )
-        leaves, num_logs = self._leaves, len(self.log_names)
         if required or (
             mode is None and compilation == "auto" and xla.gains(self._traced)
         ):
@@ -163,10 +167,13 @@ class TensorFlowLoop(CompiledLoop):
             LOST.add(self.updated)
             raise
 
-    def _run_once(self, step: Any, num_steps: Any, *flat: Any) -> Any:
-        del num_steps
-        row, outputs = self._traced(tf.constant(0), step, *flat)
-        return row[None], outputs
+
+def _max_steps(outputs: Sequence[Any], leaves: list[Any]) -> int:
+    """How many steps one call takes that give these to the host."""
+    if not all(spec.shape.is_fully_defined() for spec in outputs):
+        return 1  # they may not stack
+    num_bytes = sum(o.shape.num_elements() * o.dtype.size for o in outputs)
+    return steps_with_outputs(num_bytes, leaves)
 
 
 def _make_loop(
@@ -174,8 +181,16 @@ def _make_loop(
     leaves: list[Any],
     num_logs: int,
     is_compiled: bool,
+    outputs: Sequence[Any] = (),
 ) -> Any:
     """A graph that runs a step a number of times that is given with a call.
+
+    Args:
+        step: the step.
+        leaves: of the operands.
+        num_logs: how many it returns.
+        is_compiled: whether by XLA.
+        outputs: specs of what else it returns: `(logs, outputs)`.
 
     Raises:
         NotCompilableError: XLA is to compile it, and cannot.
@@ -189,19 +204,29 @@ def _make_loop(
     ]
 
     def loop(first: Any, num_steps: Any, *flat: Any) -> Any:
-        def body(index: Any, rows: Any) -> Any:
+        def body(index: Any, rows: Any, *stacks: Any) -> Any:
             row = step(index, first + index, *flat)
+            if outputs:
+                row, given = row
+                stacks = tuple(
+                    stack.write(index, output)
+                    for stack, output in zip(stacks, given, strict=True)
+                )
             if num_logs:
                 rows = tf.tensor_scatter_nd_update(rows, [[index]], [row])
-            return index + 1, rows
+            return index + 1, rows, *stacks
 
-        _, rows = tf.while_loop(
-            lambda index, rows: index < num_steps,
+        stacks = [
+            tf.TensorArray(spec.dtype, num_steps, element_shape=spec.shape)
+            for spec in outputs
+        ]
+        _, rows, *stacks = tf.while_loop(
+            lambda index, *_: index < num_steps,
             body,
-            (tf.constant(0), tf.zeros((capacity, num_logs))),
+            (tf.constant(0), tf.zeros((capacity, num_logs)), *stacks),
             parallel_iterations=1,
         )
-        return rows
+        return (rows, [stack.stack() for stack in stacks]) if outputs else rows
 
     if is_compiled:
         return xla.compile_function(loop, specs)

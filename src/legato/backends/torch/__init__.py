@@ -25,6 +25,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     modes = ("eager", "compiled")
+    host_steps = 1
 
     # Not methods that call these: few frames should lie above the user's.
     compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]

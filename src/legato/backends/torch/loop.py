@@ -109,7 +109,13 @@ def compile_loop(
         required = mode is not None or compilation == "always"
         program = capture(found, resident, first, required=required)
     replays = outputs is None and program is None and compilation != "never"
-    return TorchLoop(found, resident, program, replays=replays)
+    return TorchLoop(
+        found,
+        resident,
+        program,
+        replays=replays,
+        has_outputs=outputs is not None,
+    )
 
 
 class TorchLoop(CompiledLoop):
@@ -122,12 +128,14 @@ class TorchLoop(CompiledLoop):
         program: "StepProgram | None",
         *,
         replays: bool,
+        has_outputs: bool,
     ) -> None:
         self.read_only = step.read_only
         self.updated = step.updated
         self.log_names = step.log_names
         self.traces = step.traces
         self.mode = "eager" if program is None else "compiled"
+        self.max_steps = 1 if has_outputs else None
         self._step = step
         self._known = {id(v) for v in self.variables}
         self._resident = resident
@@ -176,7 +184,9 @@ class TorchLoop(CompiledLoop):
                                 ),
                                 at[one],
                             )
-                return rows if outputs is None else (rows, outputs)
+                if outputs is None:
+                    return rows
+                return rows, [output[None] for output in outputs]
         except BaseException:
             # It ended in the midst of a step.
             LOST.add(self.updated)
