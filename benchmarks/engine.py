@@ -427,8 +427,18 @@ def as_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def report(name: str, what: str, rows: list[Row], *, write: bool) -> None:
-    """Prints the rows, and keeps them in `results/` if asked to."""
+def report(
+    name: str,
+    what: str,
+    rows: list[Row],
+    *,
+    write: bool,
+    spread: str = "the range over the rounds",
+) -> None:
+    """Prints the rows, and keeps them in `results/` if asked to.
+
+    Those of the same day that are not among them stay.
+    """
     backend = keras_backend()
     versions = ", ".join(
         f"{name} {importlib.metadata.version(package)}"
@@ -437,15 +447,29 @@ def report(name: str, what: str, rows: list[Row], *, write: bool) -> None:
     machine = f"{len(os.sched_getaffinity(0))} CPUs ({platform.machine()})"
     text = (
         f"{what}; {machine}, Python {platform.python_version()}, "
-        f"{versions}.\n\nMedians; in brackets the range over the rounds.\n\n"
-        f"{as_table(rows)}\n"
+        f"{versions}.\n\nMedians; in brackets {spread}.\n\n"
     )
-    print(text)
+    print(f"{text}{as_table(rows)}")
     if write:
         today = datetime.date.today().isoformat()
         path = HERE / "results" / f"{today}-{name}-{backend}.md"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"# {name} on {backend}, {today}\n\n{text}")
+        new = {row[0] for row in rows}
+        kept = [row for row in _rows_in(path) if row[0] not in new]
+        table = as_table([*kept, *rows])
+        path.write_text(f"# {name} on {backend}, {today}\n\n{text}{table}\n")
+
+
+def _rows_in(path: Path) -> list[Row]:
+    """Those of a table that was written before."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        if line.startswith("| "):
+            a, b, c, d = (cell.strip() for cell in line[2:-2].split(" | "))
+            found.append((a, b, c, d))
+    return found[1:]
 
 
 def main() -> None:

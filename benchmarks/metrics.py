@@ -1,16 +1,17 @@
 """What measuring costs: metrics, host metrics and summaries, on and off.
 
-    KERAS_BACKEND=torch python benchmarks/metrics.py [--rounds N] [--write]
+    KERAS_BACKEND=torch python benchmarks/metrics.py [PART ...]
+        [--models MODEL ...] [--rounds N] [--write]
 
-Each variant is measured in turn with the same training without it, with
-`legato.fit` and, beside it, with `keras.Model.fit`.
+Each variant is measured in turn with the same training without it, an epoch
+each; with legato and, beside it, with `keras.Model.fit`.
 """
 
 import argparse
-import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import engine  # chooses the backend, and finds the model
@@ -19,6 +20,7 @@ import model
 import numpy as np
 
 import legato
+from legato.session import Session
 
 CHEAP = {
     "jax": {"MLP": 0.04, "LSTM": 0.02, "transformer": 0.02},
@@ -33,11 +35,16 @@ then."""
 WAITING = 0.15
 SUMMARIES = 0.02
 
-EPOCHS = 6
-"""Of which the first compiles, and is not counted."""
+WARM = 2
+"""Epochs that are not counted: the first compiles."""
 
-MLP_STEPS = {"jax": 4096, "tensorflow": 2048, "torch": 512}
-"""In an epoch: enough for what happens at its end not to count."""
+STEPS = {
+    "jax": {"MLP": 2048, "LSTM": 256, "transformer": 128},
+    "tensorflow": {"MLP": 1024, "LSTM": 128, "transformer": 128},
+    "torch": {"MLP": 256, "LSTM": 32, "transformer": 64},
+}
+"""In an epoch: a tenth of a second or more of them, for what happens at its
+end not to count."""
 
 LENGTH, FEATURES, CLASSES = 16, 32, 10
 
@@ -46,7 +53,7 @@ def mlp() -> tuple[keras.Model, tuple, int]:
     """The model, its data, the size of a batch."""
     return (
         model.build_model(),
-        model.make_data(32 * MLP_STEPS[keras.config.backend()]),
+        model.make_data(32 * STEPS[keras.config.backend()]["MLP"]),
         32,
     )
 
@@ -61,7 +68,7 @@ def lstm() -> tuple[keras.Model, tuple, int]:
             layers.Dense(CLASSES),
         ]
     )
-    return network, sequences(), 32
+    return network, sequences("LSTM"), 32
 
 
 def transformer() -> tuple[keras.Model, tuple, int]:
@@ -75,14 +82,15 @@ def transformer() -> tuple[keras.Model, tuple, int]:
         y = layers.LayerNormalization()(x)
         x = x + layers.Dense(64)(layers.Dense(128, activation="gelu")(y))
     outputs = layers.Dense(CLASSES)(layers.GlobalAveragePooling1D()(x))
-    return keras.Model(inputs, outputs), sequences(), 32
+    return keras.Model(inputs, outputs), sequences("transformer"), 32
 
 
-def sequences() -> tuple[np.ndarray, np.ndarray]:
-    """Random sequences and their classes, 256 batches of them."""
+def sequences(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Random sequences and their classes, for an epoch of a model's steps."""
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(8192, LENGTH, FEATURES)).astype("float32")
-    return features, rng.integers(0, CLASSES, 8192).astype("int32")
+    count = 32 * STEPS[keras.config.backend()][name]
+    features = rng.normal(size=(count, LENGTH, FEATURES)).astype("float32")
+    return features, rng.integers(0, CLASSES, count).astype("int32")
 
 
 MODELS = {"MLP": mlp, "LSTM": lstm, "transformer": transformer}
@@ -108,19 +116,128 @@ class FirstClass(keras.metrics.AUC):
         super().update_state(labels, keras.ops.softmax(y_pred)[:, 0])
 
 
-class Timer(keras.callbacks.Callback):
-    """When each epoch ended."""
+def now() -> np.ndarray:
+    """Seconds of the clock, and of this process on all CPUs."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+class Turn(keras.callbacks.Callback):
+    """Hands over to the next contestant after each epoch.
+
+    Args:
+        relay: of which it is part.
+        name: whose turn it tells.
+        only_validation: whether to time that alone.
+    """
+
+    def __init__(self, relay: "Relay", name: str, only_validation: bool):
+        super().__init__()
+        self._relay = relay
+        self._name = name
+        self._only_validation = only_validation
+        self._began = self._tested = np.zeros(2)
 
     def on_train_begin(self, logs=None):  # noqa: D102
-        self.ends: list[float] = []
+        self._began = now()
+
+    def on_test_begin(self, logs=None):  # noqa: D102
+        self._tested = self._tested - now()
+
+    def on_test_end(self, logs=None):  # noqa: D102
+        self._tested = self._tested + now()
 
     def on_epoch_end(self, epoch, logs=None):  # noqa: D102
-        self.ends.append(time.perf_counter())
+        spent = now() - self._began
+        if self._only_validation:
+            spent, self._tested = self._tested, np.zeros(2)
+        self._relay.times[self._name].append(spent)
+        self._relay.pass_on(self._name)
+        self._began = now()
 
 
-def seconds_per_epoch(timer: Timer) -> float:
-    """The median, but for the first."""
-    return statistics.median(np.diff(timer.ends).tolist())
+class Relay:
+    """Contestants that train in turns, an epoch each, in one process.
+
+    Each has a thread, of which one runs at a time. What else a busy machine
+    does so falls upon all of them alike.
+
+    Args:
+        contestants: by name; each trains with the callback that it is given,
+            for so many epochs.
+        rounds: epochs of each that are counted.
+        only_validation: whether validations alone are.
+
+    Attributes:
+        times: seconds of each one's epochs, as `now` has them.
+    """
+
+    def __init__(
+        self,
+        contestants: dict[str, Callable[[Turn, int], None]],
+        rounds: int,
+        *,
+        only_validation: bool = False,
+    ) -> None:
+        self.times: dict[str, list[np.ndarray]] = {
+            name: [] for name in contestants
+        }
+        self._turns = {name: threading.Semaphore(0) for name in contestants}
+        self._waiting = list(contestants)
+        self._errors: list[BaseException] = []
+        threads = [
+            threading.Thread(
+                target=self._run,
+                args=(name, train, rounds + WARM, only_validation),
+            )
+            for name, train in contestants.items()
+        ]
+        for thread in threads:
+            thread.start()
+        self._turns[self._waiting[0]].release()
+        for thread in threads:
+            thread.join()
+        if self._errors:
+            raise self._errors[0]
+        self.times = {name: each[WARM:] for name, each in self.times.items()}
+
+    def _run(
+        self,
+        name: str,
+        train: Callable[[Turn, int], None],
+        epochs: int,
+        only_validation: bool,
+    ) -> None:
+        self._turns[name].acquire()
+        try:
+            train(Turn(self, name, only_validation), epochs)
+        except BaseException as error:
+            self._errors.append(error)
+        at = self._waiting.index(name)
+        self._waiting.remove(name)
+        if self._waiting:
+            self._turns[self._waiting[at % len(self._waiting)]].release()
+
+    def pass_on(self, name: str) -> None:
+        """Let the next one go on, and wait until it is this one's turn."""
+        at = self._waiting.index(name) + 1
+        self._turns[self._waiting[at % len(self._waiting)]].release()
+        self._turns[name].acquire()
+
+    def cost(self, dearer: str, base: str) -> tuple[float, str]:
+        """The share that is added: the median of the rounds, and quartiles.
+
+        By the clock, and of the time on CPUs: what else runs on the machine
+        takes from the first alone, and what is hidden behind the device counts
+        in the second alone.
+        """
+        pairs = zip(self.times[dearer], self.times[base], strict=True)
+        shares = np.array([a / b - 1 for a, b in pairs])
+        low, middle, high = np.quantile(shares, (0.25, 0.5, 0.75), axis=0)
+        texts = [
+            f"{middle[i]:+.1%} ({low[i]:+.1%} to {high[i]:+.1%})"
+            for i in range(2)
+        ]
+        return float(middle[0]), f"{texts[0]}; CPU {texts[1]}"
 
 
 class Classes(legato.Task):
@@ -148,60 +265,69 @@ class Classes(legato.Task):
         return self._metrics()
 
 
+class Noting(Session):
+    """Notes how steps reached the device."""
+
+    mode = ""
+
+    def __exit__(self, *exc: object) -> None:
+        Noting.mode = str(self.steps.mode)
+        if self.steps._compilation == "replay" and Noting.mode == "eager":
+            Noting.mode = "eager, replayed"
+        super().__exit__(*exc)
+
+
+class NotingTrainer(legato.Trainer):
+    """A trainer with such sessions."""
+
+    session_type = Noting
+
+
 def by_legato(
     make: Callable,
     metrics: Callable[[], list],
     every: int = 1,
     summary_interval: int = 0,
-) -> Callable[[], float]:
-    """Seconds of an epoch with legato; each metric every so many steps."""
+) -> Callable[[Turn, int], None]:
+    """Trains with legato; each metric every so many steps."""
 
-    def measure() -> float:
-        timer = Timer()
+    def train(turn: Turn, epochs: int) -> None:
+        keras.utils.set_random_seed(0)
         with tempfile.TemporaryDirectory() as run_dir:
-            legato.Trainer(
+            NotingTrainer(
                 Classes(make, metrics),
                 run_dir=run_dir,
                 config=legato.TrainerConfig(
-                    epochs=EPOCHS,
+                    epochs=epochs,
                     train_metrics_interval=every,
                     # A summary reads results too, and is measured apart.
                     summary_interval=summary_interval,
                     checkpoint_interval=10**6,
                     progress="none",
+                    exact="off",
                 ),
-                callbacks=[timer],
+                callbacks=[turn],
             ).train()
-        return seconds_per_epoch(timer)
 
-    return measure
+    return train
 
 
-def by_keras(make: Callable, metrics: Callable[[], Any]) -> Callable[[], float]:
-    """Seconds of an epoch with `model.fit`."""
+def by_keras(
+    make: Callable, metrics: Callable[[], Any]
+) -> Callable[[Turn, int], None]:
+    """Trains with `model.fit`."""
 
-    def measure() -> float:
+    def train(turn: Turn, epochs: int) -> None:
         network, (x, y), batch_size = make()
         network.compile(
             keras.optimizers.Adam(1e-3), model.build_loss(), metrics=metrics()
         )
-        timer = Timer()
         network.fit(
-            x, y, batch_size=batch_size, epochs=EPOCHS, verbose=0,
-            callbacks=[timer],
+            x, y, batch_size=batch_size, epochs=epochs, verbose=0,
+            callbacks=[turn],
         )  # fmt: skip
-        return seconds_per_epoch(timer)
 
-    return measure
-
-
-def cost(times: engine.Times, dearer: str, base: str) -> tuple[float, str]:
-    """The share that is added: the median of the rounds, and their range."""
-    shares = sorted(
-        a / b - 1 for a, b in zip(times[dearer], times[base], strict=True)
-    )
-    middle = statistics.median(shares)
-    return middle, f"{middle:+.1%} ({shares[0]:+.1%} to {shares[-1]:+.1%})"
+    return train
 
 
 def judged(
@@ -214,12 +340,13 @@ def judged(
     return label, text, f"{at_most:.0%} at most", met
 
 
-def cheap_metrics(rounds: int) -> list[engine.Row]:
+def cheap_metrics(rounds: int, models: Sequence[str]) -> list[engine.Row]:
     """Three at each step, against none."""
     rows = []
     targets = CHEAP[keras.config.backend()]
-    for name, make in MODELS.items():
-        times = engine.in_turns(
+    for name in models:
+        make = MODELS[name]
+        relay = Relay(
             {
                 "off": by_legato(make, list),
                 "on": by_legato(make, cheap),
@@ -228,21 +355,23 @@ def cheap_metrics(rounds: int) -> list[engine.Row]:
             },
             rounds,
         )
-        share, text = cost(times, "on", "off")
+        share, text = relay.cost("on", "off")
         label = f"{name}, three cheap metrics at each step"
-        rows.append(judged(label, text, share, targets[name]))
-        share, text = cost(times, "fit, on", "fit, off")
+        noted = f"{label} ({Noting.mode})"
+        rows.append(judged(noted, text, share, targets[name]))
+        share, text = relay.cost("fit, on", "fit, off")
         rows.append(judged(f"{label}, model.fit", text, share, None))
     return rows
 
 
-def dear_metric(rounds: int) -> list[engine.Row]:
+def dear_metric(rounds: int, models: Sequence[str]) -> list[engine.Row]:
     """AUC at each step and now and then, against none."""
+    del models  # the smallest shows most
 
     def auc() -> list[keras.metrics.Metric]:
         return [FirstClass(200, name="auc")]
 
-    times = engine.in_turns(
+    relay = Relay(
         {
             "off": by_legato(mlp, list),
             "always": by_legato(mlp, auc),
@@ -252,12 +381,14 @@ def dear_metric(rounds: int) -> list[engine.Row]:
         },
         rounds,
     )
-    always, text = cost(times, "always", "off")
-    rows = [judged("MLP, AUC at each step", text, always, None)]
-    share, text = cost(times, "now and then", "off")
+    always, text = relay.cost("always", "off")
+    label = f"MLP, AUC at each step ({Noting.mode})"
+    rows = [judged(label, text, always, None)]
+    share, text = relay.cost("now and then", "off")
     target = NOW_AND_THEN if always > DEAR else None
-    rows.append(judged("MLP, AUC Every(50)", text, share, target))
-    share, text = cost(times, "fit, on", "fit, off")
+    label = f"MLP, AUC Every(50) ({Noting.mode})"
+    rows.append(judged(label, text, share, target))
+    share, text = relay.cost("fit, on", "fit, off")
     rows.append(judged("MLP, AUC at each step, model.fit", text, share, None))
     return rows
 
@@ -288,73 +419,71 @@ class Computes(Sleeps):
             pass
 
 
-def host_metrics(rounds: int) -> list[engine.Row]:
+def host_metrics(rounds: int, models: Sequence[str]) -> list[engine.Row]:
     """As slow as the forward pass, beside it."""
+    del models
     layers = keras.layers
-    network = keras.Sequential(
-        [
-            keras.Input((512,)),
-            layers.Dense(2048, activation="relu"),
-            layers.Dense(2048, activation="relu"),
-            layers.Dense(CLASSES),
-        ]
-    )
-    network.compile("sgd", model.build_loss())
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(20_000, 512)).astype("float32")
+    x = rng.normal(size=(12_000, 512)).astype("float32")
     y = rng.integers(0, CLASSES, len(x)).astype("int32")
     num_batches = -(-len(x) // 200)
 
-    def validation(*metrics: legato.HostMetric) -> Callable[[], float]:
-        def measure() -> float:
-            seconds = []
-            callback = keras.callbacks.LambdaCallback(
-                on_test_begin=lambda logs: seconds.append(-time.perf_counter()),
-                on_test_end=lambda logs: seconds.append(time.perf_counter()),
+    def validation(metrics: Sequence[legato.HostMetric]) -> Callable:
+        def train(turn: Turn, epochs: int) -> None:
+            network = keras.Sequential(
+                [
+                    keras.Input((512,)),
+                    layers.Dense(2048, activation="relu"),
+                    layers.Dense(2048, activation="relu"),
+                    layers.Dense(CLASSES),
+                ]
             )
+            network.compile("sgd", model.build_loss())
             with tempfile.TemporaryDirectory() as run_dir:
                 legato.fit(
-                    network, x[:200], y[:200], batch_size=200, epochs=5,
+                    network, x[:200], y[:200], batch_size=200, epochs=epochs,
                     verbose=0, validation_data=(x, y), run_dir=run_dir,
                     validation_metrics=list(metrics) or None, exact="off",
-                    callbacks=[callback],
+                    callbacks=[turn],
                 )  # fmt: skip
-            pairs = zip(seconds[2::2], seconds[3::2], strict=True)
-            return statistics.median(begin + end for begin, end in pairs)
 
-        return measure
+        return train
 
-    forward = validation()() / num_batches
-    times = engine.in_turns(
+    first = Relay({"none": validation([])}, 2, only_validation=True)
+    forward = min(each[0] for each in first.times["none"]) / num_batches
+    relay = Relay(
         {
-            "none": validation(),
-            "sleeps": validation(Sleeps(forward)),
-            "computes": validation(Computes(forward)),
+            "none": validation([]),
+            "sleeps": validation([Sleeps(forward)]),
+            "computes": validation([Computes(forward)]),
         },
         rounds,
+        only_validation=True,
     )
-    share, text = cost(times, "sleeps", "none")
+    print(f"a forward pass: {1e3 * forward:.1f} ms")
+    share, text = relay.cost("sleeps", "none")
     label = "validation, a host metric that waits as long as a forward pass"
-    rows = [judged(f"{label} ({1e3 * forward:.1f} ms)", text, share, WAITING)]
-    share, text = cost(times, "computes", "none")
+    rows = [judged(label, text, share, WAITING)]
+    share, text = relay.cost("computes", "none")
     label = "validation, one that computes in Python for so long"
     rows.append(judged(label, text, share, None))
     return rows
 
 
-def summaries(rounds: int) -> list[engine.Row]:
+def summaries(rounds: int, models: Sequence[str]) -> list[engine.Row]:
     """Every 10 steps, against none."""
     rows = []
-    for name, make in MODELS.items():
-        times = engine.in_turns(
+    for name in models:
+        make = MODELS[name]
+        relay = Relay(
             {
                 "off": by_legato(make, cheap),
                 "on": by_legato(make, cheap, summary_interval=10),
             },
             rounds,
         )
-        share, text = cost(times, "on", "off")
-        label = f"{name}, summaries every 10 steps"
+        share, text = relay.cost("on", "off")
+        label = f"{name}, summaries every 10 steps ({Noting.mode})"
         rows.append(judged(label, text, share, SUMMARIES))
     return rows
 
@@ -371,15 +500,18 @@ def main() -> None:
     """Measures, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=[])
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
-        "--write", action="store_true", help="keep the table in results/"
+        "--write",
+        action="store_true",
+        help="keep the table in results/, with what is there already",
     )
     arguments = parser.parse_args()
     rows = [
         row
         for name in arguments.parts or PARTS
-        for row in PARTS[name](arguments.rounds)
+        for row in PARTS[name](arguments.rounds, arguments.models or [*MODELS])
     ]
     engine.report(
         "metrics",
@@ -387,6 +519,7 @@ def main() -> None:
         "64 units, two blocks of attention; batch 32",
         rows,
         write=arguments.write,
+        spread="quartiles of the rounds' ratios",
     )
 
 

@@ -32,7 +32,7 @@ LAYERS = [
     {"state", "capture", "compat"},
     {"backends"},
     {"checkpoint", "data", "losses", "metrics", "run_directory"},
-    {"loop"},
+    {"loop", "readings"},
     {
         "task",
         "compiled",

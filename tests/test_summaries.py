@@ -23,7 +23,7 @@ from legato.errors import (
     RunDirError,
     SummaryError,
 )
-from legato.summaries import SummaryManager, SummaryManagerInterface
+from legato.summaries import SummaryManager, SummaryManagerInterface, events
 from legato.summaries.events import EVENTS
 from tests.summary_files import read, read_below
 
@@ -60,6 +60,28 @@ def written(manager, values):
 )
 def test_numbers_are_curves(value, number, manager):
     assert written(manager, {"x": value}) == {"x": [(4, number)]}
+
+
+@pytest.mark.parametrize("step", [0, 1, 127, 128, 300, 2**40])
+def test_events_of_numbers_are_those_of_protocol_buffers(step, tmp_path):
+    numbers = {
+        "loss": 0.1,
+        "zero": 0.0,
+        "ä b/c": -1.5,
+        "large": 1e300,
+        "none": float("nan"),
+        "infinite": float("-inf"),
+        "x" * 200: 3.0,
+    }
+    made = events.protos()
+    summary = made.Summary(value=events.scalar_values(numbers.items()))
+    assert events.scalar_summary(numbers) == summary.SerializeToString()
+    file = events.EventFile(tmp_path / "events")
+    file.write(12.5, step, summary.value)
+    file.flush()
+    event = made.Event(wall_time=12.5, step=step, summary=summary)
+    data = event.SerializeToString()
+    assert (tmp_path / "events").read_bytes()[:-4].endswith(data)
 
 
 def test_tensors_and_variables_of_the_backend(manager):

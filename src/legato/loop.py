@@ -4,8 +4,9 @@
 that the loop needs; who they are is the trainer's business.
 """
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,8 @@ class Steps(Protocol):
     """The compiled training step."""
 
     capacity: int
+    keeps: bool
+    """Whether it goes on at summaries, and keeps what they need."""
 
     def run(self, step: int, chunk: Chunk) -> Any:
         """Begin the chunk's steps on the device."""
@@ -32,8 +35,13 @@ class Steps(Protocol):
     def begin(self, step: int, chunk: Chunk) -> None:
         """Begin a chunk early, of which nothing shows until `run` is called."""
 
-    def rows(self, logs: Any, chunk: Chunk) -> np.ndarray:
-        """Wait for them; their logs, float32 `[steps, names]`."""
+    def rows(
+        self, logs: Any, chunk: Chunk
+    ) -> tuple[np.ndarray, Mapping[int, np.ndarray] | None]:
+        """Wait for them; their logs, float32 `[steps, names]`.
+
+        And what was kept of variables at the steps of summaries, by ids.
+        """
         ...
 
 
@@ -63,17 +71,28 @@ class Recorder(Protocol):
         """Reset what counts within an epoch."""
 
     def begin_interval(self) -> None:
-        """Reset what counts from one summary to the next."""
+        """Reset what counts from one summary to the next.
 
-    def steps(self, chunk: Chunk, rows: np.ndarray) -> None:
-        """Take the logs of completed steps."""
+        A step that is trained on does so itself.
+        """
+
+    def steps(
+        self,
+        chunk: Chunk,
+        rows: np.ndarray,
+        kept: Mapping[int, np.ndarray] | None,
+    ) -> None:
+        """Take the logs of completed steps, and what was kept of them.
+
+        Write the summaries that are due before the last one.
+        """
 
     def batch_logs(self) -> Logs:
         """What batch hooks see after the last step."""
         ...
 
     def summary(self) -> None:
-        """Write the summary that is due."""
+        """Write the summary that is due after the last step."""
 
     def validation(self, logs: Logs) -> None:
         """Take the results of a validation."""
@@ -125,6 +144,7 @@ def run(
         callbacks_stop: whether a callback set `model.stop_training`.
     """
     pace = Pace(steps.capacity)
+    plan = functools.partial(_plan, schedule, steps, hooks, pace)
     # What was restored is on disk, unless duties are still to be done.
     saved_step = None if clock.duties or clock.step == 0 else clock.step
     while True:
@@ -146,31 +166,32 @@ def run(
             recorder.begin_epoch()
             hooks.on_epoch_begin(clock.epoch)
             clock.epoch_begun = True
-        if schedule.summary_is_due(clock.step):
+        is_skipped = schedule.is_skipped(clock.step + 1)
+        if is_skipped and schedule.summary_is_due(clock.step):
             # Only now: the logs of an epoch that ended hold them too.
             recorder.begin_interval()
 
         chunk = feed.take(
             1
             if callbacks_stop()  # in a hook that came before: as in Keras,
-            else _plan(clock.step, schedule, hooks, pace)  # after one batch
+            else plan(clock.step)  # after one batch
         )
-        rows = None
-        if not schedule.is_skipped(clock.step + 1):
+        rows = kept = None
+        if not is_skipped:
             if hooks.batch_hooks_active:
                 hooks.on_train_batch_begin(clock.step_in_epoch)
             began = time.perf_counter()
             logs = steps.run(clock.step, chunk)
             after = clock.step + chunk.num_batches
             feed.prefetch(
-                _plan(after, schedule, hooks, pace),
+                plan(after),
                 is_quiet=not hooks.batch_hooks_active
                 and not schedule.calls_back(after),
             )
             is_begun = pace.is_quick and _begin_next(
                 after, clock.epoch, schedule, steps, feed
             )
-            rows = steps.rows(logs, chunk)
+            rows, kept = steps.rows(logs, chunk)
             pace.learn(chunk.num_batches, time.perf_counter() - began)
             if pace.is_quick and not is_begun:  # batches may have come by now
                 _begin_next(after, clock.epoch, schedule, steps, feed)
@@ -178,7 +199,7 @@ def run(
         clock.step += chunk.num_batches
         clock.step_in_epoch += chunk.num_batches
         if rows is not None:
-            recorder.steps(chunk, rows)
+            recorder.steps(chunk, rows, kept)
             if hooks.wants_batch_logs:
                 hooks.on_train_batch_end(
                     clock.step_in_epoch - 1, recorder.batch_logs()
@@ -242,11 +263,14 @@ def _begin_next(
     return True
 
 
-def _plan(step: int, schedule: Schedule, hooks: Hooks, pace: "Pace") -> int:
+def _plan(
+    schedule: Schedule, steps: Steps, hooks: Hooks, pace: "Pace", step: int
+) -> int:
     """How many steps the next device call takes."""
     if hooks.batch_hooks_active:
         return 1
-    return max(1, min(schedule.next_stop(step) - step, pace.max_steps))
+    stop = schedule.next_stop(step, at_summaries=not steps.keeps)
+    return max(1, min(stop - step, pace.max_steps))
 
 
 class Pace:

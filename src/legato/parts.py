@@ -6,7 +6,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from legato import backends
 from legato.compat.keras_names import fresh_names
 from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig, nearest
@@ -15,6 +14,7 @@ from legato.errors import ConfigError
 from legato.evaluation import Evaluator
 from legato.identity import describe_program
 from legato.metrics import check_metrics, directions
+from legato.readings import Readings
 from legato.task import ModelGroup, OptimizerGroup, Optimizers, Task
 from legato.types import JSON, LogStyle
 from legato.when import Every, When
@@ -58,12 +58,9 @@ class Parts:
         found |= directions([*self.metrics, *validation])
         return found | {f"val_{name}": way for name, way in found.items()}
 
-    def learning_rates(self) -> dict[str, float]:
-        """The current learning rate of each optimizer, as it is logged."""
-        return {
-            "/".join(["learning_rate", name]).rstrip("/"): rate
-            for name, rate in _rates(self.optimizers).items()
-        }
+    def readings(self) -> Readings:
+        """What summaries read."""
+        return Readings(list(self.metrics), self.optimizers)
 
     def scales_loss(self) -> bool:
         """Whether a LossScaleOptimizer skips steps that overflow."""
@@ -160,9 +157,6 @@ def _rates(
 
 def _rate(optimizer: keras.optimizers.Optimizer) -> float:
     rate: Any = optimizer.learning_rate
-    if isinstance(rate, keras.Variable):  # quicker, for each summary
-        (value,) = backends.current().read([rate])
-        return float(value)
     return float(np.asarray(keras.ops.convert_to_numpy(rate)))
 
 

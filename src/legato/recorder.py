@@ -1,19 +1,21 @@
 """Keeps a run's books: means, metrics, summaries, the best, progress."""
 
+import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from legato import backends
 from legato.config import TrainerConfig
 from legato.data import Chunk, InputChecks
 from legato.errors import ConfigError, LegatoWarning
-from legato.metrics import Results
 from legato.progress import ProgressReporter
+from legato.readings import Readings
 from legato.recovery import LossWatch
 from legato.schedule import Schedule
 from legato.sinks import RunLog
@@ -21,6 +23,9 @@ from legato.state import Clock
 from legato.task import Task
 from legato.types import JSON, Logs, LogStyle, flat_logs
 from legato.when import When, any_due
+
+Kept = Mapping[int, np.ndarray]
+"""What variables held at some steps, `[steps, ...]`, by their ids."""
 
 
 class Recorder:
@@ -37,7 +42,7 @@ class Recorder:
         metrics: the training metrics, and when each is updated.
         directions: whether less or more of a log is better.
         log_names: names of the step's logs, known once it is traced.
-        learning_rates: the current ones by name.
+        readings: what summaries read.
         log: where summaries go.
         reporter: where progress goes.
         watch: looks at each loss.
@@ -57,7 +62,7 @@ class Recorder:
         metrics: Mapping[keras.metrics.Metric, When],
         directions: Mapping[str, str],
         log_names: Callable[[], Sequence[str]],
-        learning_rates: Callable[[], Logs],
+        readings: Readings,
         log: RunLog,
         reporter: ProgressReporter,
         watch: LossWatch,
@@ -68,9 +73,8 @@ class Recorder:
         self._clock = clock
         self._schedule = schedule
         self._metrics = metrics
-        self._read_metrics = Results(list(metrics))
         self._log_names = log_names
-        self._learning_rates = learning_rates
+        self._readings = readings
         self._log = log
         self._reporter = reporter
         self._watch = watch
@@ -94,17 +98,27 @@ class Recorder:
                 metric.reset_state()
 
     def begin_interval(self) -> None:
-        """Reset the metrics that are taken since the last summary."""
+        """Reset the metrics that are taken since the last summary.
+
+        Only where the next step is skipped: others begin with it themselves.
+        """
         for metric, when in self._metrics.items():
             if when.over == "summary":
                 metric.reset_state()
 
-    def steps(self, chunk: Chunk, rows: np.ndarray) -> None:
+    def steps(
+        self, chunk: Chunk, rows: np.ndarray, kept: Kept | None = None
+    ) -> None:
         """Add the logs of completed steps to the sums.
+
+        Summaries that are due before the last of them are written. (That of
+        the last one waits for `summary`.)
 
         Args:
             chunk: whose steps they are.
             rows: float32 of shape `[steps, names]`.
+            kept: what variables held at the steps of these summaries; None if
+                there are none.
 
         Raises:
             BadLossError: a loss is not finite, or above the bound.
@@ -112,9 +126,52 @@ class Recorder:
         clock = self._clock
         names = self._log_names()
         columns = rows.T.tolist()
+        first = begin = clock.step - chunk.num_batches
+        summaries: list[tuple[int, dict[str, Any]]] = []
+        try:
+            if kept is not None:
+                values = self._values_at(kept)
+                for step in self._schedule.summaries(first + 1, clock.step):
+                    part = [c[begin - first : step - first] for c in columns]
+                    self._add(names, part, chunk, begin, step)
+                    read = self._read(step, next(values))
+                    summaries.append((step, self._interval_means() | read))
+                    clock.interval_logs, clock.interval_steps = {}, 0
+                    begin = step
+            rest = [column[begin - first :] for column in columns]
+            self._add(names, rest, chunk, begin, clock.step)
+        finally:
+            if summaries:
+                self._write_summaries(summaries)
+        clock.last_logs = {
+            name: column[-1]
+            for name, column in zip(names, columns, strict=True)
+        }
+        self._reporter.update(clock.step, clock.last_logs)
+
+    def _check_losses(
+        self, losses: Sequence[float], stop: int, chunk: Chunk
+    ) -> None:
+        def explain(step: int) -> str:
+            first = self._clock.step + 1 - chunk.num_batches
+            found = self._checks.explain(chunk, step - first)
+            return f"It is the data: {found}. " if found else ""
+
+        self._watch.check(losses, stop, explain)
+
+    def _add(
+        self,
+        names: Sequence[str],
+        columns: Sequence[Sequence[float]],
+        chunk: Chunk,
+        begin: int,
+        stop: int,
+    ) -> None:
+        """Add the logs of the steps that lead from `begin` to `stop`."""
+        clock = self._clock
         for name, column in zip(names, columns, strict=True):
             if name == self._task.loss:
-                self._check_losses(column, chunk)
+                self._check_losses(column, stop, chunk)
             epoch = clock.epoch_logs.get(name, 0.0)
             interval = clock.interval_logs.get(name, 0.0)
             for value in column:
@@ -122,21 +179,8 @@ class Recorder:
                 interval += value
             clock.epoch_logs[name] = epoch
             clock.interval_logs[name] = interval
-        clock.epoch_examples += chunk.num_batches * chunk.batch_size
-        clock.interval_steps += chunk.num_batches
-        clock.last_logs = {
-            name: column[-1]
-            for name, column in zip(names, columns, strict=True)
-        }
-        self._reporter.update(clock.step, clock.last_logs)
-
-    def _check_losses(self, losses: Sequence[float], chunk: Chunk) -> None:
-        def explain(step: int) -> str:
-            first = self._clock.step + 1 - chunk.num_batches
-            found = self._checks.explain(chunk, step - first)
-            return f"It is the data: {found}. " if found else ""
-
-        self._watch.check(losses, self._clock.step, explain)
+        clock.epoch_examples += (stop - begin) * chunk.batch_size
+        clock.interval_steps += stop - begin
 
     def batch_logs(self) -> Logs:
         """What batch hooks see after a step; see `LogStyle`."""
@@ -158,30 +202,74 @@ class Recorder:
             for name, total in clock.epoch_logs.items()
         }
 
-    def _results(self) -> dict[str, Any]:
-        """The metrics; NaN for those that no step of theirs has updated."""
-        clock, results = self._clock, self._read_metrics()
+    def _results(
+        self,
+        step: int | None = None,
+        values: Sequence[np.ndarray] | None = None,
+    ) -> dict[str, Any]:
+        """The metrics; NaN for those that no step of theirs has updated.
+
+        Args:
+            step: as they were after this step; None for the last one.
+            values: of what they depend on, at that step.
+        """
+        clock, read = self._clock, self._readings.results
+        if step is None:
+            step = clock.step
+        results = read(values)
         for metric, when in self._metrics.items():
             first = clock.epoch_first_step
             if when.over == "summary":
-                first = self._schedule.last_summary(clock.step)
-            trained = self._schedule.trained(first, clock.step)
+                first = self._schedule.last_summary(step)
+            trained = self._schedule.trained(first, step)
             if not any(any_due(when, begin, stop) for begin, stop in trained):
-                for name in self._read_metrics.names(metric):
+                for name in read.names(metric):
                     results[name] = math.nan
         return results
 
     def summary(self) -> None:
         """Write means since the last summary, metrics and learning rates."""
         clock = self._clock
-        values: dict[str, Any] = {
+        values = self._interval_means() | self._results()
+        values |= self._readings.rates()
+        clock.interval_logs, clock.interval_steps = {}, 0
+        self._write_summaries([(clock.step, values)])
+
+    def _interval_means(self) -> dict[str, Any]:
+        clock = self._clock
+        return {
             name: total / clock.interval_steps
             for name, total in clock.interval_logs.items()
         } or dict.fromkeys(self._log_names(), math.nan)
-        values.update(self._results())
-        values.update(self._learning_rates())
-        self._log.write("train", clock.step, values)
-        clock.interval_logs, clock.interval_steps = {}, 0
+
+    def _values_at(self, kept: Kept) -> Iterator[list[np.ndarray]]:
+        """What the readings depend on, at one step after another.
+
+        What was not kept, no step changes.
+        """
+        variables = self._readings.variables
+        assert variables is not None  # or nothing is kept
+        others = [v for v in variables if id(v) not in kept]
+        read = zip(others, backends.current().read(others), strict=True)
+        constant = {id(variable): value for variable, value in read}
+        for index in itertools.count():
+            yield [
+                kept[id(v)][index] if id(v) in kept else constant[id(v)]
+                for v in variables
+            ]
+
+    def _read(self, step: int, values: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Results and learning rates as they were after a step."""
+        count = len(self._readings.results.variables)
+        results = self._results(step, values[:count])
+        return results | self._readings.rates(values[count:])
+
+    def _write_summaries(
+        self, summaries: Sequence[tuple[int, dict[str, Any]]]
+    ) -> None:
+        for step, values in summaries:
+            self._log.write("train", step, values)
+        clock = self._clock
         now = time.perf_counter()
         since, step = self._timed_from
         if clock.step > step:

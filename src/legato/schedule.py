@@ -32,10 +32,14 @@ class Schedule:
     validation_freq: int | Set[int] = 1
     skipped: tuple[tuple[int, int], ...] = ()
 
-    def next_stop(self, step: int) -> int:
+    def next_stop(self, step: int, *, at_summaries: bool = True) -> int:
         """The nearest step after `step` at which anything is due.
 
         Those up to it are all trained on, or all skipped.
+
+        Args:
+            step: a step.
+            at_summaries: whether summaries count.
         """
         return min(
             self.train_steps,
@@ -51,7 +55,7 @@ class Schedule:
                     self.steps_per_epoch,
                     self._every(self.validation_interval),
                     self._every(self.checkpoint_interval),
-                    self.summary_interval,
+                    self.summary_interval if at_summaries else 0,
                 )
                 if every
             ),
@@ -109,6 +113,11 @@ class Schedule:
     def summary_is_due(self, step: int) -> bool:
         """Whether to write a summary after this step."""
         return _is_due(step, self.summary_interval)
+
+    def summaries(self, first: int, stop: int) -> range:
+        """The steps in `[first, stop)` after which there is a summary."""
+        every = self.summary_interval
+        return range(-(-first // every) * every, stop, every)
 
     def last_summary(self, step: int) -> int:
         """The last step before `step` after which there was one, or 0."""

@@ -87,6 +87,10 @@ class Session:
         self.held: restoring.Held | None = None
         self.audit: list[AuditEntry] = []
         self._parts = parts
+        self._readings = parts.readings()
+        # One of the user's may look at the model, whatever it is given.
+        managed = (summary_managers or {}).get("train") is not None
+        self._stops_at_summaries = managed
         self._config = config
         self._run_dir = run_dir
         self._backend = backends.current()
@@ -204,6 +208,8 @@ class Session:
             max_steps=config.steps_per_loop,
             checks=parts.checks if config.check_numerics else None,
             max_shapes=config.max_batch_shapes,
+            summary_interval=config.summary_interval,
+            readings=None if self._stops_at_summaries else self._readings,
         )
         self.steps.compiling = self.compiling
         self.steps.announce = self._reporter.message
@@ -249,7 +255,7 @@ class Session:
             metrics=parts.metrics,
             directions=parts.directions(),
             log_names=lambda: self.steps.log_names,
-            learning_rates=parts.learning_rates,
+            readings=self._readings,
             log=self._log,
             reporter=self._reporter,
             watch=watch_losses(

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from legato import backends
-from legato.backends import Compilation, CompiledLoop, LoopMode
+from legato.backends import Compilation, CompiledLoop, Keeping, LoopMode
 from legato.by_shape import LoopsByShape
 from legato.config import MAX_SHAPES
 from legato.data import (
@@ -23,6 +23,7 @@ from legato.data import (
 from legato.errors import StepError
 from legato.evaluation import check_logs
 from legato.metrics import StepMetric, run_recorded
+from legato.readings import Readings
 from legato.state import layer_paths
 from legato.task import AttributeReads, Task, tracing
 from legato.types import LogStyle
@@ -46,6 +47,8 @@ class TrainSteps:
         max_steps: the most to run in one; None for the capacity.
         checks: looks at each batch before it is used; None: nobody does.
         max_shapes: for how many shapes of batches the step may be compiled.
+        summary_interval: steps between summaries; 0 for none.
+        readings: what summaries read.
 
     Attributes:
         compiling: a context around what may compile for long.
@@ -70,6 +73,8 @@ class TrainSteps:
         max_steps: int | None = None,
         checks: InputChecks | None = None,
         max_shapes: int = MAX_SHAPES,
+        summary_interval: int = 0,
+        readings: Readings | None = None,
     ) -> None:
         self.announce: Callable[[str], None] = lambda _: None
         self._checks = checks
@@ -81,6 +86,12 @@ class TrainSteps:
         self._operand_capacity = capacity
         self.mode: LoopMode | None = mode
         self._compilation: Compilation = compilation
+        self._summary_interval = summary_interval
+        self._keeping: Keeping | None = None
+        if readings is not None and summary_interval:
+            self._keeping = Keeping(
+                summary_interval, lambda: readings.variables
+            )
         self.log_names: list[str] = []
         self.traces = 0
         self._task = task
@@ -111,6 +122,11 @@ class TrainSteps:
     def is_traced(self) -> bool:
         """Whether `trace` was called."""
         return len(self._loops) > 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it goes on at summaries, and keeps what they need."""
+        return all(loop.kept is not None for loop in self._loops)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -146,6 +162,7 @@ class TrainSteps:
                     variables=expected,
                     compilation=self._compilation,
                     native=self._task.train_logs is LogStyle.OWN,
+                    keeping=self._keeping,
                 )
             except ValueError as error:
                 # Keras's message goes on with the variable's values.
@@ -248,6 +265,7 @@ class TrainSteps:
         metrics = None
         if self._are_metrics_on:
             metrics = [StepMetric(m, when) for m, when in self._metrics.items()]
+            self._begin_interval(step)
         logs = self._task.train_step(
             batch, self._model, self._optimizer, metrics
         )
@@ -265,6 +283,25 @@ class TrainSteps:
                     "Give one of them another name."
                 )
         return logs
+
+    def _begin_interval(self, step: Any) -> None:
+        """Reset what is taken since the last summary, after one.
+
+        Not at the summary: the logs of an epoch that ends there hold it too.
+        """
+        windowed = [
+            metric
+            for metric, when in self._metrics.items()
+            if when.over == "summary"
+        ]
+        if windowed and self._summary_interval:
+
+            def reset() -> None:
+                for metric in windowed:
+                    metric.reset_state()
+
+            due = keras.ops.equal(step % self._summary_interval, 0)
+            keras.ops.cond(due, reset, lambda: None)
 
     def run(self, step: int, chunk: Chunk) -> Any:
         """Begin a chunk's steps on the device.
@@ -312,6 +349,23 @@ class TrainSteps:
             loop = self._loops[chunk.shapes]
             loop.begin(step, chunk.num_batches, chunk.operands)
 
-    def rows(self, logs: Any, chunk: Chunk) -> np.ndarray:
-        """Wait for a chunk's steps; their logs, float32 `[steps, names]`."""
-        return self._backend.to_host(logs, chunk.num_batches)
+    def rows(
+        self, logs: Any, chunk: Chunk
+    ) -> tuple[np.ndarray, Mapping[int, np.ndarray] | None]:
+        """Wait for a chunk's steps; their logs, float32 `[steps, names]`.
+
+        And what was kept of variables at the steps of summaries,
+        `[times or more, ...]`, by their ids; None if the steps do not go on
+        at summaries.
+        """
+        variables, stacks = self._loops[chunk.shapes].kept, []
+        if variables:
+            logs, stacks = logs
+        rows = self._backend.to_host(logs, chunk.num_batches)
+        kept = None
+        if variables is not None:
+            kept = {
+                id(variable): np.asarray(keras.ops.convert_to_numpy(stack))
+                for variable, stack in zip(variables, stacks, strict=True)
+            }
+        return rows, kept

@@ -15,6 +15,7 @@ from legato.backends.protocol import (
     Compilation,
     CompiledLoop,
     Fetch,
+    Keeping,
     LoopMode,
     Step,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "Compilation",
     "CompiledLoop",
     "Fetch",
+    "Keeping",
     "LoopMode",
     "Step",
     "current",

@@ -6,6 +6,7 @@ how a step is turned into a device loop and differentiated.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,6 +37,20 @@ Fetch = Callable[[Any, Any, Any], Any]
 """`fetch(resident, operands, index) -> batch`, traced with the step."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Keeping:
+    """What a loop keeps of variables while it goes on.
+
+    Attributes:
+        every: after each so many steps of the run.
+        variables: gives those in question, when the step has been traced;
+            None if it is not known which.
+    """
+
+    every: int
+    variables: Callable[[], Sequence[keras.Variable] | None]
+
+
 class CompiledLoop(abc.ABC):
     """A step compiled into a loop over the batches of a chunk.
 
@@ -46,6 +61,9 @@ class CompiledLoop(abc.ABC):
         mode: how it runs on the device.
         max_steps: the most steps of one call; None where their operands alone
             bound it. (What steps give the host takes memory.)
+        kept: variables whose values it keeps after certain steps, as it was
+            asked to: those among the given ones that it writes. None if it
+            cannot; see `kept_variables`.
         traces: how often user code has been traced, for tests.
     """
 
@@ -54,6 +72,7 @@ class CompiledLoop(abc.ABC):
     log_names: list[str]
     mode: LoopMode
     max_steps: int | None = None
+    kept: list[keras.Variable] | None = None
     traces: int
 
     @property
@@ -72,7 +91,8 @@ class CompiledLoop(abc.ABC):
         Returns:
             The logs of every step, on the device: see `Backend.to_host`. Of
             steps with outputs: the logs, and each output of all the steps, of
-            shape `[steps or more, ...]`.
+            shape `[steps or more, ...]`. Of a loop that keeps any variables:
+            the logs, and the values of each, `[times or more, ...]`.
         """
 
     def begin(self, step: int, num_steps: int, operands: Any) -> None:
@@ -111,6 +131,7 @@ class Backend(abc.ABC):
         variables: Sequence[keras.Variable] = (),
         compilation: Compilation = "never",
         native: bool = False,
+        keeping: Keeping | None = None,
     ) -> CompiledLoop:
         """Trace a step into a loop; it is compiled when first called.
 
@@ -133,6 +154,7 @@ class Backend(abc.ABC):
             native: the step is written for this backend (a Keras model's own
                 `train_step`) and differentiates by itself: what it reads are
                 the variables' own tensors.
+            keeping: what to keep, of a step without outputs.
 
         Raises:
             StepError: the step broke its contract.
@@ -171,12 +193,16 @@ class Backend(abc.ABC):
         """Assign host arrays, bit for bit."""
 
     @abc.abstractmethod
-    def compile_reading(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+    def compile_reading(
+        self, compute: Callable[[], Any], variables: Sequence[keras.Variable]
+    ) -> Callable[[Sequence[np.ndarray]], Any]:
         """Something computed from variables, as one call of the device.
 
         Args:
             compute: returns nested tensors, from variables alone, and changes
                 nothing.
+            variables: those whose values are given with a call; others have
+                those that they hold.
         """
 
     @abc.abstractmethod

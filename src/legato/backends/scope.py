@@ -1,16 +1,21 @@
 """What every backend's scopes of a step have in common."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import keras
 
+from legato.backends.protocol import Keeping
 from legato.errors import StepError
 
 # A trace that finds variables it did not know of is repeated with them. What
 # is made lazily appears in the first one; what still makes new variables in
 # the fourth makes them in every step.
 MAX_TRACES = 4
+
+_KEPT_BYTES = 1 << 20
+"""Of the values that a call keeps; it sets them to zero first."""
 
 _OUTPUT_BYTES = 16 << 20
 """Of the steps of one call, for the host; a few calls wait for it."""
@@ -71,6 +76,29 @@ def steps_with_outputs(num_bytes: int, operands: Any) -> int:
     """
     capacity: int = keras.tree.flatten(operands)[0].shape[0]
     return max(1, min(capacity, _OUTPUT_BYTES // max(num_bytes, 1)))
+
+
+def kept_variables(
+    keeping: Keeping | None,
+    updated: Sequence[keras.Variable],
+    operands: Any,
+) -> list[keras.Variable] | None:
+    """Those that a loop keeps; see `CompiledLoop.kept`.
+
+    Args:
+        keeping: what it was asked to.
+        updated: those that it writes.
+        operands: of a chunk.
+    """
+    wanted = keeping and keeping.variables()
+    if keeping is None or wanted is None:
+        return None
+    written = set(map(id, updated))
+    found = [v for v in wanted if id(v) in written]
+    num_bytes = sum(8 * math.prod(v.shape) for v in found)
+    capacity: int = keras.tree.flatten(operands)[0].shape[0]
+    times = capacity // keeping.every + 2  # with the ends of the call
+    return found if times * num_bytes <= _KEPT_BYTES else None
 
 
 def own_dtype(variable: keras.Variable) -> str:

@@ -26,16 +26,34 @@ class Results:
         self._metrics = metrics
         self._is_own = [_is_kerass_own(metric) for metric in metrics]
         self._own = list(itertools.compress(metrics, self._is_own))
-        self._means: Callable[[], list[Any]] | None = None
-        self._compute: Callable[[], list[Any]] | None = None
-        self._num_variables = 0
+        self._variables: list[keras.Variable] = []
+        self._compute: Callable[[Sequence[Any]], list[Any]] | None = None
+        self._are_means = False
+        self._num_present = 0
         self._names: dict[keras.metrics.Metric, list[str]] = {}
 
-    def __call__(self) -> dict[str, Any]:
-        """Results by name: floats, or lists for arrays."""
+    @property
+    def are_kerass_own(self) -> bool:
+        """Whether the results depend on `variables` alone."""
+        return all(self._is_own)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """What the results of Keras's own metrics depend on."""
+        self._prepare()
+        return self._variables
+
+    def __call__(
+        self, values: Sequence[np.ndarray] | None = None
+    ) -> dict[str, Any]:
+        """Results by name: floats, or lists for arrays.
+
+        Args:
+            values: of `variables`; None for those that they hold.
+        """
         if not self._metrics:
             return {}
-        computed = iter(self._of_own() if self._own else [])
+        computed = iter(self._of_own(values) if self._own else [])
         out: dict[str, Any] = {}
         for metric, is_own in zip(self._metrics, self._is_own, strict=True):
             value = next(computed) if is_own else metric.result()
@@ -49,24 +67,35 @@ class Results:
         """The names of a metric's results, once they have been read."""
         return self._names[metric]
 
-    def _of_own(self) -> list[Any]:
-        if self._means is not None:
-            return self._means()
+    def _of_own(self, values: Sequence[np.ndarray] | None) -> list[Any]:
+        compute = self._prepare()
+        if values is None:
+            values = backends.current().read(self._variables)
+        return compute(values)
+
+    def _prepare(self) -> Callable[[Sequence[Any]], list[Any]]:
+        if self._compute is not None and self._are_means:
+            return self._compute
         # Some make their variables when they are first updated.
-        present = sum(len(metric.variables) for metric in self._own)
-        if self._compute is None or present != self._num_variables:
-            self._num_variables = present
-            self._means = _read_means(self._own)
-            self._compute = self._means or backends.current().compile_reading(
-                lambda: [metric.result() for metric in self._own]
-            )
-        return self._compute()
+        present = [v for metric in self._own for v in metric.variables]
+        if self._compute is None or len(present) != self._num_present:
+            self._num_present = len(present)
+            means = _means(self._own)
+            self._are_means = means is not None
+            if means is not None:
+                self._variables, self._compute = means
+            else:
+                self._variables = present
+                self._compute = backends.current().compile_reading(
+                    lambda: [metric.result() for metric in self._own], present
+                )
+        return self._compute
 
 
-def _read_means(
+def _means(
     metrics: Sequence[keras.metrics.Metric],
-) -> Callable[[], list[Any]] | None:
-    """Reads the results of means; None if not all of them are.
+) -> tuple[list[keras.Variable], Callable[[Sequence[Any]], list[Any]]] | None:
+    """Divides means on the host; None if not all of them are means.
 
     A call of the device for each division, or one for all, would be a large
     part of a small step where a callback looks at each batch.
@@ -82,14 +111,17 @@ def _read_means(
         for variable in (mean.total, mean.count)
     ]
 
-    def read() -> list[Any]:
-        values = iter(backends.current().read(variables))
+    def compute(values: Sequence[Any]) -> list[Any]:
+        following = iter(values)
         return [
-            {name: _divide_no_nan(next(values), next(values)) for name in each}
+            {
+                name: _divide_no_nan(next(following), next(following))
+                for name in each
+            }
             for each in named
         ]
 
-    return read
+    return variables, compute
 
 
 def _divide_no_nan(total: np.ndarray, count: np.ndarray) -> float:

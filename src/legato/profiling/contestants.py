@@ -71,7 +71,8 @@ class StepRun:
     def call(self, step: int) -> None:
         """A device call, and what is done around it."""
         self._before()
-        rows = self._steps.rows(self._steps.run(step, self._chunk), self._chunk)
+        logs = self._steps.run(step, self._chunk)
+        rows, _ = self._steps.rows(logs, self._chunk)
         if self._after is not None:
             self._after(step, rows)
 

@@ -18,6 +18,7 @@ from legato.evaluation import Evaluator
 from legato.parts import build_parts
 from legato.program import choose_program, make_schedule
 from legato.progress import make_reporter
+from legato.readings import Readings
 from legato.recorder import Recorder
 from legato.recovery import watch_losses
 from legato.sinks import RunLog
@@ -326,15 +327,16 @@ class Workbench:
     def make_recorder(self) -> Recorder:
         """The books of the run."""
         parts = self.parts
+        metrics = {} if self.are_metrics_off else parts.metrics
         return Recorder(
             task=parts.task,
             clock=self.clock,
             config=self.config,
             schedule=self.schedule,
-            metrics={} if self.are_metrics_off else parts.metrics,
+            metrics=metrics,
             directions=parts.directions(),
             log_names=lambda: self.configured.log_names,
-            learning_rates=parts.learning_rates,
+            readings=Readings(list(metrics), parts.optimizers),
             log=self.log,
             reporter=make_reporter("none"),
             watch=watch_losses(

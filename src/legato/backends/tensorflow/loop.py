@@ -1,6 +1,6 @@
 """A step traced once, and run many times in one call of a graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -11,10 +11,15 @@ from legato.backends.protocol import (
     Compilation,
     CompiledLoop,
     Fetch,
+    Keeping,
     LoopMode,
     Step,
 )
-from legato.backends.scope import split_outputs, steps_with_outputs
+from legato.backends.scope import (
+    kept_variables,
+    split_outputs,
+    steps_with_outputs,
+)
 from legato.backends.tensorflow import xla
 from legato.backends.tensorflow.effects import find_effects
 from legato.backends.tensorflow.scope import StepScope
@@ -49,6 +54,7 @@ def compile_loop(
     variables: Sequence[keras.Variable] = (),
     compilation: Compilation = "never",
     native: bool = False,
+    keeping: Keeping | None = None,
 ) -> "TensorFlowLoop":
     """See `Backend.compile_loop`.
 
@@ -93,7 +99,7 @@ def compile_loop(
         except tf.errors.OperatorNotAllowedInGraphError as error:
             raise StepError(_PYTHON_VALUE) from error
     loop = TensorFlowLoop(traced, scopes[-1], names, leaves, len(scopes))
-    loop.choose_mode(mode, compilation)
+    loop.choose_mode(mode, compilation, keeping)
     return loop
 
 
@@ -120,22 +126,26 @@ class TensorFlowLoop(CompiledLoop):
         self._run: Any = None
 
     def choose_mode(
-        self, mode: LoopMode | None, compilation: Compilation
+        self,
+        mode: LoopMode | None,
+        compilation: Compilation,
+        keeping: Keeping | None,
     ) -> None:
         """Make the graph that is run; see `Backend.compile_loop`.
 
         Raises:
             StepError: it has to be compiled, and cannot be.
         """
-        leaves, num_logs = self._leaves, len(self.log_names)
+        leaves = self._leaves
         if isinstance(self._traced.structured_outputs, tuple):
-            outputs = self._traced.structured_outputs[1]
-            self.max_steps = _max_steps(outputs, leaves)
-            self._run = _make_loop(
-                self._traced, leaves, num_logs, False, outputs
+            self.max_steps = _max_steps(
+                self._traced.structured_outputs[1], leaves
             )
+            self._run = self._make_loop(self._traced, 0, is_compiled=False)
             self.mode = "fused"
             return
+        self.kept = kept_variables(keeping, self.updated, leaves)
+        every = keeping.every if keeping and self.kept else 0
         required = mode == "compiled" or (
             mode is None and compilation == "always"
         )
@@ -144,13 +154,13 @@ class TensorFlowLoop(CompiledLoop):
         ):
             step = xla.quick_step(self._traced)
             try:
-                self._run = _make_loop(step, leaves, num_logs, True)
+                self._run = self._make_loop(step, every, is_compiled=True)
                 self.mode = "compiled"
                 return
             except xla.NotCompilableError as error:
                 if required:
                     raise StepError(_NOT_COMPILABLE.format(error)) from error
-        self._run = _make_loop(self._traced, leaves, num_logs, False)
+        self._run = self._make_loop(self._traced, every, is_compiled=False)
         self.mode = "fused"
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
@@ -167,6 +177,99 @@ class TensorFlowLoop(CompiledLoop):
             LOST.add(self.updated)
             raise
 
+    def _make_loop(self, step: Any, every: int, *, is_compiled: bool) -> Any:
+        """A graph that runs a step a number of times, given with a call.
+
+        Args:
+            step: the step.
+            every: what is kept, is after each so many; 0 keeps nothing.
+            is_compiled: whether by XLA.
+
+        Raises:
+            NotCompilableError: XLA is to compile it, and cannot.
+        """
+        leaves, num_logs = self._leaves, len(self.log_names)
+        capacity = leaves[0].shape[0]
+        structure = self._traced.structured_outputs
+        outputs = structure[1] if isinstance(structure, tuple) else []
+        count = tf.TensorSpec((), tf.int32)
+        specs = [
+            count,
+            count,
+            *(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves),
+        ]
+
+        def loop(first: Any, num_steps: Any, *flat: Any) -> Any:
+            def body(index: Any, rows: Any, *stacks: Any) -> Any:
+                row = step(index, first + index, *flat)
+                if outputs:
+                    row, given = row
+                    stacks = tuple(
+                        stack.write(index, output)
+                        for stack, output in zip(stacks, given, strict=True)
+                    )
+                if num_logs:
+                    rows = tf.tensor_scatter_nd_update(rows, [[index]], [row])
+                return index + 1, rows, *stacks
+
+            def run(stop: Any, *state: Any) -> Any:
+                return tf.while_loop(
+                    lambda index, *_: index < stop,
+                    body,
+                    state,
+                    parallel_iterations=1,
+                )
+
+            stacks = [
+                tf.TensorArray(spec.dtype, num_steps, element_shape=spec.shape)
+                for spec in outputs
+            ]
+            start = tf.constant(0), tf.zeros((capacity, num_logs))
+            if every:
+                return self._loop_of_loops(run, start, first, num_steps, every)
+            _, rows, *stacks = run(num_steps, *start, *stacks)
+            if outputs:
+                return rows, [stack.stack() for stack in stacks]
+            return rows
+
+        if is_compiled:
+            return xla.compile_function(loop, specs)
+        return tf.function(loop, autograph=False).get_concrete_function(*specs)
+
+    def _loop_of_loops(
+        self, run: Any, start: Any, first: Any, num_steps: Any, every: int
+    ) -> Any:
+        """Goes from one step after which values are kept to the next.
+
+        The steps themselves are the same graph as without.
+        """
+        kept: list[Any] = [variable._value for variable in self.kept or ()]
+        capacity = self._leaves[0].shape[0]
+        times = capacity // every + 2  # with the ends of the call
+
+        def go_on(time: Any, index: Any, rows: Any, *stacks: Any) -> Any:
+            stop = index + every - (first + index) % every
+            index, rows = run(tf.minimum(stop, num_steps), index, rows)
+            stacks = tuple(
+                tf.tensor_scatter_nd_update(
+                    stack, [[time]], memory.read_value()[None]
+                )
+                for stack, memory in zip(stacks, kept, strict=True)
+            )
+            return time + 1, index, rows, *stacks
+
+        _, _, rows, *stacks = tf.while_loop(
+            lambda time, index, *_: index < num_steps,
+            go_on,
+            (
+                tf.constant(0),
+                *start,
+                *(tf.zeros((times, *m.shape), m.dtype) for m in kept),
+            ),
+            parallel_iterations=1,
+        )
+        return rows, stacks
+
 
 def _max_steps(outputs: Sequence[Any], leaves: list[Any]) -> int:
     """How many steps one call takes that give these to the host."""
@@ -174,60 +277,3 @@ def _max_steps(outputs: Sequence[Any], leaves: list[Any]) -> int:
         return 1  # they may not stack
     num_bytes = sum(o.shape.num_elements() * o.dtype.size for o in outputs)
     return steps_with_outputs(num_bytes, leaves)
-
-
-def _make_loop(
-    step: Callable[..., Any],
-    leaves: list[Any],
-    num_logs: int,
-    is_compiled: bool,
-    outputs: Sequence[Any] = (),
-) -> Any:
-    """A graph that runs a step a number of times that is given with a call.
-
-    Args:
-        step: the step.
-        leaves: of the operands.
-        num_logs: how many it returns.
-        is_compiled: whether by XLA.
-        outputs: specs of what else it returns: `(logs, outputs)`.
-
-    Raises:
-        NotCompilableError: XLA is to compile it, and cannot.
-    """
-    capacity = leaves[0].shape[0]
-    count = tf.TensorSpec((), tf.int32)
-    specs = [
-        count,
-        count,
-        *(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves),
-    ]
-
-    def loop(first: Any, num_steps: Any, *flat: Any) -> Any:
-        def body(index: Any, rows: Any, *stacks: Any) -> Any:
-            row = step(index, first + index, *flat)
-            if outputs:
-                row, given = row
-                stacks = tuple(
-                    stack.write(index, output)
-                    for stack, output in zip(stacks, given, strict=True)
-                )
-            if num_logs:
-                rows = tf.tensor_scatter_nd_update(rows, [[index]], [row])
-            return index + 1, rows, *stacks
-
-        stacks = [
-            tf.TensorArray(spec.dtype, num_steps, element_shape=spec.shape)
-            for spec in outputs
-        ]
-        _, rows, *stacks = tf.while_loop(
-            lambda index, *_: index < num_steps,
-            body,
-            (tf.constant(0), tf.zeros((capacity, num_logs)), *stacks),
-            parallel_iterations=1,
-        )
-        return (rows, [stack.stack() for stack in stacks]) if outputs else rows
-
-    if is_compiled:
-        return xla.compile_function(loop, specs)
-    return tf.function(loop, autograph=False).get_concrete_function(*specs)

@@ -42,9 +42,12 @@ class TorchBackend(Backend):
             memory.copy_(tensors.to_tensor(value, memory.device))
         LOST.remove(variables)
 
-    def compile_reading(self, compute: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with torch.no_grad():
+    def compile_reading(
+        self, compute: Callable[[], Any], variables: Sequence[keras.Variable]
+    ) -> Callable[[Sequence[np.ndarray]], Any]:
+        def run(values: Sequence[np.ndarray]) -> Any:
+            given = zip(variables, tensors.to_tensors(values), strict=True)
+            with torch.no_grad(), keras.StatelessScope(given):
                 return compute()
 
         return run

@@ -12,6 +12,7 @@ from legato.backends.protocol import (
     Compilation,
     CompiledLoop,
     Fetch,
+    Keeping,
     LoopMode,
     Step,
 )
@@ -52,6 +53,7 @@ def compile_loop(
     variables: Sequence[keras.Variable] = (),
     compilation: Compilation = "never",
     native: bool = False,
+    keeping: Keeping | None = None,
 ) -> CompiledLoop:
     """See `Backend.compile_loop`.
 
@@ -60,6 +62,7 @@ def compile_loop(
     few frames of ours should lie above the user's step in a traceback.
     """
     del variables  # all are found in the run
+    del keeping  # a call is no quicker than its steps
     if native:
         return compile_native(
             step, fetch=fetch, resident=resident, operands=operands

@@ -1,0 +1,142 @@
+"""Summaries in the midst of a device call are those that end one."""
+
+import json
+
+import keras
+import pytest
+
+import legato
+from legato.training import TrainSteps
+from tests.contracts.scenarios import Classifier, classes_data
+from tests.summary_files import read_below
+
+STEPS = 60
+
+
+class Small(Classifier):
+    """In small batches, the last one of an epoch still smaller."""
+
+    def build_inputs(self, split):
+        return legato.ArraySource(
+            classes_data(split), batch_size=4, shuffle=split == "train"
+        )
+
+
+class Windows(Small):
+    """Metrics of Keras over all windows; a rate that a schedule gives."""
+
+    def build_optimizer(self):
+        return keras.optimizers.Adam(
+            keras.optimizers.schedules.CosineDecay(0.1, STEPS)
+        )
+
+    def build_metrics(self, training):
+        metrics = keras.metrics
+        accuracy = metrics.SparseCategoricalAccuracy
+        return {
+            accuracy(name="epoch"): legato.Every(1),
+            accuracy(name="summary"): legato.Every(2, over="summary"),
+            accuracy(name="batch"): legato.Sample(0.4, over="batch"),
+        }
+
+
+class Dear(Small):
+    """One whose result is no mean."""
+
+    def build_metrics(self, training):
+        return {
+            keras.metrics.AUC(20, name="auc"): legato.Every(1, over="summary"),
+            keras.metrics.SparseCategoricalAccuracy(name="accuracy"): (
+                legato.Every(1)
+            ),
+        }
+
+    def process_metrics(self, metrics, labels, outputs):
+        for metric in metrics or ():
+            if metric.name == "auc":
+                first = keras.ops.softmax(outputs)[:, 0]
+                metric.update_state(labels == 0, first)
+            else:
+                metric.update_state(labels, outputs)
+
+
+class Nothing(Small):
+    def build_metrics(self, training):
+        return []
+
+
+class Own(keras.metrics.SparseCategoricalAccuracy):
+    """The user's: what its result looks at is not known."""
+
+
+class OfTheUser(Small):
+    def build_metrics(self, training):
+        return [Own(name="own")]
+
+
+def train(run_dir, task, *, interval=7, **changes):
+    trainer = legato.Trainer(
+        task,
+        run_dir=run_dir,
+        config=legato.TrainerConfig(
+            **{
+                "train_steps": STEPS,
+                "summary_interval": interval,
+                "validation_interval": 30,
+                "checkpoint_interval": 40,
+                "progress": "none",
+                **changes,
+            }
+        ),
+    )
+    trainer.train()
+    return trainer
+
+
+def found(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text()
+    points = read_below(run_dir / "summaries" / "train")
+    return lines, points
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many steps each call of the device took."""
+    counted = []
+    run = TrainSteps.run
+
+    def counting(self, step, chunk):
+        counted.append(chunk.num_batches)
+        return run(self, step, chunk)
+
+    monkeypatch.setattr(TrainSteps, "run", counting)
+    return counted
+
+
+@pytest.mark.parametrize("task", [Windows, Dear, Nothing])
+def test_they_are_the_same_to_the_bit(task, tmp_path, calls):
+    whole = train(tmp_path / "whole", task())
+    most = max(calls)
+    if keras.config.backend() == "torch":
+        assert most <= 7
+    else:
+        assert most > 7
+    single = train(tmp_path / "single", task(), steps_per_loop=1)
+    assert found(tmp_path / "whole") == found(tmp_path / "single")
+    others = [single]
+    if task is Nothing:  # without them there is no window
+        others.append(train(tmp_path / "without", task(), interval=0))
+    for other in others:
+        for mine, its in zip(
+            whole.model.get_weights(), other.model.get_weights(), strict=True
+        ):
+            assert mine.tobytes() == its.tobytes()
+
+
+def test_the_users_own_results_end_a_call(tmp_path, calls):
+    train(tmp_path / "run", OfTheUser())
+    assert max(calls) <= 7
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    steps = [r["step"] for r in records if r["kind"] == "train"]
+    assert steps == list(range(7, STEPS, 7))
