@@ -10,29 +10,33 @@ import pytest
 # Before any test imports Keras, which reads it once.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+# PyTorch's threads wait for one another at each operation, however small it
+# is: for long, where others are at work. With as many processes as cores most
+# of the time went there. (`runs` trains with several threads, as users do.)
+if os.environ["KERAS_BACKEND"] == "torch":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell without job control has what it starts in the background ignore
 # Ctrl-C, and Python then leaves it so: the tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-_SHARED = "LEGATO_TESTS_SHARED"
-
 
 def pytest_configure(config):
     """Make a folder that the processes of these tests share."""
+    from tests.processes import SHARED, compiled_by, keep_compiled
+
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="legato-tests-")
         config.add_cleanup(folder.cleanup)
-        os.environ[_SHARED] = folder.name
-    # For one another; not for the processes that are killed, nor for those
-    # that are compared with them: these know nothing of it.
-    from tests.processes import keep_compiled
-
-    keep_compiled(f"{os.environ[_SHARED]}/compiled")
+        os.environ[SHARED] = folder.name
+    keep_compiled(compiled_by("here"))
 
 
 @pytest.fixture(scope="session")
 def shared_folder():
-    return Path(os.environ[_SHARED])
+    from tests.processes import SHARED
+
+    return Path(os.environ[SHARED])
 
 
 # What knows nothing of Keras is the same on every backend: once is enough.

@@ -13,7 +13,26 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+SHARED = "LEGATO_TESTS_SHARED"
+"""The variable that names the folder that the processes of all tests share."""
+
+Side = Literal["here", "whole", "other"]
+"""The process of the tests; runs that go through in peace; all that are
+compared with these: killed, resumed, cut elsewhere."""
+
+
+def compiled_by(side: Side | None) -> str | None:
+    """Where XLA keeps what was compiled on one side of a comparison.
+
+    To compile takes most of the time of a small run, and tests have many
+    programs in common. But two runs that are compared must not share them:
+    each program is compiled once on each side, and no side sees those of
+    another.
+    """
+    shared = os.environ.get(SHARED)
+    return f"{shared}/compiled-{side}" if shared and side else None
 
 
 def context() -> Any:
@@ -32,6 +51,7 @@ class Forked:
         *arguments: of that.
         cwd: where.
         env: more of the environment.
+        side: of a comparison, which keeps what XLA compiled; None does not.
     """
 
     def __init__(
@@ -40,6 +60,7 @@ class Forked:
         *arguments: Any,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        side: Side | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         self._files = [Path(self._folder.name, n) for n in ("out", "err")]
@@ -47,7 +68,14 @@ class Forked:
             file.touch()
         self._process = context().Process(
             target=_run,
-            args=(self._files, cwd, dict(env or {}), target, arguments),
+            args=(
+                self._files,
+                cwd,
+                dict(env or {}),
+                compiled_by(side),
+                target,
+                arguments,
+            ),
         )
         self._process.start()
         self._lines_read = [0, 0]
@@ -86,6 +114,7 @@ def _run(
     files: list[Path],
     cwd: Path | None,
     env: dict[str, str],
+    compiled: str | None,
     target: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -95,6 +124,7 @@ def _run(
         os.close(descriptor)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
     os.environ.update(env)
+    keep_compiled(compiled)
     if cwd is not None:
         os.chdir(cwd)
     status = target(*arguments)
@@ -116,11 +146,19 @@ def run_legato(*arguments: str) -> int:
     return main(list(arguments))
 
 
-def keep_compiled(directory: str) -> None:
-    """Let XLA keep what this process compiles, for those that come."""
-    if os.environ["KERAS_BACKEND"] == "jax":
+def keep_compiled(folder: str | None) -> None:
+    """Let XLA keep there what this process compiles; None keeps nothing."""
+    if folder is not None and os.environ["KERAS_BACKEND"] == "jax":
         import jax
 
-        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def use_several_threads() -> None:
+    """Compute with more than the one thread that the tests have otherwise."""
+    if os.environ["KERAS_BACKEND"] == "torch":
+        import torch
+
+        torch.set_num_threads(2)

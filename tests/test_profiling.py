@@ -431,19 +431,6 @@ class AtEpochs(keras.callbacks.Callback):
         time.sleep(0.03)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """PyTorch's wait for one another: for long, where others are at work."""
-    if keras.config.backend() != "torch":
-        yield
-        return
-    torch = importlib.import_module("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
     """The only place for temporary files; a working directory beside it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from tests.processes import context
+from tests.processes import compiled_by, context, keep_compiled
 
 EPOCHS = 4
 STEPS = 5
@@ -59,7 +59,8 @@ def make_model():
     return model
 
 
-def _run(out, scenario, hook, step, epochs, kwargs):
+def _run(out, scenario, hook, step, epochs, kwargs, compiled):
+    keep_compiled(compiled)
     try:
         import legato.errors
 
@@ -102,9 +103,11 @@ def _run(out, scenario, hook, step, epochs, kwargs):
 def fit(out, scenario, *kills, epochs=EPOCHS, **kwargs):
     """Trains through kills, each `(hook, step)`, to the end; the result."""
     out.mkdir(parents=True, exist_ok=True)
+    compiled = compiled_by("other" if kills else "whole")
     for hook, step in [*kills, (None, 0)]:
         process = context().Process(
-            target=_run, args=(out, scenario, hook, step, epochs, kwargs)
+            target=_run,
+            args=(out, scenario, hook, step, epochs, kwargs, compiled),
         )
         process.start()
         process.join(200)

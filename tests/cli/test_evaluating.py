@@ -80,8 +80,8 @@ EVIL = "open('pwned', 'w').close()\n"
 STEPS = (4, 5, 8, 10)
 
 
-def start(*arguments, cwd):
-    return Forked(run_legato, *arguments, cwd=cwd)
+def start(*arguments, cwd, side="whole"):
+    return Forked(run_legato, *arguments, cwd=cwd, side=side)
 
 
 def start_python(*arguments, cwd, **environment):
@@ -399,8 +399,10 @@ def test_beside_a_run_that_trains(project):
     """Two processes, begun together; what each leaves is as if alone."""
     changes = ("trainer.epochs=20", "callbacks=[{type: 'small_task:Slow'}]")
     both = ("small.yaml", *changes, "--run-dir=both", "trainer.keep_last=2")
-    evaluation = start("evaluate", *both, "--continuous", "--json", cwd=project)
-    training = start("train", *both, cwd=project)
+    evaluation = start(
+        "evaluate", *both, "--continuous", "--json", cwd=project, side="other"
+    )
+    training = start("train", *both, cwd=project, side="other")
     evaluation.read_line()
     (project / "go").touch()  # the training waits for that
     finish(training)

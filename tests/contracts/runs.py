@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from legato.storage import strict_json
-from tests.processes import context, keep_compiled
+from tests.processes import (
+    Side,
+    compiled_by,
+    context,
+    keep_compiled,
+    use_several_threads,
+)
 
 # Files of a run directory that may differ between two runs of one
 # experiment: wall-clock figures, the run's id, and who holds the lock.
@@ -22,11 +28,10 @@ def _train(
     name: str,
     run_dir: str,
     overrides: dict[str, Any],
-    compiled: str | None = None,
+    compiled: str | None,
 ) -> None:
     """The child: trains to the end and leaves its history behind."""
-    if compiled is not None:
-        keep_compiled(compiled)
+    keep_compiled(compiled)
     from tests.contracts.fit_scenarios import FIT_SCENARIOS
     from tests.contracts.scenarios import SCENARIOS
 
@@ -37,6 +42,7 @@ def _train(
             scenario = FIT_SCENARIOS[name.removeprefix("fit/")]
             history = scenario.train(Path(run_dir), overrides)
         else:
+            use_several_threads()
             # The task is made before the seed is set, as a user's would be:
             # its own generators must have seeds.
             trainer = SCENARIOS[name].trainer(
@@ -47,23 +53,18 @@ def _train(
     out.write_text(json.dumps([history.epoch, history.history]))
 
 
-def start(
-    name: str, run_dir: Path, *, compiled: Path | None = None, **overrides: Any
-) -> Any:
+def start(name: str, run_dir: Path, *, side: Side, **overrides: Any) -> Any:
     """Begin to train a scenario in a new process.
 
     Args:
         name: of the scenario.
         run_dir: where it trains.
-        compiled: where XLA keeps what it compiled, for the processes of one
-            run: most of their time goes there. Two runs that are compared
-            must not share it: each is to be compiled for itself.
+        side: of the comparison that the run is for.
         **overrides: of the scenario's config.
     """
     # A user's process does not begin with pytest's random state either.
     process = context().Process(
-        target=_train,
-        args=(name, str(run_dir), overrides, compiled and str(compiled)),
+        target=_train, args=(name, str(run_dir), overrides, compiled_by(side))
     )
     process.start()
     return process
@@ -77,9 +78,11 @@ def finish(process: Any, limit_secs: float = 240) -> None:
     assert process.exitcode == 0, f"the run ended with {process.exitcode}"
 
 
-def train(name: str, run_dir: Path, **overrides: Any) -> None:
+def train(
+    name: str, run_dir: Path, *, side: Side = "whole", **overrides: Any
+) -> None:
     """Train to the end without a kill."""
-    finish(start(name, run_dir, **overrides))
+    finish(start(name, run_dir, side=side, **overrides))
 
 
 def train_with_kills(
@@ -110,10 +113,9 @@ def train_with_kills(
     """
     instants = random.Random(seed)
     checkpoints = run_dir / "checkpoints"
-    compiled = run_dir.with_name(f"{run_dir.name}-compiled")
     report = []
     for number in range(kills):
-        process = start(name, run_dir, compiled=compiled, **overrides)
+        process = start(name, run_dir, side="other", **overrides)
         # In the first half of what is left, or the run might end before.
         first = min(_newest(checkpoints) + 1, until - 1)
         target = instants.randint(first, (first + until) // 2)
@@ -135,7 +137,7 @@ def train_with_kills(
         killed = process.exitcode == -signal.SIGKILL
         step = _newest(checkpoints)
         report.append(f"{moment} {step}" if killed else "too late")
-    finish(start(name, run_dir, compiled=compiled, **overrides))
+    finish(start(name, run_dir, side="other", **overrides))
     return report
 
 

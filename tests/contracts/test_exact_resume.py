@@ -81,6 +81,7 @@ def test_bits_do_not_depend_on_where_loops_are_cut(
     runs.train(
         name,
         tmp_path / "run",
+        side="other",
         keep_last=None,
         steps_per_loop=steps_per_loop,
     )
@@ -102,8 +103,7 @@ def test_resumed_at_every_position(name, tmp_path):
         for aside in (copy / "checkpoints").glob("aside-*"):
             shutil.rmtree(aside)
         (copy / "history.json").unlink()
-        compiled = tmp_path / "compiled"
-        process = runs.start(name, copy, compiled=compiled, **length)
+        process = runs.start(name, copy, side="other", **length)
         processes.append((copy, process))
         if len(processes) % 2 == 0:
             runs.finish(processes[-2][1])
@@ -120,15 +120,17 @@ def test_a_finished_run_trains_nothing_and_returns_its_history(
     copy = tmp_path / "run"
     shutil.copytree(reference, copy)
     (copy / "history.json").unlink()
-    runs.train("plateau", copy, keep_last=None)
+    runs.train("plateau", copy, side="other", keep_last=None)
     found, _ = runs.differences(reference, copy)
     assert not found
 
 
 def test_a_run_made_longer_is_the_longer_run(tmp_path):
     # Across an epoch's end, with averaged weights put in at the end of train.
-    runs.train("averages", tmp_path / "run", train_steps=13)
-    runs.train("averages", tmp_path / "run", train_steps=24)
+    for steps in (13, 24):
+        runs.train(
+            "averages", tmp_path / "run", side="other", train_steps=steps
+        )
     runs.train("averages", tmp_path / "whole", train_steps=24)
     # What the first run saved at its own end (step 13) is not in the other.
     for run in ("run", "whole"):

@@ -17,7 +17,7 @@ from legato.storage import FileSystem
 from tests.contracts import runs
 from tests.contracts.fit_scenarios import compiled
 from tests.contracts.rows import Rows
-from tests.processes import Forked, context
+from tests.processes import Forked, compiled_by, context, keep_compiled
 
 FROM, UNTIL = 4, 9
 """The steps between which nothing can be written."""
@@ -77,7 +77,8 @@ class Fault(keras.callbacks.Callback):
             FAULTS[self._name](step == FROM)
 
 
-def _train(run_dir, out, fault):
+def _train(run_dir, out, fault, compiled_programs):
+    keep_compiled(compiled_programs)
     writer.RETRY_SECS = 0.5
     made = compiled()()
     with warnings.catch_warnings(record=True) as caught:
@@ -97,7 +98,10 @@ def _train(run_dir, out, fault):
 
 
 def train(run_dir, out, fault):
-    process = context().Process(target=_train, args=(run_dir, out, fault))
+    programs = compiled_by("whole" if fault == "none" else "other")
+    process = context().Process(
+        target=_train, args=(run_dir, out, fault, programs)
+    )
     process.start()
     runs.finish(process)
     return json.loads(out.read_text())
@@ -265,7 +269,9 @@ def test_other_threads_are_named(tmp_path):
     run_dir = tmp_path / "run"
     legato.fit(made.model, **made.data, epochs=2, verbose=0, run_dir=run_dir)
     for exact, status in (("strict", 3), ("off", 0)):
-        process = Forked(resume_with_other_threads, run_dir, exact)
+        process = Forked(
+            resume_with_other_threads, run_dir, exact, side="other"
+        )
         out, err = process.communicate()
         assert process.returncode == status, err
         if status:

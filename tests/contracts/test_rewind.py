@@ -108,7 +108,7 @@ def test_no_line_twice_and_none_from_the_future(tmp_path):
     # twice between the same two.
     for kill_at in (11, 10, 18, None):
         report = tmp_path / f"{kill_at}.json"
-        process = Forked(train, run_dir, kill_at, report)
+        process = Forked(train, run_dir, kill_at, report, side="other")
         _, err = process.communicate()
         expected = 0 if kill_at is None else -signal.SIGKILL
         assert process.returncode == expected, err
@@ -122,7 +122,7 @@ def test_no_line_twice_and_none_from_the_future(tmp_path):
             else:
                 assert all(at <= step for _, at in entries), (name, step)
     whole = tmp_path / "whole"
-    process = Forked(train, whole, None, tmp_path / "whole.json")
+    process = Forked(train, whole, None, tmp_path / "whole.json", side="whole")
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert logged(run_dir) == logged(whole)

@@ -14,7 +14,7 @@ from legato.errors import Interrupted
 from legato.storage import FileSystem
 from tests.contracts import runs
 from tests.contracts.scenarios import Classifier
-from tests.processes import Forked, keep_compiled
+from tests.processes import Forked
 
 PHASES = ("compiling", "training", "validation", "saving")
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
@@ -75,7 +75,6 @@ def train(run_dir, told):
     """A run in a process of its own."""
     phase = Phase(told)
     if told is not None:
-        keep_compiled(str(told.with_name("compiled")))
         real = FileSystem.fsync
 
         def fsync(self, fd):
@@ -108,7 +107,7 @@ def train(run_dir, told):
 def stop(run_dir, told, phase, name):
     """Begins, and sends a signal in a phase; how long it took to end."""
     told.write_text("")
-    process = Forked(train, run_dir, told)
+    process = Forked(train, run_dir, told, side="other")
     until = time.monotonic() + 60
     while told.read_text() != phase and process.returncode is None:
         assert time.monotonic() < until, phase
@@ -122,7 +121,7 @@ def stop(run_dir, told, phase, name):
 
 
 def test_a_signal_in_any_phase(tmp_path):
-    whole = Forked(train, tmp_path / "whole", None)
+    whole = Forked(train, tmp_path / "whole", None, side="whole")
     run_dir = tmp_path / "run"
     for name, phase in itertools.product(SIGNALS, PHASES):
         secs = stop(run_dir, tmp_path / "told", phase, name)
@@ -131,7 +130,7 @@ def test_a_signal_in_any_phase(tmp_path):
         else:
             assert secs < STOPS_WITHIN_SECS + WRITE_SECS, (name, phase, secs)
             load_checkpoint(max((run_dir / "checkpoints").glob("step_*")))
-    final = Forked(train, run_dir, None)
+    final = Forked(train, run_dir, None, side="other")
     for process in (whole, final):
         _, err = process.communicate()
         assert process.returncode == 0, err
@@ -140,7 +139,7 @@ def test_a_signal_in_any_phase(tmp_path):
 
 
 def test_ctrl_c_that_the_process_ignores_stays_ignored(tmp_path):
-    process = Forked(ignoring, tmp_path / "run")
+    process = Forked(ignoring, tmp_path / "run", side="whole")
     assert process.read_line() == "training"
     process.send_signal(signal.SIGINT)
     process.communicate()

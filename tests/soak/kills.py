@@ -35,9 +35,11 @@ def kill_scenario(name: str, kills: int, seed: int) -> dict[str, Any]:
 
     from legato.checkpoint import load_checkpoint
     from tests.contracts import runs
+    from tests.processes import SHARED
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        os.environ[SHARED] = folder
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         runs.train(name, whole, keep_last=None)
         report = runs.train_with_kills(

@@ -7,7 +7,7 @@ import pytest
 
 from legato.verify import Target, verify
 from legato.verify.children import Process
-from tests.processes import context, keep_compiled
+from tests.processes import compiled_by, context, keep_compiled
 from tests.verify import planted
 
 
@@ -16,7 +16,7 @@ def _run(spec, output):
 
     from legato.verify import child
 
-    keep_compiled(str(Path(output).parent / "compiled"))
+    keep_compiled(compiled_by("here"))
     with (
         Path(output).open("w") as file,
         contextlib.redirect_stdout(file),
@@ -26,10 +26,7 @@ def _run(spec, output):
 
 
 class Forked(Process):
-    """A process forked from a server that has imported what is slow.
-
-    XLA keeps what it compiled for the processes of one test.
-    """
+    """A process forked from a server that has imported what is slow."""
 
     def __init__(self, spec, output):
         self._process = context().Process(target=_run, args=(spec, output))
