@@ -44,6 +44,7 @@ collect_ignore = (
     []
     if os.environ["KERAS_BACKEND"] == "jax"
     else [
+        "cli/test_cli.py",
         "diff",
         "metrics/test_adapters.py",
         "metrics/test_coco.py",

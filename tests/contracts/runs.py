@@ -24,14 +24,8 @@ from tests.processes import (
 # Checkpoints' manifests hold the run's id, and are covered by what they hash.
 
 
-def _train(
-    name: str,
-    run_dir: str,
-    overrides: dict[str, Any],
-    compiled: str | None,
-) -> None:
-    """The child: trains to the end and leaves its history behind."""
-    keep_compiled(compiled)
+def train_here(name: str, run_dir: Path, overrides: dict[str, Any]) -> None:
+    """Train a scenario to the end, and leave its history behind."""
     from tests.contracts.fit_scenarios import FIT_SCENARIOS
     from tests.contracts.scenarios import SCENARIOS
 
@@ -40,17 +34,26 @@ def _train(
         warnings.simplefilter("ignore")
         if name.startswith("fit/"):
             scenario = FIT_SCENARIOS[name.removeprefix("fit/")]
-            history = scenario.train(Path(run_dir), overrides)
+            history = scenario.train(run_dir, overrides)
         else:
-            use_several_threads()
             # The task is made before the seed is set, as a user's would be:
             # its own generators must have seeds.
             trainer = SCENARIOS[name].trainer(
-                run_dir, **{"progress": "none", **overrides}
+                str(run_dir), **{"progress": "none", **overrides}
             )
             history = trainer.train()
-    out = Path(run_dir, "history.json")
+    out = run_dir / "history.json"
     out.write_text(json.dumps([history.epoch, history.history]))
+
+
+def _train(
+    name: str, run_dir: str, overrides: dict[str, Any], compiled: str | None
+) -> None:
+    """The child."""
+    keep_compiled(compiled)
+    if not name.startswith("fit/"):
+        use_several_threads()
+    train_here(name, Path(run_dir), overrides)
 
 
 def start(name: str, run_dir: Path, *, side: Side, **overrides: Any) -> Any:

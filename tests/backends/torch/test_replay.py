@@ -50,7 +50,7 @@ def test_the_same_bits(name, tmp_path, replayed):
         with pytest.MonkeyPatch.context() as patch:
             if way == "python":
                 patch.setattr(replay, "AFTER_STEPS", 10**9)
-            runs._train(name, str(tmp_path / way), {"keep_last": None})
+            runs.train_here(name, tmp_path / way, {"keep_last": None})
         assert way == "replayed" or not sum(replayed)
     found, compared = runs.differences(tmp_path / "python", tmp_path / way)
     assert not found
