@@ -194,6 +194,114 @@ def grain_dataset():
     return grain.MapDataset.range(23).shuffle(seed=1).batch(5)
 
 
+def grain_iter(*, workers=0):
+    import grain
+
+    data = grain.MapDataset.range(23).shuffle(seed=1)
+    data = data.seed(3).random_map(grain_noise).batch(5).to_iter_dataset()
+    if workers:
+        data = data.mp_prefetch(grain.MultiprocessingOptions(workers))
+    return data
+
+
+def grain_noise(x, generator):
+    return np.float32(x + generator.random())
+
+
+def grain_plain():
+    """Runs the user's code where it is drawn."""
+    import grain
+
+    data = grain.MapDataset.range(23).shuffle(seed=1).to_iter_dataset()
+    return data.map(np.float32).batch(5)
+
+
+def grain_loader(*, workers=0):
+    import grain
+
+    return grain.DataLoader(
+        data_source=Examples(),
+        sampler=grain.samplers.IndexSampler(
+            23, shuffle=True, seed=3, num_epochs=1
+        ),
+        operations=[grain.transforms.Batch(5, drop_remainder=False)],
+        worker_count=workers,
+    )
+
+
+class Examples:
+    """Examples by their numbers; printed with its address."""
+
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, index):
+        return X[index]
+
+
+class TellsItself:
+    """Tells its state, as torchdata's loader does."""
+
+    key = "position"
+
+    def __init__(self):
+        self.position = 0
+
+    def __len__(self):
+        return 7
+
+    def __iter__(self):
+        self.position = self.position % 7
+        while self.position < 7:
+            self.position += 1
+            yield X[self.position :][:3] + np.random.rand(), Y[:3]
+
+    def state_dict(self):
+        return {b"position": (self.position % 7,)}
+
+    def load_state_dict(self, state):
+        (self.position,) = state[b"position"]
+
+
+class IteratorTells(Iterates):
+    """Its iterators tell their state, as Grain's do."""
+
+    def __iter__(self):
+        return Told(self.generator.permutation(self.length))
+
+
+class Told:
+    """An iterator with a state; also without end, of itself."""
+
+    def __init__(self, order=None):
+        self.order = order
+        self.position = 0
+        self.generator = np.random.default_rng(3)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.order is not None and self.position == len(self.order):
+            raise StopIteration
+        i = self.position if self.order is None else self.order[self.position]
+        self.position += 1
+        noise = self.generator.random() + np.random.rand()
+        return X[i % 9 : i % 9 + 5] + noise, Y[:5]
+
+    def get_state(self):
+        return {
+            "order": self.order,
+            "position": self.position,
+            "generator": self.generator.bit_generator.state,
+        }
+
+    def set_state(self, state):
+        self.order = state["order"]
+        self.position = state["position"]
+        self.generator.bit_generator.state = state["generator"]
+
+
 SOURCES = {
     "arrays": lambda: fit_source(X, Y, batch_size=5, shuffle=True),
     "arrays, batch": lambda: fit_source(X, Y, batch_size=5, shuffle="batch"),
@@ -210,6 +318,9 @@ SOURCES = {
     "py endless": lambda: fit_source(Endless(), steps_per_epoch=3),
     "iterable": lambda: fit_source(Iterates()),
     "iterable, steps": lambda: fit_source(Iterates(), steps_per_epoch=3),
+    "iterable tells": lambda: fit_source(TellsItself()),
+    "iterators tell": lambda: fit_source(IteratorTells()),
+    "iterator": lambda: fit_source(Told(), steps_per_epoch=3),
     "generator": lambda: fit_source(generator(), steps_per_epoch=3),
     "tf": lambda: fit_source(tf_dataset()),
     "tf late": lambda: fit_source(tf_dataset(late=True)),
@@ -218,7 +329,13 @@ SOURCES = {
     "torch augmented": lambda: fit_source(torch_augmented()),
 }
 
-KINDS = {**SOURCES, "grain": lambda: fit_source(grain_dataset())}
+GRAIN = {
+    "grain": lambda: fit_source(grain_dataset()),
+    "grain iter": lambda: fit_source(grain_iter(), steps_per_epoch=5),
+    "grain plain": lambda: fit_source(grain_plain(), steps_per_epoch=5),
+    "grain loader": lambda: fit_source(grain_loader(), steps_per_epoch=5),
+}
+KINDS = {**SOURCES, **GRAIN}
 if keras.config.backend() == "torch":
     # (A fork of JAX's many threads may deadlock.)
     KINDS["torch workers"] = lambda: fit_source(

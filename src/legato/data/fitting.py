@@ -18,7 +18,15 @@ from legato.data.arrays import ArraySource
 from legato.data.columns import as_column
 from legato.data.iterables import IterableSource
 from legato.data.pydataset import PyDatasetSource
-from legato.data.readers import Adapter, Iterable, Kept, OneShot, Reader
+from legato.data.readers import (
+    Adapter,
+    Iterable,
+    Kept,
+    OneShot,
+    Reader,
+    StatefulIterator,
+    told_by,
+)
 from legato.data.source import DataSource
 from legato.data.structure import Structure
 from legato.errors import DataError
@@ -284,7 +292,9 @@ def _reader(x: Any) -> Reader:
         return GrainDataset(x)
     if isinstance(x, keras_data.DataAdapter):
         return Adapter(x)
-    return OneShot(x) if isinstance(x, Iterator) else Iterable(x)
+    if not isinstance(x, Iterator):
+        return Iterable(x)
+    return StatefulIterator(x) if told_by(x) else OneShot(x)
 
 
 def _are_arrays(nested: Any) -> bool:

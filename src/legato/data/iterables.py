@@ -1,29 +1,26 @@
-"""Data that can only be read from the beginning: resumed by reading again."""
+"""Data that come in passes: resumed in mid-pass, or by reading it again."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from legato.data import streams
 from legato.data.batches import (
     BatchSource,
-    Chunks,
     Layout,
     Leaves,
     check_count,
     digest,
-    shown,
     standardise,
 )
-from legato.data.holding import Hold
-from legato.data.readers import OneShot, Passes, Reader
-from legato.data.source import Chunk, DataIterator, DataState
+from legato.data.iterating import IterableIterator
+from legato.data.readers import OneShot, Reader
+from legato.data.source import DataIterator
+from legato.data.trying import Attempt, choose_method
 from legato.errors import (
-    DamagedError,
     DataError,
     LegatoError,
     LegatoWarning,
-    RestoreError,
 )
 from legato.types import JSON
 
@@ -31,10 +28,12 @@ from legato.types import JSON
 class IterableSource(BatchSource):
     """Batches that a reader gives, pass after pass over the data.
 
-    To resume, the pass is begun anew and the batches that were trained on are
-    skipped. So what the pass began with is put back first: the global
-    generators are functions of the seed and of the pass while the user's code
-    runs, and what changed in the user's objects is saved.
+    To resume, the pass is begun anew, at the position where its iterator says
+    that it was; or, where it has no word for that, at the first batch, and the
+    batches that were trained on are skipped. So what the pass began with is
+    put back first: while the user's code runs, the global generators are
+    functions of the seed and of the pass (and of the batch, where batches are
+    not drawn again), and what changed in the user's objects is saved.
 
     Args:
         reader: reads the data.
@@ -91,44 +90,49 @@ class IterableSource(BatchSource):
     # -- the first batch ----------------------------------------------------
 
     def _look(self) -> tuple[Layout, bool]:
-        if isinstance(self.reader, OneShot):
-            first = self._standardised(self.reader.peek())
+        reader = self.reader
+        if isinstance(reader, OneShot):
+            first = self._standardised(reader.peek())
             return Layout(first, self.what), False
-        layout = Layout(self._first(), self.what)
-        if not self.reader.cheap:
-            return layout, False
-        again = digest(layout.leaves(self._first()))
-        if again != digest(layout.first):
-            self.reader.notes.append(
-                "its first batch was drawn twice and was not the same: it "
-                "uses something that cannot be put back. Give it seeds, or "
-                "let it draw from `numpy.random`"
-            )
-        return layout, not self.reader.notes
-
-    def _first(self) -> Any:
-        """The first batch of the first pass, and all as it was before."""
-        passes = self.reader.open()
         with streams.kept():
-            streams.begin(0, "first")
-            before = streams.fingerprint()
-            batches = passes.begin(0)
-            for batch in batches:
-                first = self._standardised(batch)
-                break
-            else:
-                raise DataError("it gave no batch: it must give at least one.")
-            if self.reader.threads and streams.fingerprint() != before:
-                self.reader.threads = False  # said once
-                self.reader.notes.append(
+            attempt = self._attempt()
+            layout = Layout(self._first(attempt), self.what)
+            if reader.threads and attempt.drew_globally:
+                reader.threads = reader.ahead = False  # said once
+                reader.notes.append(
                     "it draws from the global generators of Python, NumPy or "
                     "PyTorch in other threads, in an order that varies. Use "
                     "random operations that take seeds"
                 )
-            del batches
-        passes.close()
-        self._reset()
-        return first
+
+            def leaves(batch: Any) -> Leaves:
+                return layout.leaves(self._standardised(batch))
+
+            choose_method(reader, attempt, leaves)
+            if not reader.cheap:
+                return layout, False
+            attempt = self._attempt()
+            again = layout.leaves(self._first(attempt))
+            attempt.close()
+        if digest(again) != digest(layout.first):
+            reader.notes.append(
+                "its first batch was drawn twice and was not the same: it "
+                "uses something that cannot be put back. Give it seeds, or "
+                "let it draw from `numpy.random`"
+            )
+        return layout, not reader.notes
+
+    def _attempt(self) -> Attempt:
+        attempt = Attempt(self.reader)
+        attempt.begin()
+        return attempt
+
+    def _first(self, attempt: Attempt) -> Any:
+        """The first batch of the first pass."""
+        batch = attempt.draw()
+        if batch is None:
+            raise DataError("it gave no batch: it must give at least one.")
+        return self._standardised(batch)
 
     def _count(self) -> int:
         """The number of batches in a pass, by reading them all."""
@@ -155,6 +159,10 @@ class IterableSource(BatchSource):
         if self._as_given:
             return batch
         return standardise(batch, self._class_weight, self.what)
+
+    def fits(self, leaves: Any) -> bool:
+        """Whether these are the arrays of one of its batches."""
+        return self._layout.fits(leaves)
 
     def leaves(self, batch: Any) -> Leaves:
         """The arrays of a batch as the reader gave it."""
@@ -206,7 +214,7 @@ class IterableSource(BatchSource):
 
     def iterate(self, *, seed: int, capacity: int) -> DataIterator:
         """Start at the first batch of the first pass."""
-        return _Iterator(self, seed, capacity)
+        return IterableIterator(self, seed, capacity)
 
 
 class _Named:
@@ -220,143 +228,9 @@ class _Named:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if not isinstance(error, LegatoError):
+            if error is not None:
+                error.add_note(f"legato: raised while {self._what} was read.")
             return
         text = str(error)
         if not text.startswith(self._what) and self._what not in text:
             raise type(error)(f"{self._what}: {text}") from error
-
-
-class _Iterator(DataIterator):
-    """Draws in this thread, when it is asked: it runs the user's code.
-
-    The state: the pass, the batches of it that were given out, and what the
-    user's objects were when the pass began.
-    """
-
-    draws_ahead = False
-
-    def __init__(
-        self, source: IterableSource, seed: int, capacity: int
-    ) -> None:
-        self._source = source
-        self._seed = seed
-        self._chunks = Chunks(self._draw, capacity)
-        self._pass = 0
-        self._given = 0
-        self._drawn = 0
-        self._tracked: list[DataState] | None = None
-        self._hold = Hold(source.reader.tracked)
-        self._passes: Passes | None = None
-        self._batches: Iterator[Any] | None = None
-        self._stream: streams.Stream | None = None
-
-    def get_state(self) -> DataState:
-        return {
-            "pass": self._pass,
-            "batch": self._given,
-            "tracked": self._tracked,
-        }
-
-    def set_state(self, state: DataState) -> None:
-        source = self._source
-        match state:
-            case {
-                "pass": int(pass_),
-                "batch": int(batch),
-                "tracked": list() | None as tracked,
-            } if (
-                pass_ >= 0
-                and 0 <= batch <= (source.length or batch)
-                and len(tracked or source.reader.tracked)
-                == len(source.reader.tracked)
-            ):
-                pass
-            case _:
-                raise RestoreError(
-                    f"The saved data position {shown(state)} is not one of "
-                    f"{source.what}, which has {source.batches_per_epoch} "
-                    "batches in an epoch. Resume with the data of the run."
-                )
-        self._leave()
-        self._hold.release()
-        self._pass, self._given, self._tracked = pass_, batch, tracked
-        self._drawn = batch
-
-    def _leave(self) -> None:
-        self._batches = None
-        self._chunks.pending = None
-        if self._passes is not None:
-            self._passes.close()
-            self._passes = None
-
-    def close(self) -> None:
-        self._leave()
-        self._hold.release()
-
-    def next_chunk(self, max_batches: int) -> Chunk:
-        with self._source.named():
-            found = None
-            self._source.reader.notes += self._hold.take()
-            while found is None:
-                if self._batches is None:
-                    self._begin()
-                assert self._stream is not None
-                with self._stream.active():
-                    found = self._chunks.next(max_batches)
-                if found is None:  # the pass is over
-                    self._end_pass()
-        count, operands = found
-        self._given += count
-        return Chunk(
-            num_batches=count,
-            batch_size=operands[0].shape[1],
-            operands=operands,
-            state=None,
-        )
-
-    def _begin(self) -> None:
-        """Begin the pass where the position is."""
-        source = self._source
-        tracked = source.reader.tracked
-        if self._passes is None:
-            self._passes = source.reader.open()
-            if self._tracked is not None:
-                # As a new process finds them: then what had changed by then.
-                source._reset()
-                for each, state in zip(tracked, self._tracked, strict=True):
-                    if not isinstance(state, dict | None):
-                        raise DamagedError("data state: not that of objects.")
-                    each.set(state)
-        if self._tracked is None:
-            looks = [each.look() for each in tracked]
-            self._tracked = [look.state for look in looks]
-            source.lost([path for look in looks for path in look.lost])
-        self._stream = self._passes.stream(self._seed, self._pass)
-        with self._stream.active():
-            self._batches = self._passes.begin_at(self._pass, self._given)
-
-    def _end_pass(self) -> None:
-        source = self._source
-        assert self._batches is not None and self._stream is not None
-        with self._stream.active():
-            # To its very end: a generator may do something there.
-            next(self._batches, None)
-        if self._given == 0:
-            raise DataError("it gave no batch: it must give at least one.")
-        if self._drawn != source.length and not source.restarts:
-            raise DataError(
-                f"it ended after {self._drawn} batches, and has "
-                f"{source.length} by its length. Give steps_per_epoch, and "
-                "the data begin anew when they end."
-            )
-        self._pass, self._given, self._drawn = self._pass + 1, 0, 0
-        self._tracked = self._batches = None
-
-    def _draw(self) -> Leaves | None:
-        assert self._batches is not None
-        if self._drawn == self._source.length:
-            return None
-        for batch in self._batches:
-            self._drawn += 1
-            return self._source.leaves(batch)
-        return None

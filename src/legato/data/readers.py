@@ -6,17 +6,24 @@ them changes meanwhile. `iterables` makes a source of it.
 
 import abc
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 from legato.compat import keras_data
 from legato.data import streams
 from legato.data.attributes import Attributes
 from legato.data.batches import copied
+from legato.data.encoding import decode, encode
 from legato.data.holding import Tracked
+from legato.data.source import DataState
 from legato.errors import DataError, RestoreError
 
-_END = object()
+END = object()
+"""In the place of a batch, where there is none."""
+
+Method = Literal["replay", "state", "skip"]
+"""How a pass is resumed: by reading it again, by the state that its iterator
+tells, or by leaving out what comes first without loading it."""
 
 
 class Passes(abc.ABC):
@@ -38,13 +45,37 @@ class Passes(abc.ABC):
         """
         batches = self.begin(number)
         for i in range(skipped):
-            if next(batches, _END) is _END:
+            if next(batches, END) is END:
                 raise RestoreError(
                     f"the checkpoint is at batch {skipped} of pass {number} "
                     f"over the data, and there are only {i} now. Resume with "
                     "the data of the run"
                 )
         return batches
+
+    def get_state(self) -> DataState | None:
+        """Where the pass is by the word of its iterator; None: it has none.
+
+        Raises:
+            CannotEncodeError: it holds what cannot be saved.
+        """
+        return None
+
+    def resume(self, number: int, state: DataState) -> Iterator[Any]:
+        """The batches of a pass that follow those before `get_state`."""
+        raise NotImplementedError
+
+    def skip_to(
+        self, number: int, skipped: int, each: Callable[[int], None]
+    ) -> Iterator[Any]:
+        """As `begin_at`, but without loading the batches before.
+
+        Args:
+            number: of the pass.
+            skipped: how many batches are left out.
+            each: called with the number of each of them, in its turn.
+        """
+        raise NotImplementedError
 
     def stream(self, seed: int, number: int) -> streams.Stream:
         """What the user's code draws from in a pass."""
@@ -63,6 +94,15 @@ class Reader(abc.ABC):
         endless: there is no end.
         one_shot: there is one pass, and it can be read once.
         cheap: the first batch may well be drawn twice.
+        threads: other threads run the user's code, where the global
+            generators cannot be held.
+        ahead: nothing of the user's runs in the thread that draws.
+        methods: how its passes may be resumed, the best first; all else is
+            read again. They are tried.
+        method: what came of that.
+        why: why it is read again.
+        tells_end: the state that is told after the last batch says so.
+        interval: the state is dear: so many batches lie between two.
         tracked: what changes in the user's objects.
         notes: why resuming is not exact, each with the remedy.
     """
@@ -72,9 +112,13 @@ class Reader(abc.ABC):
     endless: bool = False
     one_shot: bool = False
     cheap: bool = True
-    # Whether other threads run the user's code, where the global generators
-    # cannot be held.
     threads: bool = False
+    ahead: bool = False
+    methods: Sequence[Method] = ()
+    method: Method = "replay"
+    why: str | None = None
+    tells_end: bool = False
+    interval: int | None = None
 
     def __init__(self) -> None:
         self.tracked: list[Tracked] = []
@@ -92,7 +136,13 @@ class Iterable(Reader):
         data: the object.
         kind: what it is.
         length: batches in a pass; None asks `len`.
+
+    Attributes:
+        iterator_tells: whether its iterators tell their state.
     """
+
+    methods = ("state",)
+    iterator_tells: bool = False
 
     def __init__(
         self, data: Any, kind: str = "iterable", length: int | None = None
@@ -111,15 +161,55 @@ class Iterable(Reader):
 
     def open(self) -> Passes:
         """Iterates over the object."""
-        return _Iterations(self.data)
+        return _Iterations(self)
+
+
+_PROTOCOLS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
+
+
+def told_by(thing: Any) -> tuple[str, str] | None:
+    """The names of the methods by which an object tells its state."""
+    for names in _PROTOCOLS:
+        if all(callable(getattr(thing, name, None)) for name in names):
+            return names
+    return None
 
 
 class _Iterations(Passes):
-    def __init__(self, data: Any) -> None:
-        self._data = data
+    """Iterates over an object; its iterator may tell its state, or it itself.
+
+    Args:
+        reader: of the object.
+    """
+
+    def __init__(self, reader: Iterable) -> None:
+        self._reader = reader
+        self._iterator: Any = None
 
     def begin(self, number: int) -> Iterator[Any]:
-        return iter(self._data)
+        self._iterator = iter(self._reader.data)
+        self._reader.iterator_tells = told_by(self._iterator) is not None
+        return self._iterator
+
+    def get_state(self) -> DataState | None:
+        teller = self._iterator
+        if not self._reader.iterator_tells:
+            teller = self._reader.data
+        names = told_by(teller)
+        return None if names is None else encode(getattr(teller, names[0])())
+
+    def resume(self, number: int, state: DataState) -> Iterator[Any]:
+        # An object is given its state before its iterator is made.
+        teller: Any = self._reader.data
+        if self._reader.iterator_tells:
+            teller = self.begin(number)
+        names = told_by(teller)
+        assert names is not None  # it told the state
+        getattr(teller, names[1])(decode(state))
+        return teller if self._reader.iterator_tells else self.begin(number)
+
+    def close(self) -> None:
+        self._iterator = None
 
 
 def _length(data: Any) -> int | None:
@@ -205,8 +295,8 @@ class OneShot(Reader):
             if self._kept:
                 batch = self._kept.pop()
             else:
-                batch = next(self._iterator, _END)
-            if batch is _END:
+                batch = next(self._iterator, END)
+            if batch is END:
                 return
             self._taken += 1
             if self._taken > start:
@@ -218,12 +308,7 @@ class _OnePass(Passes):
         self._reader = reader
 
     def begin(self, number: int) -> Iterator[Any]:
-        if number:
-            raise DataError(
-                "it ended: an epoch needs more batches than it had left. Let "
-                "it go on without end (`while True`), or give fewer "
-                "steps_per_epoch or epochs"
-            )
+        _check_only_pass(number)
         return self._reader.batches()
 
     def begin_at(self, number: int, skipped: int) -> Iterator[Any]:
@@ -232,6 +317,62 @@ class _OnePass(Passes):
 
     def stream(self, seed: int, number: int) -> streams.Stream:
         return self._reader._stream
+
+
+class StatefulIterator(Reader):
+    """An iterator that tells its state, and so can be read again.
+
+    Args:
+        iterator: the iterator, as the user made it.
+    """
+
+    kind = "iterator"
+    endless = True  # as far as is known
+    methods = ("state",)
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        super().__init__()
+        self._iterator: Any = iterator
+        self._built = self._encoded()
+
+    def _encoded(self) -> DataState:
+        names = told_by(self._iterator)
+        assert names is not None
+        return encode(getattr(self._iterator, names[0])())
+
+    def _set(self, state: DataState) -> Iterator[Any]:
+        names = told_by(self._iterator)
+        assert names is not None
+        getattr(self._iterator, names[1])(decode(state))
+        return self._iterator
+
+    def open(self) -> Passes:
+        """Its batches from the first on."""
+        return _OfIterator(self)
+
+
+class _OfIterator(Passes):
+    def __init__(self, reader: StatefulIterator) -> None:
+        self._reader = reader
+
+    def begin(self, number: int) -> Iterator[Any]:
+        _check_only_pass(number)
+        return self._reader._set(self._reader._built)
+
+    def get_state(self) -> DataState | None:
+        return self._reader._encoded()
+
+    def resume(self, number: int, state: DataState) -> Iterator[Any]:
+        return self._reader._set(state)
+
+
+def _check_only_pass(number: int) -> None:
+    if number:
+        raise DataError(
+            "it ended: an epoch needs more batches than it had left. Let "
+            "it go on without end (`while True`), or give fewer "
+            "steps_per_epoch or epochs"
+        )
 
 
 class Kept(Reader):
@@ -261,4 +402,12 @@ class Kept(Reader):
                     f"it ended after {len(self._batches)} batches, and "
                     f"{self.length} are wanted"
                 )
-        return _Iterations(self._batches)
+        return _Again(self._batches)
+
+
+class _Again(Passes):
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches = batches
+
+    def begin(self, number: int) -> Iterator[Any]:
+        return iter(self._batches)

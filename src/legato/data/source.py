@@ -106,6 +106,14 @@ class DataIterator(abc.ABC):
             RestoreError: the state is another source's.
         """
 
+    @property
+    def rereads(self) -> int:
+        """How many batches are read again before the next one is given.
+
+        After `set_state`, where the data have no other way to the position.
+        """
+        return 0
+
     def end_epoch(self) -> None:  # noqa: B027 - few have anything to do
         """The last batch of an epoch has been trained on.
 

@@ -1,10 +1,24 @@
 """Grain's datasets and loaders, on any backend."""
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
-from legato.data.readers import Iterable
+import grain
+
+from legato.data.encoding import decode, encode
+from legato.data.readers import Iterable, Passes
+from legato.data.source import DataState
+from legato.errors import DamagedError, RestoreError
 
 _ENDLESS = 2**62  # Grain's length of a dataset that is repeated without end
+
+# Of a MapDataset, which has not said how it is to be read. Grain's default is
+# to read 500 elements ahead, which are batches here.
+_READ = grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)
+
+# How the parts of a loader print, perhaps with their addresses.
+_PRINTED = ("sampler", "data_source")
 
 
 class GrainDataset(Iterable):
@@ -15,10 +29,114 @@ class GrainDataset(Iterable):
     """
 
     threads = True
+    tells_end = True
 
     def __init__(self, dataset: Any) -> None:
-        super().__init__(dataset, f"grain {type(dataset).__name__}")
+        kind = f"grain {type(dataset).__name__}"
+        if isinstance(dataset, grain.MapDataset):
+            kind = "grain MapDataset"
+        super().__init__(dataset, kind)
         # What its transformations may not have is state.
         self.tracked = []
         if self.length is not None and self.length >= _ENDLESS:
             self.length, self.endless = None, True
+        if isinstance(dataset, grain.MapDataset):
+            self.data = dataset.to_iter_dataset(_READ)
+        in_processes = _has_processes(self.data)
+        self.ahead = in_processes or _has_threads(self.data)
+        if in_processes:
+            self.cheap = False
+            _mark_flags()
+
+    def open(self) -> Passes:
+        """Iterates over the dataset."""
+        return _Passes(self.data)
+
+
+class _Passes(Passes):
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._iterator: Any = None
+
+    def begin(self, number: int) -> Iterator[Any]:
+        self.close()
+        self._iterator = iter(self._dataset)
+        return self._iterator
+
+    def get_state(self) -> DataState:
+        state = _state_of(self._iterator)
+        return {"workers": _workers(state), "iterator": encode(state)}
+
+    def resume(self, number: int, state: DataState) -> Iterator[Any]:
+        match state:
+            case {"workers": int(workers), "iterator": told}:
+                pass
+            case _:
+                raise DamagedError("data state: not that of Grain.")
+        iterator: Any = self.begin(number)
+        now = _state_of(iterator)
+        if _workers(now) != workers:
+            raise RestoreError(
+                f"the position was saved with {workers} worker processes, and "
+                f"the dataset has {_workers(now)} now. Resume with "
+                f"{workers}: Grain deals the data out to them"
+            )
+        told = decode(told)
+        if isinstance(self._dataset, grain.DataLoader):
+            told = json.dumps({**now, **told}).encode()
+        iterator.set_state(told)
+        return iterator
+
+    def close(self) -> None:
+        # Now, with its processes: not when garbage is collected.
+        iterator = getattr(self._iterator, "_iterator", self._iterator)
+        if iterator is not None:
+            iterator.close()
+        self._iterator = None
+
+
+def _state_of(iterator: Any) -> dict[str, Any]:
+    state = iterator.get_state()
+    if not isinstance(state, bytes):
+        return state
+    told = json.loads(state)
+    return {k: v for k, v in told.items() if k not in _PRINTED}
+
+
+def _workers(state: dict[str, Any]) -> int:
+    found = state.get("worker_count")
+    if found is None:
+        found = len(state.get("iterators_in_use_states", ()))
+    return int(found)
+
+
+def _has_processes(dataset: Any) -> bool:
+    if isinstance(dataset, grain.DataLoader):
+        return dataset._multiprocessing_options.num_workers > 0
+    parts = getattr(dataset, "_datasets", ())
+    return _is(dataset, "ProcessPrefetchIterDataset") or (
+        _is(dataset, "InterleaveIterDataset")
+        and bool(parts)
+        and all(_is(p, "ProcessPrefetchIterDataset") for p in parts)
+    )
+
+
+def _has_threads(dataset: Any) -> bool:
+    """Whether other threads than the one that draws run the user's code."""
+    if _is(dataset, "PrefetchIterDataset"):
+        options = dataset._read_options
+        return options.num_threads > 0 and options.prefetch_buffer_size > 0
+    return _is(dataset, "ThreadPrefetchIterDataset")
+
+
+def _is(dataset: Any, name: str) -> bool:
+    # (Grain does not export them.)
+    return type(dataset).__name__ == name
+
+
+def _mark_flags() -> None:
+    """Grain's processes are started with the flags of this one."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

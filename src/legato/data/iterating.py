@@ -1,0 +1,315 @@
+"""The position in data that come in passes."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from legato.data import streams
+from legato.data.batches import Chunks, Leaves, shown
+from legato.data.encoding import CannotEncodeError, fingerprint
+from legato.data.holding import Hold
+from legato.data.readers import END, Passes
+from legato.data.source import Chunk, DataIterator, DataState
+from legato.errors import DamagedError, DataError, LegatoError, RestoreError
+
+if TYPE_CHECKING:
+    from legato.data.iterables import IterableSource
+
+
+class IterableIterator(DataIterator):
+    """Draws in this thread, when it is asked: it may run the user's code.
+
+    The state: the pass, the batches of it that were given out, what the
+    user's objects were when the pass began, and what the library's iterator
+    told of its state, after how many batches.
+    """
+
+    def __init__(
+        self, source: "IterableSource", seed: int, capacity: int
+    ) -> None:
+        self._source = source
+        self._reader = source.reader
+        self.draws_ahead = self._reader.ahead
+        self._seed = seed
+        self._chunks = Chunks(self._draw, capacity)
+        self._pass = 0
+        self._given = 0
+        self._drawn = 0
+        self._tracked: list[DataState] | None = None
+        self._hold = Hold(source.reader.tracked)
+        self._passes: Passes | None = None
+        self._batches: Iterator[Any] | None = None
+        self._stream: streams.Stream | None = None
+        # What the library told, and when: of the position that was restored,
+        # and since then, where that is dear.
+        self._told: dict[str, Any] | None = None
+        self._marks: list[dict[str, Any]] = []
+        self._first: str | None = None
+
+    # -- the position -------------------------------------------------------
+
+    def get_state(self) -> DataState:
+        tracked = self._tracked
+        if tracked is None and self._passes is not None:
+            tracked = self._look()  # between two passes
+        return {
+            "pass": self._pass,
+            "batch": self._given,
+            "tracked": tracked,
+            "method": self._reader.method,
+            "library": self._library(),
+        }
+
+    def _library(self) -> dict[str, Any] | None:
+        """What the library's iterator tells of the position."""
+        if self._batches is None or self._reader.method != "state":
+            return self._told
+        if self._reader.interval is not None:
+            # (Whether one lies right here depends on where chunks were cut.)
+            found = [m for m in self._marks if m["batch"] < self._given]
+            return found[-1] if found else self._told
+        mark = self._mark(self._chunks.pending)
+        if mark is None or self._reader.tells_end:
+            return mark
+        # Many an object says at its end what it says before it begins.
+        ended = self._given == self._source.length
+        is_first = fingerprint(mark["state"]) == self._first
+        return None if ended or is_first else {**mark, "first": self._first}
+
+    def _mark(self, pending: Leaves | None) -> dict[str, Any] | None:
+        assert self._passes is not None
+        with contextlib.suppress(CannotEncodeError):
+            state = self._passes.get_state()
+            if state is not None:
+                return {
+                    "batch": self._drawn,
+                    "state": state,
+                    "pending": pending,
+                }
+        return None  # it is read again: the streams are those of batches
+
+    def set_state(self, state: DataState) -> None:
+        source = self._source
+        match state:
+            case {
+                "pass": int(pass_),
+                "batch": int(batch),
+                "tracked": list() | None as tracked,
+            } if (
+                pass_ >= 0
+                and 0 <= batch <= (source.length or batch)
+                and len(tracked or source.reader.tracked)
+                == len(source.reader.tracked)
+                and self._is_told(state.get("library"), batch)
+            ):
+                pass
+            case _:
+                raise RestoreError(
+                    f"The saved data position {shown(state)} is not one of "
+                    f"{source.what}, which has {source.batches_per_epoch} "
+                    "batches in an epoch. Resume with the data of the run."
+                )
+        saved = state.get("method", "replay")
+        if saved != self._reader.method and not self.draws_ahead:
+            # (Their streams are others.)
+            why = f" ({self._reader.why})" if self._reader.why else ""
+            raise RestoreError(
+                f"{source.what} was resumed by {saved!r:.20} when the position "
+                f"was saved, and is by {self._reader.method!r} now{why}. "
+                "Resume with the data and the libraries of the run."
+            )
+        self._leave()
+        self._hold.release()
+        self._pass, self._given, self._tracked = pass_, batch, tracked
+        self._drawn = batch
+        self._told = None
+        if self._reader.method == "state":
+            self._told = state.get("library")
+
+    def _is_told(self, told: Any, given: int) -> bool:
+        match told:
+            case None:
+                return True
+            case {"first": first} if not isinstance(first, str | None):
+                return False
+            case {"batch": int(batch), "state": _, "pending": None}:
+                return 0 <= batch <= given
+            case {"batch": int(batch), "state": _, "pending": pending}:
+                return batch == given + 1 and self._source.fits(pending)
+        return False
+
+    @property
+    def rereads(self) -> int:
+        if self._batches is not None or self._reader.method == "skip":
+            return 0
+        if self._told is None or self._reader.method != "state":
+            return self._given
+        return max(0, self._given - self._told["batch"])
+
+    def _leave(self) -> None:
+        self._batches = None
+        self._chunks.pending = None
+        self._marks.clear()
+        if self._passes is not None:
+            self._passes.close()
+            self._passes = None
+
+    def close(self) -> None:
+        self._leave()
+        self._hold.release()
+
+    # -- batches ------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _streams(self, key: int | str) -> Iterator[None]:
+        """Around the user's code, which may draw from global generators."""
+        if self.draws_ahead:
+            yield
+        elif self._reader.method == "replay":
+            assert self._stream is not None
+            with self._stream.active():
+                yield
+        else:
+            with streams.kept():
+                self._key(key)
+                yield
+
+    def _key(self, key: int | str) -> None:
+        if self._reader.method != "replay" and not self.draws_ahead:
+            streams.begin(self._seed, "batch", self._pass, key)
+
+    def next_chunk(self, max_batches: int) -> Chunk:
+        with self._source.named():
+            found = None
+            self._reader.notes += self._hold.take()
+            while found is None:
+                if self._batches is None:
+                    self._begin()
+                with self._streams("chunk"):
+                    found = self._chunks.next(max_batches)
+                if found is None:
+                    self._end_pass()
+        count, operands = found
+        self._given += count
+        return Chunk(
+            num_batches=count,
+            batch_size=operands[0].shape[1],
+            operands=operands,
+            state=self.get_state() if self.draws_ahead else None,
+        )
+
+    def end_epoch(self) -> None:
+        # Now, so that the position is the beginning of a pass.
+        whole = self._drawn == self._source.length and self._given > 0
+        if whole and self._batches is not None and not self._chunks.pending:
+            with self._source.named():
+                self._reader.notes += self._hold.take()
+                self._end_pass()
+
+    def _look(self) -> list[DataState]:
+        """What the user's objects are like; what cannot be saved is noted."""
+        looks = [self._hold.look(each) for each in self._reader.tracked]
+        self._source.lost([path for look in looks for path in look.lost])
+        return [look.state for look in looks]
+
+    def _begin(self) -> None:
+        """Begin the pass where the position is."""
+        source = self._source
+        tracked = source.reader.tracked
+        if self._passes is None:
+            self._passes = source.reader.open()
+            if self._tracked is not None:
+                # As a new process finds them: then what had changed by then.
+                source._reset()
+                for each, state in zip(tracked, self._tracked, strict=True):
+                    if not isinstance(state, dict | None):
+                        raise DamagedError("data state: not that of objects.")
+                    each.set(state)
+        if self._tracked is None:
+            self._tracked = self._look()
+        self._stream = self._passes.stream(self._seed, self._pass)
+        self._drawn = self._given
+        with self._streams("begin"):
+            self._batches = self._begin_at(self._passes)
+
+    def _begin_at(self, passes: Passes) -> Iterator[Any]:
+        method, told = self._reader.method, self._told
+        if method == "replay":
+            return passes.begin_at(self._pass, self._given)
+        if method == "skip" and self._given:
+            return passes.skip_to(self._pass, self._given, self._key)
+        self._drawn = 0
+        if told is None:
+            batches = self._begin_whole(passes)
+        else:
+            batches = self._resume(passes, told)
+        while self._drawn < self._given:
+            self._key(self._drawn)
+            if next(batches, END) is END:
+                raise RestoreError(
+                    f"the checkpoint is at batch {self._given} of pass "
+                    f"{self._pass} over the data, and there are only "
+                    f"{self._drawn} now. Resume with the data of the run"
+                )
+            self._drawn += 1
+        return batches
+
+    def _begin_whole(self, passes: Passes) -> Iterator[Any]:
+        batches = passes.begin(self._pass)
+        if not self._reader.tells_end:
+            mark = self._mark(None)
+            self._first = fingerprint(mark["state"]) if mark else None
+        return batches
+
+    def _resume(self, passes: Passes, told: dict[str, Any]) -> Iterator[Any]:
+        """Give the library's iterator what it told."""
+        self._drawn, self._chunks.pending = told["batch"], told["pending"]
+        self._first = told.get("first")
+        try:
+            return passes.resume(self._pass, told["state"])
+        except LegatoError:
+            raise
+        except Exception as error:  # of a library that we know nothing of
+            raise RestoreError(
+                "the state of its iterator could not be put back "
+                f"({type(error).__name__}: {error!s:.200}). Resume with the "
+                "data of the run, and with as many worker processes"
+            ) from error
+
+    def _end_pass(self) -> None:
+        source = self._source
+        assert self._batches is not None
+        with self._streams("end"):
+            # To its very end: a generator may do something there.
+            next(self._batches, None)
+        if self._given == 0:
+            raise DataError("it gave no batch: it must give at least one.")
+        if self._drawn != source.length and not source.restarts:
+            raise DataError(
+                f"it ended after {self._drawn} batches, and has "
+                f"{source.length} by its length. Give steps_per_epoch, and "
+                "the data begin anew when they end."
+            )
+        self._pass, self._given, self._drawn = self._pass + 1, 0, 0
+        self._tracked = self._batches = self._told = None
+        self._marks.clear()
+
+    def _draw(self) -> Leaves | None:
+        assert self._batches is not None
+        if self._drawn == self._source.length:
+            return None
+        self._key(self._drawn)
+        self._mark_if_due()
+        for batch in self._batches:
+            self._drawn += 1
+            return self._source.leaves(batch)
+        return None
+
+    def _mark_if_due(self) -> None:
+        every = self._reader.interval
+        if every is None or self._reader.method != "state":
+            return
+        if self._drawn and self._drawn % every == 0:
+            mark = self._mark(None)
+            if mark is not None:
+                self._marks = [*self._marks[-1:], mark]
