@@ -49,6 +49,7 @@ class IterableIterator(DataIterator):
     # -- the position -------------------------------------------------------
 
     def get_state(self) -> DataState:
+        """The pass, the batch, and what is needed to come there again."""
         tracked = self._tracked
         if tracked is None and self._passes is not None:
             tracked = self._look()  # between two passes
@@ -89,6 +90,7 @@ class IterableIterator(DataIterator):
         return None  # it is read again: the streams are those of batches
 
     def set_state(self, state: DataState) -> None:
+        """Go to a position; nothing is read before the next chunk."""
         source = self._source
         match state:
             case {
@@ -140,6 +142,7 @@ class IterableIterator(DataIterator):
 
     @property
     def rereads(self) -> int:
+        """Batches that are read again first, after `set_state`."""
         if self._batches is not None or self._reader.method == "skip":
             return 0
         if self._told is None or self._reader.method != "state":
@@ -155,6 +158,7 @@ class IterableIterator(DataIterator):
             self._passes = None
 
     def close(self) -> None:
+        """Let go of the data."""
         self._leave()
         self._hold.release()
 
@@ -179,6 +183,7 @@ class IterableIterator(DataIterator):
             streams.begin(self._seed, "batch", self._pass, key)
 
     def next_chunk(self, max_batches: int) -> Chunk:
+        """The next batches of one shape."""
         with self._source.named():
             found = None
             self._reader.notes += self._hold.take()
@@ -199,6 +204,7 @@ class IterableIterator(DataIterator):
         )
 
     def end_epoch(self) -> None:
+        """End the pass, if all of it was trained on."""
         # Now, so that the position is the beginning of a pass.
         whole = self._drawn == self._source.length and self._given > 0
         if whole and self._batches is not None and not self._chunks.pending:

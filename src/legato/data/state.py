@@ -13,6 +13,17 @@ from legato.types import JSON
 _ARRAY_KEY = "~a"
 _MAX_DEPTH = 60
 
+# What the names of opaque arrays begin with.
+OPAQUE = "opaque_"
+
+
+class Opaque(np.ndarray):
+    """An array whose bytes may differ where what it stands for does not.
+
+    Such as what the threads of another library held ready at one instant. It
+    is saved like any other, and not compared.
+    """
+
 
 def split_arrays(state: DataState) -> tuple[JSON, dict[str, np.ndarray]]:
     """Takes the arrays out of a state.
@@ -31,8 +42,9 @@ def split_arrays(state: DataState) -> tuple[JSON, dict[str, np.ndarray]]:
 
     def split(value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            name = f"array_{len(arrays)}"
-            arrays[name] = value
+            kind = OPAQUE if isinstance(value, Opaque) else "array_"
+            name = f"{kind}{len(arrays)}"
+            arrays[name] = value.view(np.ndarray)
             return {_ARRAY_KEY: name}
         if isinstance(value, dict):
             if _ARRAY_KEY in value:
@@ -71,7 +83,7 @@ def join_arrays(state: JSON, arrays: Mapping[str, np.ndarray]) -> DataState:
             array = rest.pop(name, None)
             if not isinstance(array, np.ndarray):
                 raise DamagedError(f"data state: no array {name!r:.80}.")
-            return array
+            return array.view(Opaque) if name.startswith(OPAQUE) else array
         if isinstance(value, list):
             return [join(item, depth + 1) for item in value]
         return value

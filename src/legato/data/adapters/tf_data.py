@@ -1,15 +1,24 @@
-"""`tf.data.Dataset`, on any backend."""
+"""`tf.data.Dataset`, on any backend.
+
+TensorFlow saves what its iterators hold (positions, the contents of the
+buffers of shuffles, of prefetching and of parallel maps) and puts it back. So
+the data go on where they were, whatever was in the buffers; but what was in
+those of its threads depends on the instant.
+"""
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from legato.data.encoding import CannotEncodeError
 from legato.data.readers import Passes, Reader
-from legato.errors import DataError
+from legato.data.source import DataState
+from legato.data.state import Opaque
+from legato.errors import DamagedError, DataError
 
 # A copy of a dataset holds its arrays three times while it is made.
 _COPIED_BYTES = 512 * 2**20
@@ -18,6 +27,18 @@ _COPIED_BYTES = 512 * 2**20
 # generator where a whole pass does: they begin their input late, again, or
 # not at all.
 _LATE = ("Cache", "Concatenate", "Repeat", "ShuffleAndRepeat")
+
+
+# What is larger is not saved: the pass is read again.
+_SAVED_BYTES = 64 * 2**20
+# To save the contents of a buffer takes as long as to fill a part of it. So
+# it is done after so many batches, and the few that follow are read again.
+_INTERVAL = 64
+_BUFFERED_PER_BATCH = 8
+
+_SAVED_TYPE = "tensorflow::Iterator"
+_HELD_TYPES = ("tensorflow.data.CompressedElement",)
+_FAIL_IF_STATEFUL = 2
 
 
 class TensorFlowDataset(Reader):
@@ -33,6 +54,10 @@ class TensorFlowDataset(Reader):
 
     kind = "tf.data.Dataset"
     threads = True
+    ahead = True
+    methods = ("state",)
+    tells_end = True
+    interval = _INTERVAL
 
     def __init__(self, dataset: Any) -> None:
         super().__init__()
@@ -78,6 +103,13 @@ class TensorFlowDataset(Reader):
                 self._note_order()
                 break
         shuffles = [node for node in graph.node if _is_random(node)]
+        buffered = sum(
+            int(tf.make_ndarray(constants[name]))
+            for node in shuffles
+            for name in list(node.input)[1:2]
+            if name in constants and _is_integer(constants[name])
+        )
+        self.interval = max(_INTERVAL, buffered // _BUFFERED_PER_BATCH)
         for node in shuffles:
             seeds = [
                 constants[name]
@@ -169,6 +201,9 @@ class TensorFlowDataset(Reader):
         """A copy that was never iterated over, where that matters."""
         if self._graph is None:
             return _Passes(self._dataset)
+        return _CountedPasses(self._copy, self._skip)
+
+    def _copy(self) -> Any:
         self._opened += 1
         for handle, name in self._handles:
             # Under the same name a copy would share it with the dataset.
@@ -177,10 +212,9 @@ class TensorFlowDataset(Reader):
             variant = tf.raw_ops.DatasetFromGraph(
                 graph_def=self._graph.SerializeToString()
             )
-        copy = tf.data.experimental.from_variant(
+        return tf.data.experimental.from_variant(
             variant, self._dataset.element_spec
         )
-        return _CountedPasses(copy, self._skip)
 
 
 class _Passes(Passes):
@@ -188,34 +222,129 @@ class _Passes(Passes):
 
     def __init__(self, dataset: Any) -> None:
         self._dataset: Any = dataset
+        self._iterator: Any = None
 
     def begin(self, number: int) -> Iterator[Any]:
-        return map(_to_numpy, iter(self._dataset))
+        self._iterator = iter(self._dataset)
+        return map(_to_numpy, self._iterator)
+
+    def get_state(self) -> DataState | None:
+        return _save(self._iterator)
+
+    def resume(self, number: int, state: DataState) -> Iterator[Any]:
+        self._iterator = iter(self._dataset)
+        _restore(self._iterator, state)
+        return map(_to_numpy, self._iterator)
 
     def close(self) -> None:
-        self._dataset = None
+        self._dataset = self._iterator = None
 
 
 class _CountedPasses(_Passes):
     """Iterates over a dataset that counts the iterations.
 
     Args:
-        dataset: the dataset.
+        copy: makes one that was never iterated over.
         skip: what must be drawn of a pass that is skipped; None: all of it.
     """
 
-    def __init__(self, dataset: Any, skip: int | None) -> None:
-        super().__init__(dataset)
+    def __init__(self, copy: Callable[[], Any], skip: int | None) -> None:
+        super().__init__(copy())
+        self._copy = copy
         self._skip = skip
         self._begun = 0
+        self._resumed = False
 
     def begin(self, number: int) -> Iterator[Any]:
+        if self._resumed:
+            # The iterator that was put back knows the count, not the dataset.
+            self._dataset, self._begun = self._copy(), 0
+            self._resumed = False
         while self._begun < number:
             self._begun += 1
             for _ in itertools.islice(iter(self._dataset), self._skip):
                 pass
         self._begun += 1
         return super().begin(number)
+
+    def get_state(self) -> DataState | None:
+        if self._skip is None and self._begun > 1:
+            return None  # of what has not begun, the count is not in it
+        return super().get_state()
+
+    def resume(self, number: int, state: DataState) -> Iterator[Any]:
+        self._resumed = True
+        return super().resume(number, state)
+
+
+def _save(iterator: Any) -> DataState:
+    try:
+        with tf.device("CPU:0"):
+            saved = tf.raw_ops.SerializeIterator(
+                resource_handle=iterator._iterator_resource,
+                external_state_policy=_FAIL_IF_STATEFUL,
+            )
+            held = tf.io.serialize_tensor(saved).numpy()
+    except tf.errors.OpError as error:
+        why = str(error.message).rpartition("}}")[2].partition("[Op")[0]
+        raise CannotEncodeError(
+            f"TensorFlow cannot save where it is: {why.strip()}"
+        ) from error
+    if len(held) > _SAVED_BYTES:
+        raise CannotEncodeError(
+            f"its buffers hold {len(held) / 2**20:.0f} MB, and at most "
+            f"{_SAVED_BYTES / 2**20:.0f} MB are saved"
+        )
+    return np.frombuffer(held, np.uint8).copy().view(Opaque)
+
+
+def _restore(iterator: Any, state: DataState) -> None:
+    if not isinstance(state, np.ndarray) or state.dtype != np.uint8:
+        raise DamagedError("data state: not that of tf.data.")
+    _check(state.tobytes())
+    with tf.device("CPU:0"):
+        tf.raw_ops.DeserializeIterator(
+            resource_handle=iterator._iterator_resource,
+            serialized=tf.io.parse_tensor(state.tobytes(), tf.variant),
+        )
+
+
+def _check(held: bytes) -> None:
+    """That it holds values alone, and no dataset (which has functions)."""
+    tensor = tf.compat.v1.make_tensor_proto(0)
+    variant: Any = type(tensor.variant_val.add())
+    try:
+        tensor.ParseFromString(held)
+        count = tensor.tensor_shape.dim[0].size
+        content, sizes = tensor.tensor_content, []
+        for _ in range(count):
+            size, content = _varint(content)
+            sizes.append(size)
+        is_good = len(content) == sum(sizes)
+        for size in sizes:
+            part = variant.FromString(content[:size])
+            content = content[size:]
+            is_good &= part.type_name == _SAVED_TYPE and all(
+                each.type_name in _HELD_TYPES
+                for inner in part.tensors
+                for each in inner.variant_val
+            )
+    except Exception as error:  # of the parser, which has many
+        raise DamagedError(f"data state: not that of tf.data: {error}") from (
+            error
+        )
+    if not is_good:
+        raise DamagedError("data state: not that of tf.data.")
+
+
+def _varint(content: bytes) -> tuple[int, bytes]:
+    value = shift = 0
+    for i, byte in enumerate(content[:10]):
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, content[i + 1 :]
+    raise ValueError("a length has no end")
 
 
 def _to_numpy(element: Any) -> Any:
