@@ -181,6 +181,70 @@ class Augmented:
         return self.x[index] + noise + self.own.random(), index
 
 
+class Seldom(Augmented):
+    """Draws from a generator of its own, but not for the first batches."""
+
+    def __getitem__(self, index):
+        x, index = self.x[index] + np.random.rand(), int(index)
+        return x + (self.own.random() if index > 14 else 0), index
+
+
+def torch_seldom():
+    import torch
+    from torch.utils.data import DataLoader
+
+    return DataLoader(Seldom(torch.from_numpy(X)), batch_size=5)
+
+
+def torch_stateful(**kwargs):
+    import torch
+    from torch.utils.data import TensorDataset
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    generator = torch.Generator().manual_seed(5)
+    data = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
+    return StatefulDataLoader(
+        data, batch_size=5, shuffle=True, generator=generator, **kwargs
+    )
+
+
+def torch_stateful_stream():
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(Stream(), batch_size=5)
+
+
+def torch_stream():
+    from torch.utils.data import DataLoader
+
+    return DataLoader(Stream(), batch_size=5)
+
+
+class _Stream:
+    """Examples in their own order; tells its state, for torchdata."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __iter__(self):
+        while self.position < 23:
+            self.position += 1
+            yield X[self.position - 1] + np.float32(np.random.rand())
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def Stream():
+    from torch.utils.data import IterableDataset
+
+    return type("Stream", (_Stream, IterableDataset), {})()
+
+
 def torch_seeded():
     import torch
 
@@ -327,6 +391,12 @@ SOURCES = {
     "torch": lambda: fit_source(torch_loader(shuffle=True)),
     "torch seeded": lambda: fit_source(torch_seeded()),
     "torch augmented": lambda: fit_source(torch_augmented()),
+    "torch seldom": lambda: fit_source(torch_seldom()),
+    "torch stream": lambda: fit_source(torch_stream(), steps_per_epoch=5),
+    "torchdata": lambda: fit_source(torch_stateful()),
+    "torchdata stream": lambda: fit_source(
+        torch_stateful_stream(), steps_per_epoch=5
+    ),
 }
 
 GRAIN = {

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from legato.data import streams
+from legato.data.attributes import Look
 from legato.data.batches import Chunks, Leaves, shown
 from legato.data.encoding import CannotEncodeError, fingerprint
 from legato.data.holding import Hold
@@ -45,6 +46,9 @@ class IterableIterator(DataIterator):
         self._told: dict[str, Any] | None = None
         self._marks: list[dict[str, Any]] = []
         self._first: str | None = None
+        # What loading may change, as it was when the pass began.
+        self._unloaded: list[Look] = []
+        self._loads = False
 
     # -- the position -------------------------------------------------------
 
@@ -59,7 +63,18 @@ class IterableIterator(DataIterator):
             "tracked": tracked,
             "method": self._reader.method,
             "library": self._library(),
+            "loads": self._must_load(),
         }
+
+    def _must_load(self) -> bool:
+        """Whether batches, where they are skipped, must be loaded for it."""
+        reader = self._reader
+        if reader.method != "skip" or self._batches is None:
+            return self._loads
+        return not all(
+            self._hold.look(reader.tracked[index]).same(look)
+            for index, look in zip(reader.loading, self._unloaded, strict=True)
+        )
 
     def _library(self) -> dict[str, Any] | None:
         """What the library's iterator tells of the position."""
@@ -124,6 +139,7 @@ class IterableIterator(DataIterator):
         self._hold.release()
         self._pass, self._given, self._tracked = pass_, batch, tracked
         self._drawn = batch
+        self._loads = bool(state.get("loads"))
         self._told = None
         if self._reader.method == "state":
             self._told = state.get("library")
@@ -143,7 +159,9 @@ class IterableIterator(DataIterator):
     @property
     def rereads(self) -> int:
         """Batches that are read again first, after `set_state`."""
-        if self._batches is not None or self._reader.method == "skip":
+        if self._batches is not None:
+            return 0
+        if self._reader.method == "skip" and not self._loads:
             return 0
         if self._told is None or self._reader.method != "state":
             return self._given
@@ -233,6 +251,9 @@ class IterableIterator(DataIterator):
                     each.set(state)
         if self._tracked is None:
             self._tracked = self._look()
+        self._unloaded = [
+            self._hold.look(tracked[index]) for index in self._reader.loading
+        ]
         self._stream = self._passes.stream(self._seed, self._pass)
         self._drawn = self._given
         with self._streams("begin"):
@@ -242,7 +263,7 @@ class IterableIterator(DataIterator):
         method, told = self._reader.method, self._told
         if method == "replay":
             return passes.begin_at(self._pass, self._given)
-        if method == "skip" and self._given:
+        if method == "skip" and self._given and not self._loads:
             return passes.skip_to(self._pass, self._given, self._key)
         self._drawn = 0
         if told is None:
@@ -298,6 +319,7 @@ class IterableIterator(DataIterator):
             )
         self._pass, self._given, self._drawn = self._pass + 1, 0, 0
         self._tracked = self._batches = self._told = None
+        self._loads = False
         self._marks.clear()
 
     def _draw(self) -> Leaves | None:

@@ -104,6 +104,7 @@ class Reader(abc.ABC):
         tells_end: the state that is told after the last batch says so.
         interval: the state is dear: so many batches lie between two.
         tracked: what changes in the user's objects.
+        loading: which of these change only by loading batches, if at all.
         notes: why resuming is not exact, each with the remedy.
     """
 
@@ -122,6 +123,7 @@ class Reader(abc.ABC):
 
     def __init__(self) -> None:
         self.tracked: list[Tracked] = []
+        self.loading: list[int] = []
         self.notes: list[str] = []
 
     @abc.abstractmethod

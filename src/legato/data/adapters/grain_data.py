@@ -83,7 +83,9 @@ class _Passes(Passes):
             )
         told = decode(told)
         if isinstance(self._dataset, grain.DataLoader):
-            told = json.dumps({**now, **told}).encode()
+            # Which data they are, is known by the data (see `identity`).
+            told = json.dumps({**json.loads(iterator.get_state()), **told})
+            told = told.encode()
         iterator.set_state(told)
         return iterator
 

@@ -1,7 +1,7 @@
-"""PyTorch's `DataLoader`, on any backend."""
+"""PyTorch's `DataLoader` and torchdata's stateful one, on any backend."""
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from legato.data.attributes import Attributes, Look
-from legato.data.readers import Iterable, Passes
+from legato.data.encoding import decode, encode
+from legato.data.readers import END, Iterable, Method, Passes, told_by
 from legato.data.source import DataState
-from legato.errors import DamagedError
+from legato.errors import DamagedError, RestoreError
 
 
 class TorchLoader(Iterable):
@@ -21,6 +22,10 @@ class TorchLoader(Iterable):
     generator when a pass begins, or from a generator of the user's, which is
     saved; so is what changes in the dataset and the samplers. Workers begin
     anew in each pass, because they keep generators of their own.
+
+    Where the examples are loaded in this process, by their numbers, batches
+    are skipped by drawing their numbers alone: unless loading them changes
+    what comes later.
 
     Args:
         loader: the loader.
@@ -46,6 +51,31 @@ class TorchLoader(Iterable):
                 apart = [*parts.values(), *generators.values()]
                 apart = [other for other in apart if other is not part]
                 self.track(Attributes(part, apart=apart))
+        self.methods = tuple(self._find_methods())
+        orders = [*_orders(loader), loader]
+        ordering = {id(part) for part in orders} | {
+            id(getattr(part, "generator", None)) for part in orders
+        }
+        self.loading = [
+            index
+            for index, tracked in enumerate(self.tracked)
+            if id(tracked.subject) not in ordering
+        ]
+
+    def _find_methods(self) -> Iterator[Method]:
+        loader = self._loader
+        if told_by(loader) is not None:
+            yield "state"
+        by_number = not isinstance(
+            loader.dataset, torch.utils.data.IterableDataset
+        )
+        if by_number and loader.num_workers == 0:
+            yield "skip"
+        elif told_by(loader) is None:
+            self.why = "it loads in other processes"
+            if not by_number:
+                self.why = "its dataset is read in the order that it gives"
+
         if not getattr(loader, "in_order", True):
             self.notes.append(
                 "its order varies, for it has in_order=False. Leave that out"
@@ -63,11 +93,15 @@ def _length(loader: DataLoader) -> int | None:
 
 def _parts(loader: DataLoader) -> Iterator[Any]:
     yield loader.dataset
+    yield from _orders(loader)
+    if not isinstance(loader.collate_fn, types.FunctionType):
+        yield loader.collate_fn
+
+
+def _orders(loader: DataLoader) -> Iterator[Any]:
     yield loader.sampler
     yield loader.batch_sampler
     yield getattr(loader.batch_sampler, "sampler", None)
-    if not isinstance(loader.collate_fn, types.FunctionType):
-        yield loader.collate_fn
 
 
 class _Passes(Passes):
@@ -77,10 +111,37 @@ class _Passes(Passes):
 
     def begin(self, number: int) -> Iterator[Any]:
         self.close()
-        if self._loader.persistent_workers:
+        if self._loader.persistent_workers or told_by(self._loader):
             self._loader._iterator = None
         self._iterator = iter(self._loader)
         return self._iterator
+
+    def get_state(self) -> DataState | None:
+        names = told_by(self._loader)
+        return names and encode(getattr(self._loader, names[0])())
+
+    def resume(self, number: int, state: DataState) -> Iterator[Any]:
+        names = told_by(self._loader)
+        assert names is not None  # it told the state
+        self.close()
+        self._loader._iterator = None
+        getattr(self._loader, names[1])(decode(state))
+        self._iterator = iter(self._loader)
+        return self._iterator
+
+    def skip_to(
+        self, number: int, skipped: int, each: Callable[[int], None]
+    ) -> Iterator[Any]:
+        iterator: Any = self.begin(number)
+        for batch in range(skipped):
+            each(batch)
+            if next(iterator._sampler_iter, END) is END:
+                raise RestoreError(
+                    f"the checkpoint is at batch {skipped} of pass {number} "
+                    f"over the data, and there are only {batch} now. Resume "
+                    "with the data of the run"
+                )
+        return iterator
 
     def close(self) -> None:
         # Now: it would be done when garbage is collected, perhaps in a fork.
