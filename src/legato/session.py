@@ -313,6 +313,8 @@ class Session:
         self._begins = self._recovery.is_on
         self.clock.epoch = self._config.initial_epoch
         self._parts.whole.stop_training = False
+        if self._parts.source.resuming is not None:
+            self._reporter.message(self._parts.source.resuming)
         self._callbacks.on_train_begin(resuming=False)
 
     def _name_inexact_data(self) -> None:
@@ -578,6 +580,11 @@ class Session:
                 join_arrays(state, arrays.get("data", {}))
             ),
         )
+        if self._feed.rereads:
+            self._reporter.message(
+                f"{self._feed.rereads} batches of the training data are read "
+                "again, to come to the position."
+            )
         self.audit += self._callbacks.set_state(
             host.get("callbacks"), arrays.get("callbacks", {})
         )

@@ -195,6 +195,11 @@ class Feed:
             state=None,
         )
 
+    @property
+    def rereads(self) -> int:
+        """How many batches are read again before the next is taken."""
+        return self._iterator.rereads
+
     def close(self) -> None:
         """Stop the thread and close the iterator."""
         self._executor.shutdown(wait=True, cancel_futures=True)

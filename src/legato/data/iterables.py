@@ -25,6 +25,12 @@ from legato.errors import (
 from legato.types import JSON
 
 
+# A pass of fewer batches is read again without a word.
+_MANY = 1000
+
+_NO_STATE = "it does not tell its state"
+
+
 class IterableSource(BatchSource):
     """Batches that a reader gives, pass after pass over the data.
 
@@ -177,6 +183,23 @@ class IterableSource(BatchSource):
         if not notes:
             return None
         return " ".join(f"{self.what}: {note}." for note in notes)
+
+    @property
+    def resuming(self) -> str | None:
+        """That, and why, the data are read again, where they are many."""
+        reader = self.reader
+        if reader.method != "replay" or (
+            not self.is_one_shot and self.batches_per_epoch < _MANY
+        ):
+            return None
+        where = "its first batch"
+        if not self.is_one_shot:
+            where = "the beginning of a pass over it"
+        return (
+            f"{self.what}: a run that is resumed reads again all from {where} "
+            f"up to its position, for {reader.why or _NO_STATE}. Data that "
+            "tell their state are resumed at once."
+        )
 
     def lost(self, paths: list[str]) -> None:
         """Remember what changes and cannot be saved."""

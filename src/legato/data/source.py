@@ -181,6 +181,11 @@ class DataSource(abc.ABC):
         """
         return None
 
+    @property
+    def resuming(self) -> str | None:
+        """What resuming costs, in a sentence; None if it is next to nothing."""
+        return None
+
     def example(self, capacity: int) -> Any:
         """The operands of a chunk with one batch of the usual shape.
 
