@@ -580,11 +580,6 @@ class Session:
                 join_arrays(state, arrays.get("data", {}))
             ),
         )
-        if self._feed.rereads:
-            self._reporter.message(
-                f"{self._feed.rereads} batches of the training data are read "
-                "again, to come to the position."
-            )
         self.audit += self._callbacks.set_state(
             host.get("callbacks"), arrays.get("callbacks", {})
         )
@@ -603,9 +598,11 @@ class Session:
         self.clock.extend(host.get("train_steps"), self._schedule.train_steps)
         parts.whole.stop_training = self.clock.stop_training
         self._saved_step = self.clock.step
+        rereads = self._feed.rereads
+        again = f", {rereads} batches are read again" if rereads else ""
         self._reporter.message(
             restoring.audit_table(
-                f"Resumed {self._run_dir} at step {self.clock.step}:",
+                f"Resumed {self._run_dir} at step {self.clock.step}{again}:",
                 self.audit,
             )
         )

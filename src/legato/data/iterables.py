@@ -24,7 +24,6 @@ from legato.errors import (
 )
 from legato.types import JSON
 
-
 # A pass of fewer batches is read again without a word.
 _MANY = 1000
 
