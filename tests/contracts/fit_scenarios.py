@@ -175,6 +175,46 @@ def torch_loader() -> Any:
     return torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
 
 
+def tensorflow_without_end() -> Any:
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices(models.points(70))
+    return data.shuffle(20, seed=3).repeat().batch(4).prefetch(2)
+
+
+def grain_dataset() -> Any:
+    import grain
+
+    x, y = models.points(70)
+    return (
+        grain.MapDataset.range(70)
+        .shuffle(seed=3)
+        .map(lambda i: (x[i], y[i]))
+        .batch(8)
+    )
+
+
+class Tells:
+    """An iterator without end that tells its state."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(3)
+
+    def __iter__(self) -> "Tells":
+        return self
+
+    def __next__(self) -> Any:
+        rows = self.generator.integers(0, 70, 8)
+        x, y = models.points(70)
+        return x[rows] + np.float32(np.random.rand()), y[rows]
+
+    def get_state(self) -> Any:
+        return self.generator.bit_generator.state
+
+    def set_state(self, state: Any) -> None:
+        self.generator.bit_generator.state = state
+
+
 TWELVE: dict[str, FitScenario] = {
     "sgd": FitScenario(make=compiled(), arguments={"shuffle": False}),
     "adam": FitScenario(
@@ -262,6 +302,12 @@ FIT_SCENARIOS: dict[str, FitScenario] = {
     "py_dataset": FitScenario(make=dataset(Shuffled)),
     "tf_data": FitScenario(make=dataset(tensorflow_dataset)),
     "data_loader": FitScenario(make=dataset(torch_loader)),
+    "tf_data_told": FitScenario(
+        make=dataset(tensorflow_without_end),
+        arguments={"steps_per_epoch": 40, "checkpoint_interval": 20},
+    ),
+    "grain": FitScenario(make=dataset(grain_dataset)),
+    "tells": FitScenario(make=dataset(Tells), arguments={"steps_per_epoch": 7}),
 }
 if "adversaries" in models.KINDS:
     FIT_SCENARIOS["adversaries"] = FitScenario(make=models.adversaries)
