@@ -258,18 +258,10 @@ def grain_dataset():
     return grain.MapDataset.range(23).shuffle(seed=1).batch(5)
 
 
-def grain_iter(*, workers=0):
-    import grain
+def grain_iter(**kwargs):
+    from tests.data import grain_examples
 
-    data = grain.MapDataset.range(23).shuffle(seed=1)
-    data = data.seed(3).random_map(grain_noise).batch(5).to_iter_dataset()
-    if workers:
-        data = data.mp_prefetch(grain.MultiprocessingOptions(workers))
-    return data
-
-
-def grain_noise(x, generator):
-    return np.float32(x + generator.random())
+    return grain_examples.dataset(**kwargs)
 
 
 def grain_plain():

@@ -17,6 +17,9 @@ _ENDLESS = 2**62  # Grain's length of a dataset that is repeated without end
 # to read 500 elements ahead, which are batches here.
 _READ = grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)
 
+# These do nothing by themselves. (Grain does not export its datasets.)
+_WRAPPERS = ("WithOptionsIterDataset", "_MpContextIterDataset")
+
 # How the parts of a loader print, perhaps with their addresses.
 _PRINTED = ("sampler", "data_source")
 
@@ -32,19 +35,18 @@ class GrainDataset(Iterable):
     tells_end = True
 
     def __init__(self, dataset: Any) -> None:
-        kind = f"grain {type(dataset).__name__}"
-        if isinstance(dataset, grain.MapDataset):
-            kind = "grain MapDataset"
-        super().__init__(dataset, kind)
+        kinds = (grain.MapDataset, grain.IterDataset, grain.DataLoader)
+        kind = next(k.__name__ for k in kinds if isinstance(dataset, k))
+        super().__init__(dataset, f"grain {kind}")
         # What its transformations may not have is state.
         self.tracked = []
         if self.length is not None and self.length >= _ENDLESS:
             self.length, self.endless = None, True
         if isinstance(dataset, grain.MapDataset):
             self.data = dataset.to_iter_dataset(_READ)
-        in_processes = _has_processes(self.data)
-        self.ahead = in_processes or _has_threads(self.data)
-        if in_processes:
+        outermost = _unwrapped(self.data)
+        self.ahead = _has_processes(outermost) or _has_threads(outermost)
+        if any(map(_has_processes, _chain(self.data))):
             self.cheap = False
             _mark_flags()
 
@@ -112,13 +114,26 @@ def _workers(state: dict[str, Any]) -> int:
     return int(found)
 
 
+def _chain(dataset: Any) -> Iterator[Any]:
+    yield dataset
+    for parent in getattr(dataset, "_parents", ()):
+        yield from _chain(parent)
+
+
+def _unwrapped(dataset: Any) -> Any:
+    """The outermost dataset that does something."""
+    while type(dataset).__name__ in _WRAPPERS:
+        dataset = dataset._parent
+    return dataset
+
+
 def _has_processes(dataset: Any) -> bool:
     if isinstance(dataset, grain.DataLoader):
         return dataset._multiprocessing_options.num_workers > 0
-    parts = getattr(dataset, "_datasets", ())
+    parts: Any = getattr(dataset, "_datasets", None)
     return _is(dataset, "ProcessPrefetchIterDataset") or (
         _is(dataset, "InterleaveIterDataset")
-        and bool(parts)
+        and isinstance(parts, list | tuple)
         and all(_is(p, "ProcessPrefetchIterDataset") for p in parts)
     )
 
@@ -132,7 +147,6 @@ def _has_threads(dataset: Any) -> bool:
 
 
 def _is(dataset: Any, name: str) -> bool:
-    # (Grain does not export them.)
     return type(dataset).__name__ == name
 
 
