@@ -6,8 +6,16 @@ import pytest
 
 from legato.data import Feed, fit_source
 from legato.errors import DamagedError, LegatoWarning, RestoreError
-from tests.data.reading import assert_equal, digest, read, read_with_states
+from tests.data.reading import (
+    assert_equal,
+    chunk_batches,
+    digest,
+    read,
+    read_with_states,
+    through_disk,
+)
 from tests.data.sources import (
+    KINDS,
     Augmented,
     Iterates,
     Unsized,
@@ -450,6 +458,41 @@ def test_generators_depend_on_kerass_seed_alone():
     assert batches(1) == batches(1) != batches(2)
 
 
+AHEAD = {
+    "grain": True,
+    "grain iter": True,
+    "grain plain": False,
+    "grain loader": False,
+    "tf": True,
+    "torch": False,
+    "iterator": False,
+}
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_what_is_drawn_ahead(name):
+    """Only where none of the user's code runs in the thread that draws."""
+    if "grain" in name:
+        pytest.importorskip("grain")
+    source = KINDS[name]()
+    whole = read(source, 14, capacity=3)
+    iterator = source.iterate(seed=5, capacity=3)
+    assert iterator.draws_ahead == AHEAD[name]
+    feed = Feed(iterator)
+    found, states = [], []
+    for _ in range(4):
+        chunk = feed.take(3)
+        feed.prefetch(3)
+        found += chunk_batches(source, chunk)
+        np.random.rand()  # as callbacks do
+        states.append((len(found), through_disk(feed.get_state())))
+    feed.close()
+    assert_equal(found, whole[: len(found)])
+    for position, state in states:
+        rest = read(KINDS[name](), 14 - position, state=state)
+        assert_equal(rest, whole[position:])
+
+
 def test_iterables_do_not_draw_ahead():
     drawn = []
 
@@ -466,9 +509,27 @@ def test_iterables_do_not_draw_ahead():
     feed.close()
 
 
+def test_a_position_found_in_another_way_is_refused():
+    """The streams that the user's code draws from are others."""
+    iterator = fit_source(torch_seeded()).iterate(seed=1, capacity=1)
+    with pytest.raises(RestoreError, match=r"by 'replay' .* by 'skip' now"):
+        iterator.set_state({"pass": 0, "batch": 2, "tracked": None})
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"pass": -1}, {"batch": 5}, {"batch": None}, {"tracked": 3}, None],
+    [
+        {"pass": -1},
+        {"batch": 5},
+        {"batch": None},
+        {"tracked": 3},
+        None,
+        {"library": 3},
+        {"library": {"batch": 3, "state": 1, "pending": None}},
+        {"library": {"batch": 2, "state": 1, "pending": [np.zeros(2)]}},
+        {"library": {"batch": 3, "state": 1, "pending": [np.zeros(2)]}},
+        {"library": {"batch": 2, "state": 1, "pending": None, "first": 1}},
+    ],
 )
 def test_a_position_of_something_else_is_refused(change):
     good = {"pass": 0, "batch": 2, "tracked": None}
@@ -488,7 +549,8 @@ def test_damaged_objects_are_refused():
     size = len(iterator._source.reader.tracked)
     for damage in (3, {}, {"generator": np.zeros(3, "uint8")}):
         tracked = [damage, *[None] * (size - 1)]
-        iterator.set_state({"pass": 0, "batch": 2, "tracked": tracked})
+        state = {"pass": 0, "batch": 2, "tracked": tracked}
+        iterator.set_state({**state, "method": "skip"})
         with pytest.raises(DamagedError):
             iterator.next_chunk(1)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from legato.data import join_arrays, split_arrays
+from legato.data.state import Opaque
 from legato.errors import DamagedError
 from legato.storage import strict_json
 
@@ -23,6 +24,16 @@ def test_round_trip():
     joined = join_arrays(tree, arrays)
     np.testing.assert_equal(joined, STATE)
     assert joined["generator"][0].dtype == "uint8"
+
+
+def test_opaque_arrays_are_named_apart_and_stay_so():
+    state = {"a": np.zeros(2), "b": np.ones(3, "uint8").view(Opaque)}
+    tree, arrays = split_arrays(state)
+    assert sorted(arrays) == ["array_0", "opaque_1"]
+    assert all(type(array) is np.ndarray for array in arrays.values())
+    joined = join_arrays(tree, arrays)
+    assert type(joined["a"]) is np.ndarray and type(joined["b"]) is Opaque
+    assert split_arrays(joined)[0] == tree
 
 
 @pytest.mark.parametrize("state", [None, 3, {}, [], {"epoch": 0, "batch": 1}])

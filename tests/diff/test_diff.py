@@ -49,6 +49,18 @@ def test_nothing_differs(tmp_path):
     assert differences(tmp_path) == []
 
 
+def test_what_varies_without_consequences_is_not_compared(tmp_path):
+    from legato.data.state import OPAQUE
+
+    name = f"data/{OPAQUE}0"
+    a = write(tmp_path / "a", arrays={**ARRAYS, name: np.zeros(3, "uint8")})
+    b = write(tmp_path / "b", arrays={**ARRAYS, name: np.ones(5, "uint8")})
+    assert compare_checkpoints(a, b) == []
+    c = write(tmp_path / "c")
+    (found,) = compare_checkpoints(a, c)
+    assert found.path == name
+
+
 def test_an_array(tmp_path):
     kernel = ARRAYS["model/kernel"].copy()
     kernel[0, 1] = np.nextafter(kernel[0, 1], np.float32(9))

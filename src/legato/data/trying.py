@@ -96,6 +96,8 @@ def choose_method(
     """
     state: Any = None
     try:
+        if not _has_candidates(reader, opened):
+            return
         while opened.drawn < _BEFORE and opened.draw() is not None:
             pass
         position = opened.drawn
@@ -128,6 +130,17 @@ def choose_method(
             reader.why = _shown(error)
         finally:
             attempt.close()
+
+
+def _has_candidates(reader: Reader, opened: Attempt) -> bool:
+    """Whether it is worth while to draw more than the first batch."""
+    if "skip" in reader.methods:
+        return True
+    try:
+        return bool(reader.methods) and opened.passes.get_state() is not None
+    except Exception as error:  # of a library unknown to us
+        reader.why = _shown(error)
+        return False
 
 
 _NOT_THE_SAME: dict[Method, str] = {
