@@ -598,11 +598,6 @@ class Session:
         self.clock.extend(host.get("train_steps"), self._schedule.train_steps)
         parts.whole.stop_training = self.clock.stop_training
         self._saved_step = self.clock.step
-        rereads = self._feed.rereads
-        again = f", {rereads} batches are read again" if rereads else ""
-        self._reporter.message(
-            restoring.audit_table(
-                f"Resumed {self._run_dir} at step {self.clock.step}{again}:",
-                self.audit,
-            )
-        )
+        title = f"Resumed {self._run_dir} at step {self.clock.step}"
+        title += f"{self._feed.rereading}:"
+        self._reporter.message(restoring.audit_table(title, self.audit))

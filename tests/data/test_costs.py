@@ -1,9 +1,11 @@
 """What resuming costs: how much is read again, counted."""
 
+import keras
 import numpy as np
 import pytest
 
-from legato.data import Feed, fit_source
+import legato
+from legato.data import fit_source
 from tests.data.sources import Told
 
 LENGTH = 4000  # batches in a pass
@@ -92,16 +94,14 @@ def test_resuming_late_reads_little(name):
     state = iterator.get_state()
     expected = iterator.next_chunk(1).operands
     iterator.close()
-    feed = Feed(
-        fit_source(make(reads), steps_per_epoch=LENGTH).iterate(
-            seed=5, capacity=1
-        )
+    iterator = fit_source(make(reads), steps_per_epoch=LENGTH).iterate(
+        seed=5, capacity=1
     )
     READS[0] = 0
-    feed.set_state(state)
-    assert feed.rereads == 0
-    found = feed.take(1).operands
-    feed.close()
+    iterator.set_state(state)
+    assert iterator.rereads == 0
+    found = iterator.next_chunk(1).operands
+    iterator.close()
     np.testing.assert_array_equal(found[0][0], expected[0][0])
     assert 0 < READS[0] <= most
 
@@ -123,3 +123,24 @@ def test_what_is_read_again_is_announced():
     assert iterator.rereads == 3
     iterator.next_chunk(1)
     assert iterator.rereads == 0
+
+
+def test_users_are_told(tmp_path, capsys):
+    def train(epochs):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        legato.fit(
+            model,
+            ((np.zeros((2, 3)), np.zeros(2)) for _ in iter(int, 1)),
+            steps_per_epoch=5,
+            epochs=epochs,
+            verbose=2,
+            run_dir=tmp_path / "run",
+        )
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "x (generator): a run that is resumed reads again all" in train(1)
+    text = train(2)
+    assert "at step 5, 5 batches are read again:" in text
+    assert "x (generator): a run" not in text

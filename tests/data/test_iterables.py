@@ -478,7 +478,8 @@ def test_what_is_drawn_ahead(name):
     whole = read(source, 14, capacity=3)
     iterator = source.iterate(seed=5, capacity=3)
     assert iterator.draws_ahead == AHEAD[name]
-    feed = Feed(iterator)
+    iterator.close()
+    feed = Feed(source, seed=5, capacity=3)
     found, states = [], []
     for _ in range(4):
         chunk = feed.take(3)
@@ -489,8 +490,12 @@ def test_what_is_drawn_ahead(name):
     feed.close()
     assert_equal(found, whole[: len(found)])
     for position, state in states:
-        rest = read(KINDS[name](), 14 - position, state=state)
-        assert_equal(rest, whole[position:])
+        source = KINDS[name]()
+        feed = Feed(source, seed=5, capacity=3)
+        feed.set_state(state)
+        rest = list(chunk_batches(source, feed.take(3)))
+        feed.close()
+        assert_equal(rest, whole[position : position + len(rest)])
 
 
 def test_iterables_do_not_draw_ahead():

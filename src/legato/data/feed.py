@@ -196,9 +196,10 @@ class Feed:
         )
 
     @property
-    def rereads(self) -> int:
-        """How many batches are read again before the next is taken."""
-        return self._iterator.rereads
+    def rereading(self) -> str:
+        """What is read again before the next chunk; empty if nothing is."""
+        count = self._iterator.rereads
+        return f", {count} batches are read again" if count else ""
 
     def close(self) -> None:
         """Stop the thread and close the iterator."""
