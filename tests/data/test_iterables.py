@@ -475,7 +475,7 @@ def test_what_is_drawn_ahead(name):
     if "grain" in name:
         pytest.importorskip("grain")
     source = KINDS[name]()
-    whole = read(source, 14, capacity=3)
+    whole = read(source, 15, capacity=3)
     iterator = source.iterate(seed=5, capacity=3)
     assert iterator.draws_ahead == AHEAD[name]
     iterator.close()

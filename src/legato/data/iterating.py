@@ -46,6 +46,7 @@ class IterableIterator(DataIterator):
         self._told: dict[str, Any] | None = None
         self._marks: list[dict[str, Any]] = []
         self._first: str | None = None
+        self._ended = False
         # What loading may change, as it was when the pass began.
         self._unloaded: list[Look] = []
         self._loads = False
@@ -88,7 +89,7 @@ class IterableIterator(DataIterator):
         if mark is None or self._reader.tells_end:
             return mark
         # Many an object says at its end what it says before it begins.
-        ended = self._given == self._source.length
+        ended = self._ended or self._given == self._source.length
         is_first = fingerprint(mark["state"]) == self._first
         return None if ended or is_first else {**mark, "first": self._first}
 
@@ -170,6 +171,7 @@ class IterableIterator(DataIterator):
     def _leave(self) -> None:
         self._batches = None
         self._chunks.pending = None
+        self._ended = False
         self._marks.clear()
         if self._passes is not None:
             self._passes.close()
@@ -319,7 +321,7 @@ class IterableIterator(DataIterator):
             )
         self._pass, self._given, self._drawn = self._pass + 1, 0, 0
         self._tracked = self._batches = self._told = None
-        self._loads = False
+        self._loads = self._ended = False
         self._marks.clear()
 
     def _draw(self) -> Leaves | None:
@@ -331,6 +333,7 @@ class IterableIterator(DataIterator):
         for batch in self._batches:
             self._drawn += 1
             return self._source.leaves(batch)
+        self._ended = True
         return None
 
     def _mark_if_due(self) -> None:
