@@ -56,5 +56,6 @@ collect_ignore = (
         "test_rng.py",
         "test_schedule.py",
         "test_sinks.py",
+        "workers",
     ]
 )

@@ -30,7 +30,7 @@ LAYERS = [
         "interrupts",
     },
     {"state", "capture", "compat"},
-    {"backends"},
+    {"backends", "workers"},
     {"checkpoint", "data", "losses", "metrics", "run_directory"},
     {"loop", "readings"},
     {

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from legato import errors, losses, metrics, summaries
     from legato.backends import value_and_grad
     from legato.config import TrainerConfig
-    from legato.data import ArraySource, DataIterator, DataSource
+    from legato.data import (
+        ArraySource,
+        DataIterator,
+        DataSource,
+        RandomAccessSource,
+    )
     from legato.experiment import Experiment, run_experiment
     from legato.fitting import evaluate, fit
     from legato.metrics import HostMetric
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from legato.task import Task
     from legato.trainer import Trainer
     from legato.when import Every, Sample
+    from legato.workers import Pad
 
 __all__ = [
     "ArraySource",
@@ -30,6 +36,8 @@ __all__ = [
     "Every",
     "Experiment",
     "HostMetric",
+    "Pad",
+    "RandomAccessSource",
     "Sample",
     "SummaryManager",
     "SummaryManagerInterface",
@@ -55,6 +63,8 @@ _HOMES = {
     "Every": "legato.when",
     "Experiment": "legato.experiment",
     "HostMetric": "legato.metrics",
+    "Pad": "legato.workers",
+    "RandomAccessSource": "legato.data",
     "Sample": "legato.when",
     "SummaryManager": "legato.summaries",
     "SummaryManagerInterface": "legato.summaries",
@@ -71,6 +81,7 @@ _HOMES = {
 _LIGHT = {
     "Every",
     "Experiment",
+    "Pad",
     "Sample",
     "SummaryManager",
     "SummaryManagerInterface",

@@ -5,6 +5,7 @@ The tree::
     LegatoError
     |-- ConfigError (also ValueError)     an argument or a config is wrong
     |-- DataError (also ValueError)       the training data is wrong
+    |   `-- WorkerError                   what makes the batches failed
     |-- BackendError                      a backend is missing or unsuitable
     |-- StepError                         a user's step broke its contract
     |   `-- BadLossError                  the loss is above a bound
@@ -36,6 +37,10 @@ class ConfigError(LegatoError, ValueError):
 
 class DataError(LegatoError, ValueError):
     """The training or validation data break a rule."""
+
+
+class WorkerError(DataError):
+    """A worker that makes batches raised, died or hangs; the message says."""
 
 
 class BackendError(LegatoError):

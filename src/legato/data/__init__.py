@@ -1,6 +1,7 @@
 """Data sources: what may be fed, in which order, and how it is resumed.
 
-`source` is the protocol, `arrays` the source for arrays, `fitting` makes
+`source` is the protocol, `arrays` the source for arrays, `random_access`
+that for datasets of examples, `fitting` makes
 sources of all that `keras.Model.fit` takes, `feed` keeps the device fed,
 `state` takes the iterators' states apart for checkpoints.
 """
@@ -9,6 +10,7 @@ from legato.data.arrays import ArraySource
 from legato.data.checks import InputChecks
 from legato.data.feed import Feed
 from legato.data.fitting import fit_source, split_validation, task_source
+from legato.data.random_access import RandomAccessSource
 from legato.data.source import (
     ArraySpec,
     Chunk,
@@ -30,6 +32,7 @@ __all__ = [
     "DataState",
     "Feed",
     "InputChecks",
+    "RandomAccessSource",
     "Shapes",
     "fit_source",
     "join_arrays",

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from legato.data.columns import Column, as_column
+from legato.data.order import Plan, check_batch_size, read_position
 from legato.data.source import (
     ArraySpec,
     Batch,
@@ -18,16 +19,12 @@ from legato.data.source import (
     DataState,
 )
 from legato.data.structure import Structure
-from legato.errors import DataError, RestoreError
-from legato.rng import Permutation, derive_seed
+from legato.errors import DataError
 from legato.types import JSON
 
 # Data up to this size live on the device, and only indices travel. It is a
 # constant, not measured: the choice changes the compiled program.
 _RESIDENT_BYTES = 256 * 2**20
-
-# How many positions of the order are computed at a time.
-_BLOCK_ROWS = 8192
 
 
 class ArraySource(DataSource):
@@ -67,27 +64,14 @@ class ArraySource(DataSource):
         self._structure = Structure(arrays)
         self._columns = [as_column(a) for a in Structure.leaves(arrays)]
         self._length = _common_length(self._structure, self._columns)
-        if isinstance(batch_size, bool) or not isinstance(
-            batch_size, int | np.integer
-        ):
-            raise DataError(
-                f"batch_size={batch_size!r}: it must be an int, the number of "
-                "examples in a batch."
-            )
-        if batch_size < 1:
-            raise DataError(
-                f"batch_size={batch_size}: it must be at least 1 example."
-            )
-        self._batch_size = int(batch_size)
-        self._shuffle = shuffle if shuffle == "batch" else bool(shuffle)
+        check_batch_size(batch_size)
+        self._plan = Plan(
+            self._length,
+            int(batch_size),
+            shuffle if shuffle == "batch" else bool(shuffle),
+            bool(drop_remainder),
+        )
         self._seed = seed
-        self._drop_remainder = bool(drop_remainder)
-        if self.batches_per_epoch == 0:
-            raise DataError(
-                f"batch_size={batch_size} with drop_remainder=True: the data "
-                f"hold {self._length} examples, less than one batch. Make the "
-                "batches smaller or keep the remainder."
-            )
         self._row_bytes = sum(
             math.prod(c.shape[1:]) * c.dtype.itemsize for c in self._columns
         )
@@ -96,24 +80,21 @@ class ArraySource(DataSource):
 
     @property
     def batches_per_epoch(self) -> int:
-        full, rest = divmod(self._length, self._batch_size)
-        return full + (1 if rest and not self._drop_remainder else 0)
+        return self._plan.batches_per_epoch
 
     @property
     def full_batch_size(self) -> int:
-        return min(self._batch_size, self._length)
+        return self._plan.full_batch_size
 
     @property
     def partial_batch_size(self) -> int:
-        if self._drop_remainder or self._length < self._batch_size:
-            return 0
-        return self._length % self._batch_size
+        return self._plan.partial_batch_size
 
     @property
     def batch_bytes(self) -> int:
         if self._is_resident:
-            return self._batch_size * np.dtype(np.int32).itemsize
-        return self._batch_size * self._row_bytes
+            return self._plan.batch_size * np.dtype(np.int32).itemsize
+        return self._plan.batch_size * self._row_bytes
 
     @property
     def resident(self) -> Any:
@@ -135,10 +116,10 @@ class ArraySource(DataSource):
             "dtypes": [str(c.dtype) for c in self._columns],
             "shapes": [list(c.shape[1:]) for c in self._columns],
             "examples": self._length,
-            "batch_size": self._batch_size,
-            "shuffle": self._shuffle,
+            "batch_size": self._plan.batch_size,
+            "shuffle": self._plan.shuffle,
             "seed": self._seed,
-            "drop_remainder": self._drop_remainder,
+            "drop_remainder": self._plan.drop_remainder,
             "rows_sha256": digest.hexdigest(),
         }
 
@@ -175,84 +156,41 @@ class _ArrayIterator(DataIterator):
 
     def __init__(self, source: ArraySource, seed: int, capacity: int) -> None:
         self._source = source
-        self._seed = seed
+        self._order = source._plan.order(seed)
         self._capacity = capacity
         self._epoch = 0
         self._batch = 0
-        # (epoch, first position, rows): see `_rows`.
-        self._block = (-1, 0, np.zeros(0, np.int64))
 
     def get_state(self) -> DataState:
         return {"epoch": self._epoch, "batch": self._batch}
 
     def set_state(self, state: DataState) -> None:
-        match state:
-            case {"epoch": int(epoch), "batch": int(batch)} if (
-                epoch >= 0 and 0 <= batch < self._source.batches_per_epoch
-            ):
-                self._epoch, self._batch = epoch, batch
-            case _:
-                raise RestoreError(
-                    f"The saved data position {state!r} is not one of this "
-                    f"source, which has {self._source.batches_per_epoch} "
-                    "batches in an epoch. Resume with the data of the run."
-                )
+        self._epoch, self._batch = read_position(
+            state, self._source.batches_per_epoch
+        )
 
     def close(self) -> None:
         """It holds nothing."""
 
     def next_chunk(self, max_batches: int) -> Chunk:
-        source = self._source
-        size = source.full_batch_size
-        full = source._length // size
+        plan = self._source._plan
+        size, full = plan.full_batch_size, plan.full_batches
         if self._batch < full:
             count = min(max_batches, full - self._batch, self._capacity)
         else:
-            count, size = 1, source.partial_batch_size
-        start = self._batch * source.full_batch_size
-        rows = self._rows(start, count * size).reshape(count, size)
+            count, size = 1, plan.partial_batch_size
+        start = self._batch * plan.full_batch_size
+        rows = self._order.rows(self._epoch, start, count * size)
         self._batch += count
-        if self._batch == source.batches_per_epoch:
+        if self._batch == plan.batches_per_epoch:
             self._epoch, self._batch = self._epoch + 1, 0
         return Chunk(
             num_batches=count,
             batch_size=size,
-            operands=self._operands(rows),
+            operands=self._operands(rows.reshape(count, size)),
             state=self.get_state(),
             rows=rows,
         )
-
-    def _rows(self, start: int, count: int) -> np.ndarray:
-        """Rows at positions of this epoch, computed a block at a time.
-
-        A loop of one step (for a batch hook) would otherwise pay the fixed
-        cost of a permutation for every batch.
-        """
-        if self._source._shuffle == "batch":
-            return self._mixed_batches(start, count)
-        if not self._source._shuffle:
-            return np.arange(start, start + count)
-        epoch, first, rows = self._block
-        if epoch != self._epoch or not (
-            first <= start and start + count <= first + len(rows)
-        ):
-            length = self._source._length
-            first = start
-            stop = min(length, start + max(count, _BLOCK_ROWS))
-            key = derive_seed(self._seed, "order", self._epoch)
-            rows = Permutation(length, key)(np.arange(first, stop))
-            self._block = self._epoch, first, rows
-        return rows[start - first : start - first + count]
-
-    def _mixed_batches(self, start: int, count: int) -> np.ndarray:
-        size = self._source.full_batch_size
-        found = []
-        for first in range(start, start + count, size):
-            length = min(size, start + count - first)
-            key = derive_seed(self._seed, "order", self._epoch, first // size)
-            order = Permutation(length, key)(np.arange(length))
-            found.append(first + order)
-        return np.concatenate(found)
 
     def _operands(self, rows: np.ndarray) -> Any:
         """The indices, or the rows themselves, padded to the capacity."""
@@ -283,9 +221,4 @@ def _common_length(structure: Structure, columns: list[Column]) -> int:
             f"The arrays have different numbers of examples ({listed}). Every "
             "array must have one row for each example."
         )
-    length = next(iter(lengths.values()))
-    if length == 0:
-        raise DataError(
-            "The data are empty: 0 examples. Give at least one example."
-        )
-    return length
+    return next(iter(lengths.values()))

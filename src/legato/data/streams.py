@@ -9,14 +9,15 @@ batch). What is keyed needs no saving, and nobody else sees the draws.
 
 import contextlib
 import random
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from legato.compat import keras_data
-from legato.rng import derive_seed
+from legato.workers.seeding import begin, fingerprint, torch_generators
+
+__all__ = ["Stream", "begin", "fingerprint", "kept"]
 
 
 @contextlib.contextmanager
@@ -27,25 +28,6 @@ def kept() -> Iterator[None]:
         yield
     finally:
         _set(outside)
-
-
-def begin(seed: int, *stream: int | str) -> None:
-    """Go to the beginning of a stream; for use inside of `kept`.
-
-    The generators of PyTorch only if it is imported already. TensorFlow's
-    cannot be put back, and are left alone.
-
-    Args:
-        seed: the run's seed.
-        *stream: what it is for.
-    """
-    derived = derive_seed(seed, "data", *stream)
-    random.seed(derived)
-    np.random.seed([derived >> 32, derived & 0xFFFFFFFF])
-    # Keras's own is made anew, from Python's, when it is asked for.
-    keras_data.swap_global_seed_generator(None)
-    for generator in _torch():
-        generator.manual_seed(derived)
 
 
 class Stream:
@@ -74,36 +56,13 @@ class Stream:
                 self._state = _get()
 
 
-def fingerprint() -> list[Any]:
-    """Equal to that of another instant if nothing was drawn in between."""
-    _, key, *rest = np.random.get_state(legacy=True)
-    return [
-        random.getstate(),
-        np.asarray(key).tobytes(),
-        rest,
-        *(bytes(generator.get_state().numpy()) for generator in _torch()),
-    ]
-
-
-def _torch() -> list[Any]:
-    """PyTorch's generators of the CPU, and of GPUs that are in use."""
-    torch: Any = sys.modules.get("torch")
-    # While it is being imported, it has none yet.
-    if torch is None or not hasattr(torch, "default_generator"):
-        return []
-    generators = [torch.default_generator]
-    if torch.cuda.is_initialized():
-        generators += torch.cuda.default_generators
-    return generators
-
-
 def _get() -> list[Any]:
     return [
         random.getstate(),
         np.random.get_state(legacy=True),
         keras_data.swap_global_seed_generator(None),
         # Their order is fixed: those that came later are the last.
-        *(generator.get_state() for generator in _torch()),
+        *(generator.get_state() for generator in torch_generators()),
     ]
 
 
@@ -111,5 +70,5 @@ def _set(state: list[Any]) -> None:
     random.setstate(state[0])
     np.random.set_state(state[1])
     keras_data.swap_global_seed_generator(state[2])
-    for generator, saved in zip(_torch(), state[3:], strict=False):
+    for generator, saved in zip(torch_generators(), state[3:], strict=False):
         generator.set_state(saved)

@@ -1,0 +1,356 @@
+"""Data sets that give any example by its number, in an order of ours."""
+
+import numbers
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from legato.compat import keras_data
+from legato.data import streams
+from legato.data.batches import BatchSource, Chunks, Layout, Leaves
+from legato.data.order import Plan, check_batch_size, read_position
+from legato.data.source import Chunk, DataIterator, DataState
+from legato.errors import ConfigError, DataError
+from legato.types import JSON
+from legato.workers import Job, Recipe, Workers, stack
+from legato.workers.lending import Lender
+from legato.workers.recipe import Rows, mapped
+
+
+class RandomAccessSource(BatchSource):
+    """A dataset of single examples, shuffled globally, resumed at once.
+
+    The order of an epoch is a permutation computed from (seed, epoch), which
+    takes no memory: the state is two integers, whatever the number of
+    examples, and resuming costs the same at any position. Nothing depends on
+    the number or kind of the workers.
+
+    Args:
+        dataset: anything with `__len__` and `__getitem__(int)` that gives
+            examples: nested structures of arrays and numbers. A PyTorch or
+            Hugging Face map-style dataset (whose `__getitems__` is used), a
+            Grain `MapDataset` or `RandomAccessDataSource`, a list of
+            examples, or a class of yours. Also arrays, nested in dicts or
+            tuples, whose rows are the examples.
+        batch_size: examples in a batch.
+        transform: `transform(example, rng)` gives the example to train on;
+            `rng` is a `numpy.random.Generator` that depends on the seed, the
+            epoch and the example's index alone. What augments draws from it.
+        collate: makes a batch of a list of examples. By default arrays are
+            stacked, which must have the same shapes; `legato.Pad` makes them
+            the same.
+        shuffle: visit the examples in a new random order each epoch; "batch"
+            only mixes each batch within itself.
+        seed: of the order and of `rng`; None takes the run's.
+        drop_remainder: leave out a partial last batch.
+        workers: how many threads or processes make batches; 0 makes them
+            between the steps.
+        processes: workers are processes, for what computes; threads are for
+            what waits.
+        prefetch: how many batches each worker makes ahead; what it may take
+            of memory.
+        timeout: seconds after which a worker that is waited for is taken to
+            hang.
+
+    Raises:
+        DataError: it is no such dataset, has no examples, or its first batch
+            cannot be made.
+        ConfigError: another argument is wrong.
+        WorkerError: a worker could not make the first batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        transform: Callable[[Any, np.random.Generator], Any] | None = None,
+        collate: Callable[[Sequence[Any]], Any] | None = None,
+        shuffle: bool | Literal["batch"] = True,
+        seed: int | None = None,
+        drop_remainder: bool = False,
+        workers: int = 0,
+        processes: bool = False,
+        prefetch: int = 2,
+        timeout: float = 600.0,
+    ) -> None:
+        self.what = f"dataset ({type(dataset).__name__})"
+        dataset = _as_dataset(dataset, self.what)
+        self._length = _length(dataset, self.what)
+        check_batch_size(batch_size)
+        self.plan = Plan(
+            self._length,
+            int(batch_size),
+            shuffle if shuffle == "batch" else bool(shuffle),
+            bool(drop_remainder),
+        )
+        self.workers = _check_number("workers", workers, at_least=0)
+        _check_number("prefetch", prefetch, at_least=1)
+        if not isinstance(timeout, numbers.Real) or not timeout > 0:
+            raise ConfigError(
+                f"timeout={timeout!r}: it must be a number of seconds above 0."
+            )
+        if processes and not workers:
+            raise ConfigError(
+                "processes=True with workers=0: say how many processes, such "
+                "as workers=4."
+            )
+        self.seed = seed
+        self._stacks = collate is None
+        self.recipe = Recipe(dataset, transform, collate or stack, self.what)
+        self.lender = Lender(
+            self.recipe,
+            workers=self.workers,
+            processes=bool(processes),
+            prefetch=prefetch,
+            timeout=float(timeout),
+        )
+        weakref.finalize(self, self.lender.close)
+        self._notes: list[str] = []
+        self._learn_layout(processes=bool(processes))
+
+    def _learn_layout(self, *, processes: bool) -> None:
+        """Makes the first batch, twice."""
+        job = Job(0, 0, 0, self.plan.order(0).batch(0, 0))
+        if processes:
+            workers = self.lender.lend()
+            try:
+                workers.begin(job, try_out=True)
+                batch, findings = workers.take()
+                self._layout = Layout(batch, self.what)
+            finally:
+                self.lender.take_back(workers)
+        else:
+            with streams.kept():
+                batch, findings = self.recipe.try_out(job)
+            self._layout = Layout(batch, self.what)
+        self._repeatable = findings.same
+        if not findings.same:
+            self._notes.append(
+                f"{self.what}: batch 0 was made twice and was not the same: "
+                "it uses something that cannot be put back. Draw from the "
+                "generator that `transform` gets, or from `numpy.random`."
+            )
+        if findings.draws and self.workers and not processes:
+            self._notes.append(
+                f"{self.what}: with workers={self.workers} threads, it draws "
+                "from the global generators in an order that varies. Draw "
+                "from the generator that `transform` gets, or take "
+                "processes=True."
+            )
+
+    def leaves(self, batch: Any) -> Leaves:
+        """The arrays of a batch, with the dtypes of the device."""
+        return self._layout.leaves(batch)
+
+    @property
+    def inexact(self) -> str | None:
+        """What was found when its first batch was made."""
+        return " ".join(self._notes) or None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in one epoch, a partial last one included."""
+        return self.plan.batches_per_epoch
+
+    @property
+    def partial_batch_size(self) -> int:
+        """Known where examples are stacked."""
+        return self.plan.partial_batch_size if self._stacks else 0
+
+    @property
+    def identity(self) -> Mapping[str, JSON]:
+        """Its class, its length, its order and its first batch."""
+        return {
+            "kind": "random access",
+            "class": type(self.recipe.dataset).__name__,
+            "examples": self._length,
+            "batch_size": self.plan.batch_size,
+            "shuffle": self.plan.shuffle,
+            "seed": self.seed,
+            "drop_remainder": self.plan.drop_remainder,
+            **self._layout.identity(repeatable=self._repeatable),
+        }
+
+    def iterate(self, *, seed: int, capacity: int) -> DataIterator:
+        """Start at the first batch of epoch 0."""
+        return _Iterator(
+            self, seed if self.seed is None else self.seed, capacity
+        )
+
+
+class _Iterator(DataIterator):
+    """The state is (epoch, batches of it that were given out).
+
+    What was made ahead of that, also a batch that did not go into a chunk
+    because its shape is another, is made again after `set_state`.
+    """
+
+    def __init__(
+        self, source: RandomAccessSource, seed: int, capacity: int
+    ) -> None:
+        self._source = source
+        self._seed = seed
+        self._order = source.plan.order(seed)
+        self._chunks = Chunks(self._draw, capacity)
+        self._epoch = 0
+        self._batch = 0
+        self._drawn = 0  # batches of the epoch that were taken from workers
+        self._ahead: _Ahead | None = None
+        # With workers, none of the user's code runs in this thread.
+        self.draws_ahead = source.workers > 0
+
+    def get_state(self) -> DataState:
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def set_state(self, state: DataState) -> None:
+        self._epoch, self._batch = read_position(
+            state, self._source.batches_per_epoch
+        )
+        self._drawn = self._batch
+        self._chunks.pending = None
+        if self._ahead is not None:
+            self._ahead.go_to(self._epoch, self._batch)
+
+    def next_chunk(self, max_batches: int) -> Chunk:
+        if self.draws_ahead:
+            found = self._chunks.next(max_batches)
+        else:
+            with streams.kept():
+                found = self._chunks.next(max_batches)
+        assert found is not None  # an epoch has a batch
+        count, operands = found
+        self._batch += count
+        if self._batch == self._source.batches_per_epoch:
+            self._epoch, self._batch, self._drawn = self._epoch + 1, 0, 0
+        return Chunk(
+            num_batches=count,
+            batch_size=operands[0].shape[1],
+            operands=operands,
+            state=self.get_state(),
+        )
+
+    def _draw(self) -> Leaves | None:
+        """The next batch of this epoch."""
+        source = self._source
+        if self._drawn == source.batches_per_epoch:
+            return None
+        if not source.workers:
+            job = self._job(self._epoch, self._drawn)
+            batch = source.recipe.make(job, alone=True)
+        else:
+            if self._ahead is None:
+                self._ahead = _Ahead(
+                    source.lender.lend(),
+                    self._job,
+                    source.batches_per_epoch,
+                    (self._epoch, self._drawn),
+                )
+            batch = self._ahead.take()
+        self._drawn += 1
+        return source.leaves(batch)
+
+    def _job(self, epoch: int, batch: int) -> Job:
+        return Job(self._seed, epoch, batch, self._order.batch(epoch, batch))
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.workers.drop()
+            self._source.lender.take_back(self._ahead.workers)
+            self._ahead = None
+
+
+class _Ahead:
+    """What an iterator has the workers make, up to some batches ahead."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        job: Callable[[int, int], Job],
+        batches_per_epoch: int,
+        position: tuple[int, int],
+    ) -> None:
+        self.workers = workers
+        self._job = job
+        self._batches = batches_per_epoch
+        self._taken = self._next = position
+        self._crosses = position[0] > 0
+
+    def go_to(self, epoch: int, batch: int) -> None:
+        """Forget what is made, and go on from here."""
+        self.workers.drop()
+        self._taken = self._next = epoch, batch
+
+    def take(self) -> Any:
+        """The next batch."""
+        while self._taken == self._next or (
+            self._may_go_on() and self.workers.room()
+        ):
+            self.workers.begin(self._job(*self._next))
+            self._next = self._after(self._next)
+        batch = self.workers.take()
+        self._taken = self._after(self._taken)
+        return batch
+
+    def _may_go_on(self) -> bool:
+        # A validation needs one epoch: what is made of the next would be for
+        # nothing. Whoever comes to a second one may want more of them.
+        self._crosses = self._crosses or self._taken[0] > 0
+        return self._crosses or self._next[0] == self._taken[0]
+
+    def _after(self, position: tuple[int, int]) -> tuple[int, int]:
+        epoch, batch = position[0], position[1] + 1
+        return (epoch + 1, 0) if batch == self._batches else (epoch, batch)
+
+
+def _as_dataset(dataset: Any, what: str) -> Any:
+    if isinstance(dataset, keras.utils.PyDataset):
+        raise DataError(
+            f"{what} is a PyDataset, which gives batches: this source makes "
+            "batches of single examples. Give the PyDataset itself to "
+            "`legato.fit`."
+        )
+    if isinstance(dataset, tuple | dict):
+        return Rows(mapped(_as_array, dataset))
+    if isinstance(dataset, str | bytes) or not (
+        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    ):
+        raise DataError(
+            f"{what} does not give examples by their number: it must have "
+            "__len__ and __getitem__(int). Use `legato.fit` with the data "
+            "itself for what can only be iterated over."
+        )
+    return dataset
+
+
+def _as_array(leaf: Any) -> np.ndarray:
+    array = keras_data.to_numpy(leaf)
+    if array.ndim == 0:
+        raise DataError(
+            f"The data hold the scalar {leaf!r}: every array must have shape "
+            "[examples, ...]. (Examples that are tuples or dicts belong into "
+            "a list.)"
+        )
+    return array
+
+
+def _length(dataset: Any, what: str) -> int:
+    try:
+        return len(dataset)
+    except TypeError as error:
+        raise DataError(f"{what} has no length: {error}") from error
+
+
+def _check_number(argument: str, value: Any, *, at_least: int) -> int:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | np.integer)
+        or value < at_least
+    ):
+        raise ConfigError(
+            f"{argument}={value!r}: it must be an int of at least {at_least}."
+        )
+    return int(value)
