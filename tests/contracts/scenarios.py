@@ -18,6 +18,7 @@ import numpy as np
 from keras import layers, ops
 
 import legato
+from tests.contracts.examples import Examples, augment
 
 EXAMPLES = 150
 """Of the training split: with batches of 32, four full ones and one of 22."""
@@ -573,6 +574,21 @@ class Convolutional(Classifier):
         )
 
 
+class Augmented(Classifier):
+    """Examples that worker processes make, with noise of two kinds."""
+
+    def build_inputs(self, split: str) -> Any:
+        train = split == "train"
+        return legato.RandomAccessSource(
+            Examples(split),
+            batch_size=32,
+            transform=augment if train else None,
+            shuffle=train,
+            workers=2 if train else 0,
+            processes=train,
+        )
+
+
 class WarmUp(keras.callbacks.Callback):
     """Sets the learning rate before every batch, by its own counter."""
 
@@ -789,6 +805,7 @@ SCENARIOS: dict[str, Scenario] = {
         make_callbacks=lambda task: [WarmUp(0.02, 12)],
         config=_config(train_steps=24),
     ),
+    "augmented": Scenario(make_task=Augmented, config=_config()),
     "recurrent": Scenario(
         make_task=Recurrent, config=_config(train_metrics_interval=3)
     ),
