@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from legato.data import Chunk, Feed
+from legato.errors import WorkerError
 from legato.schedule import Schedule
 from legato.state import Clock
 from legato.types import Logs
@@ -171,11 +172,15 @@ def run(
             # Only now: the logs of an epoch that ended hold them too.
             recorder.begin_interval()
 
-        chunk = feed.take(
-            1
-            if callbacks_stop()  # in a hook that came before: as in Keras,
-            else plan(clock.step)  # after one batch
-        )
+        # In a hook that came before: as in Keras, after one batch.
+        most = 1 if callbacks_stop() else plan(clock.step)
+        try:
+            chunk = feed.take(most)
+        except WorkerError:
+            # Nothing of the next step has been done: all can still be saved.
+            if saved_step != clock.step:
+                save()
+            raise
         rows = kept = None
         if not is_skipped:
             if hooks.batch_hooks_active:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tests.workers import datasets
+
 
 class Examples:
     """Features and a class; noisy, from the global generator of NumPy."""
@@ -19,6 +21,20 @@ class Examples:
         sums = [features[0], features[1] + features[2], features[3]]
         noise = 0.05 * np.random.normal(size=8)
         return features + noise, int(np.argmax(sums))
+
+
+class FailsOnce(Examples):
+    """As long as a file is there, one example is none."""
+
+    def __init__(self, how, flag):
+        super().__init__("validation")
+        self.fail = datasets.BAD[how]
+        self.flag = flag
+
+    def __getitem__(self, index):
+        if index == 14 and self.flag.exists():
+            self.fail(None)
+        return super().__getitem__(index)
 
 
 def augment(example, rng):

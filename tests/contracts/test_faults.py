@@ -13,10 +13,13 @@ import pytest
 
 import legato
 from legato.checkpoint import writer
+from legato.errors import WorkerError
 from legato.storage import FileSystem
 from tests.contracts import runs
+from tests.contracts.examples import FailsOnce, augment
 from tests.contracts.fit_scenarios import compiled
 from tests.contracts.rows import Rows
+from tests.contracts.scenarios import Classifier
 from tests.processes import Forked, compiled_by, context, keep_compiled
 
 FROM, UNTIL = 4, 9
@@ -204,6 +207,46 @@ def test_a_data_worker_fails(make, error, said, tmp_path):
     assert "goes on from the newest checkpoint" in caught.value.__notes__[-1]
     flag.unlink()
     assert train("failed") == train("whole")
+
+
+@pytest.mark.parametrize("how", ["raises", "is killed", "hangs"])
+def test_a_worker_of_ours_fails(how, tmp_path):
+    def train(name, dataset):
+        source = legato.RandomAccessSource(
+            dataset,
+            4,
+            transform=augment,
+            shuffle=False,
+            workers=1,
+            processes=True,
+            timeout=0.5 if how == "hangs" else 60,
+        )
+
+        class Task(Classifier):
+            def build_inputs(self, split):
+                return source if split == "train" else None
+
+        trainer = legato.Trainer(
+            Task(),
+            run_dir=tmp_path / name,
+            config=legato.TrainerConfig(
+                train_steps=9, checkpoint_interval=9, progress="none"
+            ),
+        )
+        trainer.train()
+        return [w.tobytes() for w in trainer.model.get_weights()]
+
+    flag = tmp_path / "flag"
+    flag.touch()
+    with pytest.raises(WorkerError, match="batch 3 of epoch 0"):
+        train("failed", FailsOnce(how, flag))
+    # Also what no checkpoint was due for.
+    assert [p.name for p in (tmp_path / "failed/checkpoints").iterdir()] == [
+        "step_00000003"
+    ]
+    flag.unlink()
+    resumed = train("failed", FailsOnce(how, flag))
+    assert resumed == train("whole", FailsOnce(how, flag))
 
 
 def test_memory_runs_out_in_a_hook(tmp_path):

@@ -361,6 +361,20 @@ def test_an_example_that_is_unlike_the_others_is_named(how, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_before_a_bad_example_is_given_out_first(kind):
+    made = source(BAD("raises", bad=13), shuffle=False, **KINDS[kind])
+    iterator = made.iterate(seed=5, capacity=4)
+    assert iterator.next_chunk(4).num_batches == 2
+    for _ in range(2):  # and asked for again, it is raised again
+        with pytest.raises((OSError, WorkerError), match="not there"):
+            iterator.next_chunk(4)
+        assert iterator.get_state() == {"epoch": 0, "batch": 2}
+    iterator.set_state({"epoch": 0, "batch": 3})
+    assert iterator.next_chunk(4).num_batches == 1
+    iterator.close()
+
+
 def test_what_is_raised_here_is_the_users_own_with_a_note():
     made = source(BAD("raises"), shuffle=False)
     with pytest.raises(OSError, match="not there") as caught:

@@ -199,6 +199,7 @@ class _Iterator(DataIterator):
         self._epoch = 0
         self._batch = 0
         self._drawn = 0  # batches of the epoch that were taken from workers
+        self._problem: Exception | None = None
         self._ahead: _Ahead | None = None
         # With workers, none of the user's code runs in this thread.
         self.draws_ahead = source.workers > 0
@@ -212,6 +213,7 @@ class _Iterator(DataIterator):
         )
         self._drawn = self._batch
         self._chunks.pending = None
+        self._problem = None
         if self._ahead is not None:
             self._ahead.go_to(self._epoch, self._batch)
 
@@ -235,23 +237,37 @@ class _Iterator(DataIterator):
 
     def _draw(self) -> Leaves | None:
         """The next batch of this epoch."""
-        source = self._source
-        if self._drawn == source.batches_per_epoch:
+        if self._drawn == self._source.batches_per_epoch:
             return None
+        try:
+            leaves = self._source.leaves(self._made())
+        except Exception as error:
+            if self._ahead is not None:
+                self._ahead.go_to(self._epoch, self._drawn)
+            if self._drawn == self._batch:
+                raise
+            # What comes before it is trained on first.
+            self._problem = error
+            return None
+        self._drawn += 1
+        return leaves
+
+    def _made(self) -> Any:
+        source = self._source
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise problem
         if not source.workers:
             job = self._job(self._epoch, self._drawn)
-            batch = source.recipe.make(job, alone=True)
-        else:
-            if self._ahead is None:
-                self._ahead = _Ahead(
-                    source.lender.lend(),
-                    self._job,
-                    source.batches_per_epoch,
-                    (self._epoch, self._drawn),
-                )
-            batch = self._ahead.take()
-        self._drawn += 1
-        return source.leaves(batch)
+            return source.recipe.make(job, alone=True)
+        if self._ahead is None:
+            self._ahead = _Ahead(
+                source.lender.lend(),
+                self._job,
+                source.batches_per_epoch,
+                (self._epoch, self._drawn),
+            )
+        return self._ahead.take()
 
     def _job(self, epoch: int, batch: int) -> Job:
         return Job(self._seed, epoch, batch, self._order.batch(epoch, batch))
