@@ -46,6 +46,7 @@ collect_ignore = (
     else [
         "cli/test_cli.py",
         "diff",
+        "files",
         "metrics/test_adapters.py",
         "metrics/test_coco.py",
         "storage",

@@ -30,7 +30,7 @@ LAYERS = [
         "interrupts",
     },
     {"state", "capture", "compat"},
-    {"backends", "workers"},
+    {"backends", "files", "workers"},
     {"checkpoint", "data", "losses", "metrics", "run_directory"},
     {"loop", "readings"},
     {

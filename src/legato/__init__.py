@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from legato.version import __version__
 
 if TYPE_CHECKING:
-    from legato import errors, losses, metrics, summaries
+    from legato import errors, files, losses, metrics, summaries
     from legato.backends import value_and_grad
     from legato.config import TrainerConfig
     from legato.data import (
@@ -47,6 +47,7 @@ __all__ = [
     "__version__",
     "errors",
     "evaluate",
+    "files",
     "fit",
     "losses",
     "metrics",
@@ -88,8 +89,8 @@ _LIGHT = {
     "TrainerConfig",
     "run_experiment",
 }
-_MODULES = {"errors", "losses", "metrics", "summaries"}
-_LIGHT_MODULES = {"errors", "summaries"}
+_MODULES = {"errors", "files", "losses", "metrics", "summaries"}
+_LIGHT_MODULES = {"errors", "files", "summaries"}
 
 
 def __getattr__(name: str) -> Any:

@@ -320,7 +320,7 @@ def _by_code(
     except ImportError:
         return None, (
             problem or "it is defined in the program itself"
-        ) + " (`pip install cloudpickle` may do)"
+        ) + " (pip install 'legato[workers]' may do)"
     return _pickled(recipe, file, cloudpickle.dumps)
 
 
