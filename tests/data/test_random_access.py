@@ -83,6 +83,15 @@ def test_an_epoch_holds_every_example_once(whole):
     assert (whole[0][0]["y"] != whole[0][5]["y"]).any()
 
 
+def test_a_chunk_knows_its_examples():
+    made = source(datasets.Numbers())
+    iterator = made.iterate(seed=5, capacity=4)
+    for _ in range(5):
+        chunk = iterator.next_chunk(3)
+        batches = chunk_batches(made, chunk)
+        assert chunk.rows.tolist() == [b["y"].tolist() for b in batches]
+
+
 def test_the_state_is_two_numbers(whole):
     assert whole[1][7] == {"epoch": 1, "batch": 2}
 

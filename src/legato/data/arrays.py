@@ -181,13 +181,14 @@ class _ArrayIterator(DataIterator):
             count, size = 1, plan.partial_batch_size
         start = self._batch * plan.full_batch_size
         rows = self._order.rows(self._epoch, start, count * size)
+        rows = rows.reshape(count, size)
         self._batch += count
         if self._batch == plan.batches_per_epoch:
             self._epoch, self._batch = self._epoch + 1, 0
         return Chunk(
             num_batches=count,
             batch_size=size,
-            operands=self._operands(rows.reshape(count, size)),
+            operands=self._operands(rows),
             state=self.get_state(),
             rows=rows,
         )

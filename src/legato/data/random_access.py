@@ -225,6 +225,10 @@ class _Iterator(DataIterator):
                 found = self._chunks.next(max_batches)
         assert found is not None  # an epoch has a batch
         count, operands = found
+        rows = [
+            self._order.batch(self._epoch, self._batch + i)
+            for i in range(count)
+        ]
         self._batch += count
         if self._batch == self._source.batches_per_epoch:
             self._epoch, self._batch, self._drawn = self._epoch + 1, 0, 0
@@ -233,6 +237,7 @@ class _Iterator(DataIterator):
             batch_size=operands[0].shape[1],
             operands=operands,
             state=self.get_state(),
+            rows=np.stack(rows),
         )
 
     def _draw(self) -> Leaves | None:

@@ -211,17 +211,16 @@ def _combine(
     if isinstance(first, tuple) or (
         isinstance(first, list) and not _is_array(first)
     ):
-        for position, value in enumerate(values):
-            if type(value) is not type(first) or len(value) != len(first):
-                raise _nested_otherwise(position, value, first, path)
-        parts = [
-            _combine(
-                [value[i] for value in values],
-                leaf,
-                (*path, i),
-                _below(fills, i, first, path),
+        if len({*map(type, values)}) > 1 or len({*map(len, values)}) > 1:
+            position, value = next(
+                (i, each)
+                for i, each in enumerate(values)
+                if type(each) is not type(first) or len(each) != len(first)
             )
-            for i in range(len(first))
+            raise _nested_otherwise(position, value, first, path)
+        parts = [
+            _combine(column, leaf, (*path, i), _below(fills, i, first, path))
+            for i, column in enumerate(zip(*values, strict=True))
         ]
         named = isinstance(first, tuple) and hasattr(first, "_fields")
         return type(first)(*parts) if named else type(first)(parts)
@@ -276,6 +275,9 @@ def _below(fills: Any, key: Any, first: Any, path: tuple) -> Any:
 
 
 def _stacked(values: Sequence[Any], path: tuple, _: Any = None) -> np.ndarray:
+    stacked = _alike(values)
+    if stacked is not None:
+        return stacked
     arrays = _arrays(values, path)
     first = arrays[0]
     for position, array in enumerate(arrays):
@@ -288,6 +290,22 @@ def _stacked(values: Sequence[Any], path: tuple, _: Any = None) -> np.ndarray:
                 "collate=legato.Pad().",
             )
     return np.stack(arrays)
+
+
+def _alike(values: Sequence[Any]) -> np.ndarray | None:
+    """The quick way for what is most usual; None where it is not that."""
+    first, kinds = values[0], {*map(type, values)}
+    if kinds == {np.ndarray}:
+        shape, dtype = first.shape, first.dtype
+        out = np.empty((len(values), *shape), dtype)
+        for row, value in enumerate(values):
+            if value.shape != shape or value.dtype != dtype:
+                return None
+            out[row] = value
+        return out
+    if len(kinds) == 1 and _is_number(first):
+        return np.array(values)
+    return None
 
 
 def _arrays(values: Sequence[Any], path: tuple) -> list[np.ndarray]:

@@ -99,12 +99,6 @@ class Recipe:
     def _make(self, job: Job) -> Any:
         indices: list[int] = job.indices.tolist()
         examples = self._examples(job, indices)
-        if self.transform is not None:
-            for position, index in enumerate(indices):
-                key = derive_seed(job.seed, "transform", job.epoch, index)
-                rng = np.random.default_rng(key)
-                with _Noted(self, job, index):
-                    examples[position] = self.transform(examples[position], rng)
         try:
             return _numpy(self.collate(examples))
         except UnevenError as error:
@@ -117,43 +111,34 @@ class Recipe:
             raise
 
     def _examples(self, job: Job, indices: list[int]) -> list[Any]:
-        at_once = getattr(self.dataset, "__getitems__", None)
-        if at_once is not None:
-            with _Noted(self, job, None):
+        dataset, transform = self.dataset, self.transform
+        at_once = getattr(dataset, "__getitems__", None)
+        examples: Sequence[Any] = ()
+        which: int | str = "one"
+        try:
+            if at_once is not None:
                 examples = list(at_once(indices))
-            if len(examples) != len(indices):
-                raise DataError(
-                    f"{self.what}: __getitems__ gave {len(examples)} examples "
-                    f"for {len(indices)} indices. Give one for each."
-                )
-            return examples
-        examples = []
-        for index in indices:
-            with _Noted(self, job, index):
-                examples.append(self.dataset[index])
-        return examples
+                if len(examples) != len(indices):
+                    raise DataError(
+                        f"{self.what}: __getitems__ gave {len(examples)} "
+                        f"examples for {len(indices)} indices. Give one for "
+                        "each."
+                    )
+            found = []
+            for position, index in enumerate(indices):
+                which = index
+                example = examples[position] if examples else dataset[index]
+                if transform is not None:
+                    key = derive_seed(job.seed, "transform", job.epoch, index)
+                    example = transform(example, np.random.default_rng(key))
+                found.append(example)
+        except Exception as error:
+            error.add_note(f"(example {which}, in {self._place(job)})")
+            raise
+        return found
 
     def _place(self, job: Job) -> str:
         return f"batch {job.batch} of epoch {job.epoch} of {self.what}"
-
-
-class _Noted:
-    """What is raised inside says which example it was."""
-
-    def __init__(self, recipe: Recipe, job: Job, index: int | None) -> None:
-        self._recipe = recipe
-        self._job = job
-        self._index = index
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, Exception):
-            which = "one of" if self._index is None else f"{self._index}, in"
-            error.add_note(
-                f"(example {which} {self._recipe._place(self._job)})"
-            )
 
 
 class Rows:
