@@ -230,14 +230,14 @@ def test_dtypes_are_those_that_the_backend_computes_with():
 
 def test_the_feed_lets_workers_go_ahead_and_still_knows_the_position():
     made = source(datasets.Draws(), workers=2, processes=True)
-    feed = Feed(made.iterate(seed=5, capacity=4))
+    feed = Feed(made, seed=5, capacity=4)
     first = feed.take(2)
     state = feed.get_state()
-    assert state == {"epoch": 0, "batch": 2}
+    assert state["position"] == {"epoch": 0, "batch": 2}
     feed.prefetch(3)
     assert feed.get_state() == state
     one = feed.take(1)  # the plan changed
-    assert feed.get_state() == {"epoch": 0, "batch": 3}
+    assert feed.get_state()["position"] == {"epoch": 0, "batch": 3}
     feed.prefetch(4)
     feed.set_state(state)
     assert_equal(
