@@ -216,6 +216,16 @@ def test_padded_batches_are_resumed_at_every_position():
             assert_equal(rest, batches[position:])
 
 
+def test_going_back_forgets_what_was_drawn_for_its_shape():
+    made = legato.RandomAccessSource(Ragged(), 5, collate=legato.Pad())
+    whole = read(made, 4)
+    iterator = made.iterate(seed=5, capacity=4)
+    iterator.next_chunk(4)
+    assert iterator._chunks.pending is not None
+    iterator.set_state({"epoch": 0, "batch": 0})
+    assert_equal(take(iterator, made, 4), whole)
+
+
 def test_dtypes_are_those_that_the_backend_computes_with():
     made = legato.RandomAccessSource(
         [(np.zeros(2), 1, True, np.uint8(3))] * 4, 2

@@ -189,6 +189,17 @@ class Large(datasets.Numbers):
         return {"x": np.full(1_000_000, index, "float32")}
 
 
+def test_what_was_taken_stays_until_there_is_room_again():
+    recipe = datasets.recipe(datasets.Numbers())
+    with running(Processes, recipe, prefetch=1) as workers:
+        workers.begin(JOBS[0])
+        workers.begin(JOBS[1])
+        taken = workers.take()
+        workers._read(workers._workers[0])  # the other is made by now
+        assert taken["y"].tolist() == [0, 1, 2]
+        assert len(workers._free) == 0 and workers.room() == 1
+
+
 def test_batches_that_grow():
     recipe = datasets.recipe(Growing(), collate=Pad())
     with running(Processes, recipe) as workers:
