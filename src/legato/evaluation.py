@@ -7,7 +7,9 @@ from typing import Any, Protocol
 import keras
 
 from legato import backends, restoring
-from legato.backends import Compilation, CompiledLoop
+from legato.backends import Compilation, CompiledLoop, LoopMode
+from legato.by_shape import LoopsByShape
+from legato.config import MAX_SHAPES, TrainerConfig
 from legato.data import (
     Chunk,
     DataIterator,
@@ -98,8 +100,10 @@ class Evaluator:
         seed: of the order, where the source has one.
         max_batches: how many batches; None takes the whole split.
         checks: looks at each batch before it is used; None: nobody does.
+        max_shapes: for how many shapes of batches it may be compiled.
 
     Attributes:
+        announce: told what takes time and was not to be expected.
         metrics: as given.
         on_device: those among them that are not measured on the host.
         compilation: whether to compile, where that is a choice.
@@ -115,7 +119,9 @@ class Evaluator:
         seed: int,
         max_batches: int | None = None,
         checks: InputChecks | None = None,
+        max_shapes: int = MAX_SHAPES,
     ) -> None:
+        self.announce: Callable[[str], None] = lambda _: None
         self._task = task
         self._checks = checks
         self._model = model
@@ -140,13 +146,30 @@ class Evaluator:
         self._capacity = loop_capacity(source, limit)
         self._max_steps = self._capacity
         self._resident: Any = None
-        self._loops: dict[Shapes, CompiledLoop] = {}
+        self._loops = LoopsByShape(
+            source,
+            f"{type(task).__name__}.validation_step",
+            max_shapes,
+            lambda text: self.announce(text),
+        )
         self._reads = AttributeReads()
 
     @property
     def inexact(self) -> str | None:
         """Why a run that is resumed may measure something else, as known."""
         return self._host.inexact
+
+    def follow(self, mode: LoopMode | None, config: TrainerConfig) -> None:
+        """Compile where training does; before the first validation.
+
+        Args:
+            mode: how training's steps reach the device.
+            config: of the trainer.
+        """
+        if mode == "compiled":
+            self.compilation = "auto"
+        elif config.torch_compile is False:
+            self.compilation = "never"
 
     @property
     def source(self) -> DataSource:
@@ -164,7 +187,7 @@ class Evaluator:
         return [v for key, v in found.items() if key not in own]
 
     def _traced_variables(self) -> list[keras.Variable]:
-        return [v for loop in self._loops.values() for v in loop.variables]
+        return [v for loop in self._loops for v in loop.variables]
 
     def _metric_variables(self) -> set[int]:
         return {id(v) for metric in self.on_device for v in metric.variables}
@@ -173,7 +196,7 @@ class Evaluator:
         """Whether a validation that is broken off can be repeated whole."""
         own = self._metric_variables()
         return not hooks.test_hooks_active and all(
-            id(v) in own for loop in self._loops.values() for v in loop.updated
+            id(v) in own for loop in self._loops for v in loop.updated
         )
 
     def __call__(
@@ -208,8 +231,7 @@ class Evaluator:
         if self._host.is_needed:
             self._trace_all()
             self._max_steps = min(
-                loop.max_steps or self._capacity
-                for loop in self._loops.values()
+                loop.max_steps or self._capacity for loop in self._loops
             )
         means = _Means()
         # What is broken off will be repeated whole; data and host metrics may
@@ -333,8 +355,10 @@ class Evaluator:
 
     def _loop(self, operands: Any) -> CompiledLoop:
         shapes = shapes_of(operands)
-        loop = self._loops.get(shapes)
-        if loop is None:
+        if shapes not in self._loops:
+            self._loops.make_room(
+                shapes, is_expected=self._source.partial_batch_size > 0
+            )
             backend = backends.current()
             if self._resident is None:
                 self._resident = backend.place(self._source.resident)
@@ -351,9 +375,9 @@ class Evaluator:
                     compilation=self.compilation,
                     native=self._task.validation_logs is LogStyle.OWN,
                 )
-            self._loops[shapes] = loop
+            self._loops.add(shapes, loop)
             self._packed[shapes] = self._last_packed
-        return loop
+        return self._loops[shapes]
 
     def _step(self, batch: Any, step: Any) -> Any:
         del step

@@ -228,6 +228,7 @@ def _build_evaluator(
         seed=config.seed,
         max_batches=config.validation_steps,
         checks=checks if config.check_numerics else None,
+        max_shapes=config.max_batch_shapes,
     )
 
 

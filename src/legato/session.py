@@ -242,10 +242,8 @@ class Session:
             "capacity": self._capacity,
         }
         if parts.evaluator is not None:
-            if self.steps.mode == "compiled":
-                parts.evaluator.compilation = "auto"
-            elif self._config.torch_compile is False:
-                parts.evaluator.compilation = "never"
+            parts.evaluator.follow(self.steps.mode, self._config)
+            parts.evaluator.announce = self._reporter.message
         self._collect_variables()
         self._recorder = Recorder(
             task=parts.task,
@@ -271,8 +269,7 @@ class Session:
         self._name_inexact_data()
         for why in self._log.inexact:
             self._name_inexact(why)
-        unrepeatable = self._backend.unrepeatable()
-        if unrepeatable:
+        if unrepeatable := self._backend.unrepeatable():
             self._name_inexact(
                 "This run may differ from itself, killed or not: "
                 f"{'; '.join(unrepeatable)}"
