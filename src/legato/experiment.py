@@ -6,13 +6,12 @@ YAML file imports neither Keras nor the task; that happens when the task is
 built, after the backend was chosen.
 """
 
+import functools
 import importlib
 import importlib.resources
 import inspect
-import json
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,10 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pydantic
 
 from legato.config import (
+    OBJECT,
+    Arguments,
     Config,
+    DataConfig,
     Document,
     TrainerConfig,
     apply_overrides,
+    check_object,
     dump_yaml,
     load_yaml,
     nearest,
@@ -40,32 +43,10 @@ if TYPE_CHECKING:
     from legato.task import Task
     from legato.trainer import Trainer
 
-_OBJECT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-
-
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Checks that a mapping can be written to `config.yaml`; copies it."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"must hold plain data only (numbers, strings, lists): {error}"
-        ) from None
-
-
-Arguments = Annotated[dict[str, Any], pydantic.AfterValidator(_plain)]
-"""Keyword arguments as they stand in a config."""
-
-
-def _check_object(value: str) -> str:
-    if not _OBJECT.fullmatch(value):
-        raise ValueError('must be of the form "package.module:Name"')
-    return value
-
 
 def _check_task(value: str) -> str:
     if ":" in value:
-        return _check_object(value)
+        return check_object(value)
     if value not in built_in_names():
         raise ValueError(
             'must be "package.module:Class" or a built-in name'
@@ -76,7 +57,7 @@ def _check_task(value: str) -> str:
 
 def _check_callback(value: str) -> str:
     if ":" in value:
-        return _check_object(value)
+        return check_object(value)
     if not value.isidentifier():
         raise ValueError(
             'must be "package.module:Class", or the name of a class of '
@@ -105,6 +86,8 @@ class Experiment(Config):
         task: the task: "package.module:Class" (or a function that returns a
             task), or a built-in name such as "digits".
         task_config: keyword arguments for it.
+        data: the data of "train" and of "validation", in the place of what
+            the task's `build_inputs` gives for them.
         trainer: how it is trained.
         callbacks: Keras callbacks, in the order in which they are called.
         run_dir: the directory of the run; None is `runs/` and the name of the
@@ -115,6 +98,9 @@ class Experiment(Config):
 
     task: Annotated[str, pydantic.AfterValidator(_check_task)]
     task_config: Arguments = pydantic.Field(default_factory=dict)
+    data: dict[Literal["train", "validation"], DataConfig] = pydantic.Field(
+        default_factory=dict
+    )
     trainer: TrainerConfig = TrainerConfig()
     callbacks: list[CallbackSpec] = pydantic.Field(default_factory=list)
     run_dir: str | None = None
@@ -206,7 +192,65 @@ def build_task(experiment: Experiment) -> "Task":
             f"{_where(experiment, ('task',))}: {name} made a "
             f"{type(task).__name__}, which is not a legato.Task."
         )
+    task.configured_inputs = {
+        split: functools.partial(_build_data, experiment, split)
+        for split in experiment.data
+    }
     return task
+
+
+def _build_data(experiment: Experiment, split: Any) -> Any:
+    """The data of a split, as its config says."""
+    from legato import data, files
+    from legato.workers import Pad
+
+    spec = experiment.data[split]
+    at = ("data", split)
+    name = spec.type if ":" in spec.type else _FILES[spec.type]
+    made = _build(name, experiment, (*at, "type"), spec.config, (*at, "config"))
+    if spec.batch_size is None:
+        return made
+    if spec.select is not None:
+        where = _where(experiment, (*at, "select"))
+        made = tuple(_selected(made, part, where) for part in spec.select)
+    given = spec.arguments(split)
+    transform = spec.transform
+    # (A list holds examples, as it does for `RandomAccessSource`.)
+    is_arrays = data.are_arrays(made) and not isinstance(made, list)
+    if is_arrays and transform is None and not spec.workers:
+        return data.ArraySource(made, **given)
+    if transform is not None:
+        where = _where(experiment, (*at, "transform"))
+        given["transform"] = import_object(transform, where)
+    if isinstance(made, files.CocoDetection):
+        given["collate"] = Pad(made.padding)
+    return data.RandomAccessSource(
+        made,
+        workers=spec.workers,
+        processes=spec.processes,
+        prefetch=spec.prefetch,
+        **given,
+    )
+
+
+_FILES = {
+    "npz": "legato.files:npz",
+    "image_folder": "legato.files:ImageFolder",
+    "coco": "legato.files:CocoDetection",
+}
+
+
+def _selected(made: Any, part: str, where: str) -> Any:
+    if not isinstance(made, dict):
+        raise ConfigError(
+            f"{where}: {part!r} is to be selected, and the data are a "
+            f"{type(made).__name__}, not a dict. Leave `select` out."
+        )
+    if part not in made:
+        raise ConfigError(
+            f"{where}: the data have no {part!r}, but {', '.join(made)}."
+        )
+    return made[part]
 
 
 def build_callbacks(experiment: Experiment) -> "list[keras.callbacks.Callback]":
@@ -358,7 +402,7 @@ def _is_path(text: str) -> bool:
 
 
 def _load_object(text: str) -> dict[str, Any]:
-    if not _OBJECT.fullmatch(text):
+    if not OBJECT.fullmatch(text):
         raise ConfigError(
             f"{text}: must be of the form package.module:experiment."
         )
@@ -474,7 +518,7 @@ def import_object(name: str, where: str) -> Any:
     Raises:
         ConfigError: if there is no such object.
     """
-    if not _OBJECT.fullmatch(name):
+    if not OBJECT.fullmatch(name):
         raise ConfigError(
             f"{where}: must be of the form package.module:Name (got {name!r})."
         )

@@ -235,7 +235,13 @@ def _build_evaluator(
 def _build_source(
     task: Task, split: str, num_batches: int | None
 ) -> DataSource | None:
-    data = task.build_inputs(split)
+    configured = task.configured_inputs
+    if split in configured:
+        data = configured[split]()
+    elif configured and type(task).build_inputs is Task.build_inputs:
+        data = None
+    else:
+        data = task.build_inputs(split)
     if data is None:
         return None
     return task_source(

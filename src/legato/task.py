@@ -2,7 +2,7 @@
 
 import contextlib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -38,6 +38,8 @@ class Task:
             places of a batch, such as `{"1": 10}` for batches of (features,
             labels), or `{"1.digit": 10}`. Labels in arrays are checked before
             training, others with `TrainerConfig.check_numerics`.
+        configured_inputs: what makes the data of a split, in the place of
+            `build_inputs`, where a config says what they are.
     """
 
     loss = "loss"
@@ -45,6 +47,9 @@ class Task:
     validation_logs = LogStyle.MEANS
     order_seed: int | None = None
     label_classes: Mapping[str, int] = types.MappingProxyType({})
+    configured_inputs: Mapping[str, Callable[[], Any]] = types.MappingProxyType(
+        {}
+    )
 
     def __getattribute__(self, name: str) -> Any:
         value = object.__getattribute__(self, name)

@@ -6,6 +6,7 @@ A config is a frozen pydantic model. It is made in Python
 once, each with its place, its value, the rule and the nearest valid name.
 """
 
+from legato.config.data import DataConfig
 from legato.config.document import (
     Document,
     apply_overrides,
@@ -21,14 +22,19 @@ from legato.config.model import (
     validate,
     validate_mapping,
 )
+from legato.config.objects import OBJECT, Arguments, check_object
 from legato.config.trainer import MAX_SHAPES, TrainerConfig
 
 __all__ = [
     "MAX_SHAPES",
+    "OBJECT",
+    "Arguments",
     "Config",
+    "DataConfig",
     "Document",
     "TrainerConfig",
     "apply_overrides",
+    "check_object",
     "config_hash",
     "dump_yaml",
     "load_yaml",

@@ -9,7 +9,12 @@ sources of all that `keras.Model.fit` takes, `feed` keeps the device fed,
 from legato.data.arrays import ArraySource
 from legato.data.checks import InputChecks
 from legato.data.feed import Feed
-from legato.data.fitting import fit_source, split_validation, task_source
+from legato.data.fitting import (
+    are_arrays,
+    fit_source,
+    split_validation,
+    task_source,
+)
 from legato.data.random_access import RandomAccessSource
 from legato.data.source import (
     ArraySpec,
@@ -34,6 +39,7 @@ __all__ = [
     "InputChecks",
     "RandomAccessSource",
     "Shapes",
+    "are_arrays",
     "fit_source",
     "join_arrays",
     "partial_batches",

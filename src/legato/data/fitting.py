@@ -91,7 +91,7 @@ def fit_source(
             class_weight=class_weight,
         )
         return x
-    if not _are_arrays((x, y, sample_weight)):
+    if not are_arrays((x, y, sample_weight)):
         return _batch_source(
             x,
             y,
@@ -134,7 +134,7 @@ def task_source(
     """
     if isinstance(data, DataSource):
         return data
-    if _are_arrays(data):
+    if are_arrays(data):
         return ArraySource(data, _BATCH_SIZE, shuffle=shuffle)
     return _batch_source(
         data,
@@ -178,7 +178,7 @@ def split_validation(
             "validation."
         )
     arrays = (x, y, sample_weight)
-    if not _are_arrays(arrays) or not Structure.leaves(x):
+    if not are_arrays(arrays) or not Structure.leaves(x):
         raise DataError(
             f"validation_split={validation_split} with x of type "
             f"{type(x).__name__}: only arrays can be split. Give "
@@ -297,7 +297,8 @@ def _reader(x: Any) -> Reader:
     return StatefulIterator(x) if told_by(x) else OneShot(x)
 
 
-def _are_arrays(nested: Any) -> bool:
+def are_arrays(nested: Any) -> bool:
+    """Whether these are arrays of any library, nested in any way."""
     return all(map(keras_data.is_array, keras.tree.flatten(nested)))
 
 
