@@ -1,4 +1,4 @@
-"""Random bits computed in one go are those that JAX computes in a loop."""
+"""What is computed in another way is what JAX computes, to the bit."""
 
 import jax
 import jax.numpy as jnp
@@ -60,3 +60,68 @@ def test_no_inner_loop_is_left():
     closed = jax.make_jaxpr(lambda key: function(key, (8,)))(key)
     replayed = jax.jit(lambda key: unrolled.replay(closed, key))
     assert "while" not in replayed.lower(key).as_text()
+
+
+def pooling(windows, strides=None, padding="VALID", extreme="max"):
+    """The gradient of pooling, as a function of the images."""
+    init, reduce = {
+        "max": (-jnp.inf, jax.lax.max),
+        "min": (jnp.inf, jax.lax.min),
+    }[extreme]
+
+    def gradient(images):
+        pooled, backwards = jax.vjp(
+            lambda x: jax.lax.reduce_window(
+                x, init, reduce, windows, strides or windows, padding
+            ),
+            images,
+        )
+        given = jax.random.normal(jax.random.key(1), pooled.shape)
+        return backwards(given)[0]
+
+    return gradient
+
+
+def images(shape):
+    """With equal numbers in a window, also NaN and infinite ones."""
+    drawn = np.random.default_rng(0).integers(-3, 4, shape).astype("float32")
+    drawn[drawn == -3] = -np.inf
+    drawn[:1][drawn[:1] == 3] = np.nan
+    return drawn
+
+
+def lowered(function, argument):
+    closed = jax.make_jaxpr(function)(argument)
+    replayed = jax.jit(lambda x: unrolled.replay(closed, x))
+    return replayed.lower(argument).as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "windows"),
+    [
+        ((4, 6, 6, 3), (1, 2, 2, 1)),
+        ((4, 3, 7, 8), (1, 1, 2, 3)),
+        ((4, 7, 2), (1, 3, 1)),
+        ((2, 5, 9, 4, 2), (1, 2, 4, 2, 1)),
+        ((2, 4, 4, 1), (1, 1, 1, 1)),
+    ],
+)
+def test_gradients_of_pooling_are_those_of_jax(shape, windows):
+    drawn = images(shape)
+    check(pooling(windows), drawn)
+    assert "select_and_scatter" not in lowered(pooling(windows), drawn)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pooling((1, 2, 2, 1), (1, 1, 1, 1)),
+        pooling((1, 3, 3, 1), padding="SAME"),
+        pooling((1, 2, 2, 1), extreme="min"),
+        pooling((1, 5, 5, 1)),
+    ],
+)
+def test_other_pooling_is_left_alone(function):
+    drawn = images((2, 11, 11, 3))
+    check(function, drawn)
+    assert "select_and_scatter" in lowered(function, drawn)
