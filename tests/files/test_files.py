@@ -64,6 +64,20 @@ def test_resizing_is_pillows_own_with_antialiasing(folder):
     assert dataset[index][0].std() < rows.std() / 2
 
 
+def test_jpegs_are_made_smaller_and_still_look_the_same(folder):
+    rows = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    large = Image.fromarray(rows).resize((200, 160))
+    large.save(folder / "cat" / "large.jpg", quality=95)
+    expected = np.asarray(large.resize((50, 40))).astype(int)
+    dataset = files.ImageFolder(folder, image_size=(40, 50))
+    (index,) = [i for i, p in enumerate(dataset.paths) if "large" in p]
+    found = dataset[index][0].astype(int)
+    assert found.shape == (40, 50, 3)
+    assert abs(found - expected).mean() < 6
+    again = files.ImageFolder(folder, image_size=(40, 50))[index][0]
+    assert (again == found).all()
+
+
 def test_class_names_choose_and_order(folder):
     dataset = files.ImageFolder(folder, class_names=["dog", "cat"])
     assert dataset.labels.tolist() == [0, 0, 1, 1]
