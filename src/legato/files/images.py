@@ -27,8 +27,8 @@ class ImageFolder:
         path: the folder.
         image_size: `(height, width)` that each image is resized to, whatever
             its proportions, bilinearly and with antialiasing (JPEGs in part
-            while they are decoded, which is quicker); None leaves images as they are (and batches of them need a transform, or
-            padding).
+            while they are decoded, which is quicker); None leaves images as
+            they are (and batches of them need a transform, or padding).
         channels: 3 for RGB, 1 for grey, 4 for RGB and alpha.
         class_names: the sub-folders, in the order of their numbers; all, in
             alphabetical order, by default.
