@@ -17,6 +17,7 @@ class Readings:
     Args:
         metrics: the training metrics.
         optimizers: by name; "" for a single one.
+        are_all: whether summaries read nothing else.
 
     Attributes:
         results: of the metrics.
@@ -27,7 +28,10 @@ class Readings:
         self,
         metrics: Sequence[keras.metrics.Metric],
         optimizers: Mapping[str, keras.optimizers.Optimizer],
+        *,
+        are_all: bool = True,
     ) -> None:
+        self._are_all = are_all
         self.results = Results(metrics)
         self.rates = LearningRates(optimizers)
 
@@ -39,7 +43,8 @@ class Readings:
         function of his.
         """
         rates = self.rates.variables
-        if rates is None or not self.results.are_kerass_own:
+        known = self._are_all and self.results.are_kerass_own
+        if rates is None or not known:
             return None
         return [*self.results.variables, *rates]
 
