@@ -90,6 +90,23 @@ def test_resumed_at_every_position(name):
         assert_equal(rest, whole[position:])
 
 
+@pytest.mark.parametrize("name", ["buckets", "shuffled"])
+def test_states_do_not_depend_on_where_chunks_are_cut(name):
+    """One batch more is drawn where the shapes change."""
+    whole, states = read_with_states(make(name), 14)
+    source = make(name)
+    iterator = source.iterate(seed=5, capacity=4)
+    given = 0
+    while given < 10:
+        chunk = iterator.next_chunk(4)
+        given += chunk.num_batches
+        state, other = chunk.state["library"], states[given]["library"]
+        assert (state and state["batch"]) == (other and other["batch"])
+        rest = read(make(name), 14 - given, state=chunk.state)
+        assert_equal(rest, whole[given:])
+    iterator.close()
+
+
 @pytest.mark.parametrize("name", ["cached evenly", "both caches", "thrice"])
 def test_in_a_later_pass(name):
     """As a new process does, which began none of the passes before."""
