@@ -36,6 +36,7 @@ bench: $(VENV)/.dev
 	set -e; for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/engine.py; \
 		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/fit.py; \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/data.py; \
 	done
 
 docs: $(VENV)/.dev

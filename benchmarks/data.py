@@ -10,7 +10,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +285,9 @@ def arrays(rounds: int) -> list[engine.Row]:
     from keras.src.trainers.data_adapters.array_data_adapter import (
         ArrayDataAdapter,
     )
+    from keras.src.trainers.data_adapters.py_dataset_adapter import (
+        PyDatasetAdapter,
+    )
 
     import legato
 
@@ -298,9 +301,6 @@ def arrays(rounds: int) -> list[engine.Row]:
 
         def __len__(self) -> int:
             return len(x) // size
-
-        def __iter__(self) -> Iterator:
-            return map(self.__getitem__, range(len(self)))
 
         def __getitem__(self, index: int) -> tuple:
             rows = self.order[index * size : (index + 1) * size]
@@ -316,6 +316,7 @@ def arrays(rounds: int) -> list[engine.Row]:
         batch_size=size,
         shuffle=True,
     )
+    batches = PyDatasetAdapter(Batches())
     adapter = ArrayDataAdapter(x, y, batch_size=size, shuffle=True)
     pairs = [(row, label) for row, label in zip(x, y, strict=True)]
     in_memory = legato.ArraySource((x, y), size)
@@ -327,7 +328,7 @@ def arrays(rounds: int) -> list[engine.Row]:
         "ArraySource (rows, as of large data)": chunks(staged, 1000),
         "RandomAccessSource of examples": chunks(examples, 1000),
         "Keras, model.fit's arrays": loop(adapter.get_numpy_iterator, 1000),
-        "Keras, PyDataset": loop(Batches, 1000),
+        "Keras, PyDataset": loop(batches.get_numpy_iterator, 1000),
         "PyTorch, DataLoader": loop(lambda: loader, 1000),
     }
     times = engine.in_turns(contestants, rounds)

@@ -1,9 +1,9 @@
 """Data sources: what may be fed, in which order, and how it is resumed.
 
-`source` is the protocol, `arrays` the source for arrays, `random_access`
-that for datasets of examples, `fitting` makes
-sources of all that `keras.Model.fit` takes, `feed` keeps the device fed,
-`state` takes the iterators' states apart for checkpoints.
+`source` is the protocol, `arrays` the source for arrays, `random_access` that
+for datasets of examples, `fitting` makes sources of all that
+`keras.Model.fit` takes, `feed` keeps the device fed, `state` takes the
+iterators' states apart for checkpoints.
 """
 
 from legato.data.arrays import ArraySource
