@@ -58,9 +58,15 @@ class Parts:
         found |= directions([*self.metrics, *validation])
         return found | {f"val_{name}": way for name, way in found.items()}
 
-    def readings(self) -> Readings:
-        """What summaries read."""
-        return Readings(list(self.metrics), self.optimizers)
+    def readings(self, manager: Any = None) -> Readings:
+        """What summaries read.
+
+        Args:
+            manager: of the user's, which writes them; it may read anything.
+        """
+        return Readings(
+            list(self.metrics), self.optimizers, are_all=manager is None
+        )
 
     def scales_loss(self) -> bool:
         """Whether a LossScaleOptimizer skips steps that overflow."""

@@ -87,10 +87,7 @@ class Session:
         self.held: restoring.Held | None = None
         self.audit: list[AuditEntry] = []
         self._parts = parts
-        self._readings = parts.readings()
-        # One of the user's may look at the model, whatever it is given.
-        managed = (summary_managers or {}).get("train") is not None
-        self._stops_at_summaries = managed
+        self._readings = parts.readings((summary_managers or {}).get("train"))
         self._config = config
         self._run_dir = run_dir
         self._backend = backends.current()
@@ -209,7 +206,7 @@ class Session:
             checks=parts.checks if config.check_numerics else None,
             max_shapes=config.max_batch_shapes,
             summary_interval=config.summary_interval,
-            readings=None if self._stops_at_summaries else self._readings,
+            readings=self._readings,
         )
         self.steps.compiling = self.compiling
         self.steps.announce = self._reporter.message
