@@ -196,6 +196,43 @@ def test_fit_takes_a_source(tmp_path):
     assert found["loss"] == pytest.approx(second.history["val_loss"][-1])
 
 
+class Examples:
+    """By their number, and in no other way."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return X[index], Y[index]
+
+
+def torch_examples():
+    torch = pytest.importorskip("torch")
+    from torch.utils.data import TensorDataset
+
+    return TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
+
+
+@pytest.mark.parametrize("make", [Examples, torch_examples])
+def test_single_examples_are_put_into_batches(make, tmp_path):
+    histories = []
+    for number, data in enumerate(((X, Y), (make(),))):
+        keras.utils.set_random_seed(1)
+        history = legato.fit(
+            model(), *data, batch_size=4, shuffle=False, epochs=2,
+            run_dir=tmp_path / str(number), verbose=0,
+        )  # fmt: skip
+        histories.append(history.history)
+    assert histories[0] == histories[1]
+    task = Pairs(make)
+    assert train(task, tmp_path / "task", steps_per_epoch=None)["loss"]
+
+
+def test_single_examples_have_their_own_labels(tmp_path):
+    with pytest.raises(DataError, match=r"^y was given.*Examples"):
+        legato.fit(model(), Examples(), Y, run_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [

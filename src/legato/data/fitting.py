@@ -18,6 +18,7 @@ from legato.data.arrays import ArraySource
 from legato.data.columns import as_column
 from legato.data.iterables import IterableSource
 from legato.data.pydataset import PyDatasetSource
+from legato.data.random_access import RandomAccessSource
 from legato.data.readers import (
     Adapter,
     Iterable,
@@ -53,7 +54,10 @@ def fit_source(
             them; or all of the data: a `legato.DataSource`, a
             `keras.utils.PyDataset`, a `tf.data.Dataset`, a PyTorch
             `DataLoader`, a Grain dataset or loader, a generator, or any object
-            that gives batches when it is iterated over, again and again.
+            that gives batches when it is iterated over, again and again; or
+            a dataset of single examples, `(x, y)`: PyTorch's or Hugging
+            Face's, or any object with `__len__` and `__getitem__` that cannot
+            be iterated over.
         y: the targets, if x are arrays; None may stand for those of an output.
         sample_weight: weights of the examples, if x are arrays: one array for
             all outputs, or as many as y.
@@ -91,6 +95,11 @@ def fit_source(
             class_weight=class_weight,
         )
         return x
+    if _gives_examples_by_number(x):
+        _refuse_beside(
+            x, name, y=y, sample_weight=sample_weight, class_weight=class_weight
+        )
+        return RandomAccessSource(x, batch_size or _BATCH_SIZE, shuffle=shuffle)
     if not are_arrays((x, y, sample_weight)):
         return _batch_source(
             x,
@@ -121,9 +130,9 @@ def task_source(
     """What `Task.build_inputs` returned.
 
     Args:
-        data: a source; or arrays, which become an `ArraySource` of batches of
-            32; or what gives batches: see `fit_source`. Batches may be nested
-            in any way.
+        data: a source; or arrays or a dataset of single examples, of which
+            batches of 32 are made; or what gives batches: see `fit_source`.
+            Batches may be nested in any way.
         name: what the caller calls it, for messages.
         shuffle: a new order in each epoch, for arrays and PyDatasets.
         steps_per_epoch: see `fit_source`. Of data that can be read only once
@@ -136,6 +145,8 @@ def task_source(
         return data
     if are_arrays(data):
         return ArraySource(data, _BATCH_SIZE, shuffle=shuffle)
+    if _gives_examples_by_number(data):
+        return RandomAccessSource(data, _BATCH_SIZE, shuffle=shuffle)
     return _batch_source(
         data,
         None,
@@ -275,6 +286,13 @@ def _gives_examples(x: Any) -> bool:
     modules = {cls.__module__.partition(".")[0] for cls in type(x).__mro__}
     loads = keras_data.is_torch_dataloader(x)
     return not loads and bool(modules & {"torch", "datasets"})
+
+
+def _gives_examples_by_number(x: Any) -> bool:
+    if isinstance(x, keras.utils.PyDataset) or keras_data.is_array(x):
+        return False
+    by_number = hasattr(x, "__len__") and hasattr(x, "__getitem__")
+    return by_number and (_gives_examples(x) or not hasattr(x, "__iter__"))
 
 
 def _reader(x: Any) -> Reader:
