@@ -181,3 +181,23 @@ def test_a_state_of_something_else_is_refused():
         with pytest.raises(DamagedError, match=r"not that of tf\.data"):
             iterator.next_chunk(1)
         iterator.close()
+
+
+def test_no_dataset_is_read_from_a_state(monkeypatch):
+    """Its functions would be run: a file says what the program does."""
+
+    def windows():
+        nested = tf().data.Dataset.range(40).window(3).shuffle(4, seed=1)
+        batches = nested.flat_map(lambda window: window.batch(3))
+        return batches.apply(tf().data.experimental.assert_cardinality(14))
+
+    source = fit_source(windows())
+    assert source.reader.method == "replay"
+    assert "its buffers hold datasets" in source.reader.why
+    monkeypatch.setattr(tf_data, "_NESTED_KEY", b"never")
+    iterator = iter(windows())
+    next(iterator)
+    forged = tf_data._save(iterator)
+    monkeypatch.undo()
+    with pytest.raises(DamagedError, match=r"not that of tf\.data"):
+        tf_data._restore(iter(windows()), forged)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.framework import types_pb2
 
 from legato.data.encoding import CannotEncodeError
 from legato.data.readers import Passes, Reader
@@ -37,7 +38,10 @@ _INTERVAL = 64
 _BUFFERED_PER_BATCH = 8
 
 _SAVED_TYPE = "tensorflow::Iterator"
-_HELD_TYPES = ("tensorflow.data.CompressedElement",)
+_COMPRESSED_TYPE = "tensorflow.data.CompressedElement"
+# Names what is a dataset among the elements that are held: its program would
+# be read from the file.
+_NESTED_KEY = b"is_dataset"
 _FAIL_IF_STATEFUL = 2
 
 
@@ -290,6 +294,11 @@ def _save(iterator: Any) -> DataState:
         raise CannotEncodeError(
             f"TensorFlow cannot save where it is: {why.strip()}"
         ) from error
+    if _NESTED_KEY in held:
+        raise CannotEncodeError(
+            "its buffers hold datasets, as windows are, and no program is "
+            "read from a checkpoint"
+        )
     if len(held) > _SAVED_BYTES:
         raise CannotEncodeError(
             f"its buffers hold {len(held) / 2**20:.0f} MB, and at most "
@@ -324,10 +333,10 @@ def _check(held: bytes) -> None:
         for size in sizes:
             part = variant.FromString(content[:size])
             content = content[size:]
-            is_good &= part.type_name == _SAVED_TYPE and all(
-                each.type_name in _HELD_TYPES
-                for inner in part.tensors
-                for each in inner.variant_val
+            is_good &= (
+                part.type_name == _SAVED_TYPE
+                and _NESTED_KEY not in part.metadata
+                and all(map(_holds_values, part.tensors))
             )
     except Exception as error:  # of the parser, which has many
         raise DamagedError(f"data state: not that of tf.data: {error}") from (
@@ -335,6 +344,17 @@ def _check(held: bytes) -> None:
         )
     if not is_good:
         raise DamagedError("data state: not that of tf.data.")
+
+
+def _holds_values(tensor: Any) -> bool:
+    """Whether a tensor in a state holds numbers and texts, and no dataset."""
+    if tensor.dtype != types_pb2.DT_VARIANT:
+        return tensor.dtype != types_pb2.DT_RESOURCE
+    # (In its content anything could lie, in a format of its own.)
+    return not tensor.tensor_content and all(
+        each.type_name == _COMPRESSED_TYPE and not each.tensors
+        for each in tensor.variant_val
+    )
 
 
 def _varint(content: bytes) -> tuple[int, bytes]:
