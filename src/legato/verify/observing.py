@@ -151,7 +151,13 @@ class _ObservedSteps:
         self.begin = steps.begin
         self.rows = during(Phase.STEPS, steps.rows)
         self._run = during(Phase.STEPS, steps.run)
+        self._steps = steps
         self._note_batches = note_batches
+
+    @property
+    def keeps(self) -> bool:
+        """See `TrainSteps.keeps`."""
+        return self._steps.keeps
 
     def run(self, step: int, chunk: Any) -> Any:
         self._note_batches(step, chunk)

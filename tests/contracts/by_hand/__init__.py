@@ -29,10 +29,11 @@ def batches(task: Any, seed: int, num_batches: int) -> Iterator[Any]:
     """The rows of each batch, in the order of a run with this seed."""
     source = task.build_inputs("train")
     iterator = source.iterate(seed=seed, capacity=1)
-    resident = keras.tree.map_structure(ops.convert_to_tensor, source.resident)
     for _ in range(num_batches):
         chunk = iterator.next_chunk(1)
-        yield source.fetch(resident, chunk.operands, 0)
+        batch = source.fetch(source.resident, chunk.operands, 0)
+        yield keras.tree.map_structure(ops.convert_to_tensor, batch)
+    iterator.close()
 
 
 def train(
@@ -76,6 +77,7 @@ def _convolutional(task: Any, model: Any, optimizer: Any) -> Step:
 
 HAND: dict[str, Callable[[Any, Any, Any], Step]] = {
     "plateau": _steps.classifier,
+    "augmented": _steps.classifier,
     "gan": _steps.gan,
     "vae": _vae,
     "half_precision": _steps.half_precision,
