@@ -61,13 +61,13 @@ def fail_on_jax(monkeypatch):
 
 def fail_on_tensorflow(monkeypatch):
     """The sixth call fails when it has changed all variables."""
-    from legato.backends.tensorflow import loop
+    from legato.backends.tensorflow.loop import TensorFlowLoop
 
     calls = itertools.count(1)
-    real = loop._make_loop
+    real = TensorFlowLoop._make_loop
 
-    def make_loop(*arguments):
-        run = real(*arguments)
+    def make_loop(self, *arguments, **options):
+        run = real(self, *arguments, **options)
 
         def call(*inputs):
             out = run(*inputs)
@@ -77,7 +77,7 @@ def fail_on_tensorflow(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(loop, "_make_loop", make_loop)
+    monkeypatch.setattr(TensorFlowLoop, "_make_loop", make_loop)
 
 
 def fail_on_torch(monkeypatch):
