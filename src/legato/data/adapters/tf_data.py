@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.framework import types_pb2
 
 from legato.data.encoding import CannotEncodeError
 from legato.data.readers import Passes, Reader
@@ -348,8 +347,8 @@ def _check(held: bytes) -> None:
 
 def _holds_values(tensor: Any) -> bool:
     """Whether a tensor in a state holds numbers and texts, and no dataset."""
-    if tensor.dtype != types_pb2.DT_VARIANT:
-        return tensor.dtype != types_pb2.DT_RESOURCE
+    if tensor.dtype != tf.variant.as_datatype_enum:
+        return tensor.dtype != tf.resource.as_datatype_enum
     # (In its content anything could lie, in a format of its own.)
     return not tensor.tensor_content and all(
         each.type_name == _COMPRESSED_TYPE and not each.tensors
