@@ -300,7 +300,10 @@ class TrainSteps:
                 for metric in windowed:
                     metric.reset_state()
 
-            due = keras.ops.equal(step % self._summary_interval, 0)
+            # (Without a constant tensor: replays on PyTorch decide what depends
+            # on the step alone.)
+            due = step % self._summary_interval == 0
+            due = keras.ops.convert_to_tensor(due, "bool")
             keras.ops.cond(due, reset, lambda: None)
 
     def run(self, step: int, chunk: Chunk) -> Any:
