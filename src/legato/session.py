@@ -206,7 +206,10 @@ class Session:
             checks=parts.checks if config.check_numerics else None,
             max_shapes=config.max_batch_shapes,
             summary_interval=config.summary_interval,
-            readings=self._readings,
+            # (Where each step is a call of its own, nothing need be kept.)
+            readings=(
+                None if self._callbacks.batch_hooks_active else self._readings
+            ),
         )
         self.steps.compiling = self.compiling
         self.steps.announce = self._reporter.message
