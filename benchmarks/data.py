@@ -55,10 +55,10 @@ def waited(source: Any, *, epochs: int) -> float:
     spent = [0.0]
 
     def timed(method: Callable) -> Callable:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
             try:
-                return method(*arguments)
+                return method(*arguments, **options)
             finally:
                 spent[0] += time.perf_counter() - began
 

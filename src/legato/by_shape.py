@@ -8,10 +8,9 @@ limit.
 
 from collections.abc import Callable, Iterator
 
-import keras
-
 from legato.backends import CompiledLoop
 from legato.data import DataSource, Shapes
+from legato.data.structure import Structure
 from legato.errors import DataError
 
 
@@ -89,12 +88,7 @@ class LoopsByShape:
         self._loops[shapes] = loop
 
     def _shown(self, shapes: Shapes) -> str:
-        spec = keras.tree.flatten_with_path(self._source.batch_spec(1))
-        paths = [
-            ".".join(map(str, path)) or "data"
-            for path, leaf in spec
-            if leaf is not None
-        ]
+        paths = Structure(self._source.batch_spec(1)).paths()
         if len(paths) != len(shapes):
             paths = [str(number) for number in range(len(shapes))]
         return ", ".join(

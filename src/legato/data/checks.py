@@ -12,6 +12,7 @@ import numpy as np
 
 from legato.data.arrays import ArraySource
 from legato.data.source import Chunk, DataSource
+from legato.data.structure import Structure
 from legato.errors import DataError
 
 # Rows of arrays that are looked at in one go: bounds the memory of the masks.
@@ -138,12 +139,7 @@ class InputChecks:
     def _named(self, count: int) -> list[str]:
         """The paths of a batch's arrays, where these are what is moved."""
         if self._paths is None:
-            spec = self._source.batch_spec(1)
-            self._paths = [
-                ".".join(map(str, path)) or "data"
-                for path, leaf in keras.tree.flatten_with_path(spec)
-                if leaf is not None
-            ]
+            self._paths = Structure(self._source.batch_spec(1)).paths()
         if len(self._paths) == count:
             return self._paths
         return [f"array {number}" for number in range(count)]
