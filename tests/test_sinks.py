@@ -56,6 +56,51 @@ def test_scalars_are_read_back_by_tensorboard(tmp_path):
     assert records(tmp_path)[0]["matrix"] == [[1.0]]
 
 
+def test_numbers_wait_until_the_device_works_and_keep_their_order(tmp_path):
+    log = RunLog(tmp_path, sinks=["tensorboard", "csv"])
+    log.write("train", 2, {"loss": 0.5})
+    log.write("epoch", 2, {"epoch": 0, "loss": 0.5})
+    before = log.get_state()  # a checkpoint counts them
+    log.write("train", 4, {"loss": 0.25})
+    log.write("train", 6, {"loss": [0.125]})  # no number
+    log.write("train", 8, {"loss": 0.0625})
+    log.catch_up()
+    log.write("train", 10, {"loss": 0.03125})
+    log.close()
+    steps = [(r["kind"], r["step"]) for r in records(tmp_path)]
+    assert steps == [("train", 2), ("epoch", 2)] + [
+        ("train", step) for step in (4, 6, 8, 10)
+    ]
+    assert [s for s, _ in curves(tmp_path, "train")["loss"]] == [2, 4, 8, 10]
+    log = RunLog(tmp_path, sinks=["tensorboard", "csv"])
+    log.write("train", 12, {"loss": 0.0})  # of a future that is taken back
+    log.rewind(before)
+    log.close()
+    assert [r["step"] for r in records(tmp_path)] == [2, 2]
+
+
+@pytest.mark.parametrize("own", ["a step", "a function", "a class"])
+def test_what_users_write_is_called_at_once(tmp_path, own):
+    at, seen = [0], []
+
+    class Manager(SummaryManager):
+        def write_summaries(self, summary_dict):
+            seen.append(at[0])
+
+    arguments = {
+        "a step": {"global_step": lambda: seen.append(at[0]) or at[0]},
+        "a function": {"summary_fn": lambda *_: seen.append(at[0])},
+    }
+    kind = Manager if own == "a class" else SummaryManager
+    manager = kind(tmp_path / "tb", **arguments.get(own, {}))
+    log = RunLog(tmp_path, managers={"train": manager})
+    for at[0] in (2, 4):
+        log.write("train", at[0], {"loss": 0.5})
+    at[0] = 5
+    log.close()
+    assert seen == [2, 4]
+
+
 RESULTS = {
     "loss": 0.5,
     "count": 3,

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -589,3 +590,17 @@ def test_a_claimed_manager_writes_files_of_its_own(manager):
     manager.set_state(None)
     manager.close()
     assert read(manager.summary_dir) == {"x": [(4, 1.0)]}
+
+
+def test_numbers_need_no_protocol_buffers(tmp_path):
+    """Their package imports PyTorch, where there is one: two seconds."""
+    code = (
+        "import sys\n"
+        "from legato.sinks import RunLog\n"
+        f"log = RunLog(__import__('pathlib').Path({str(tmp_path)!r}))\n"
+        "log.write('train', 2, {'loss': 0.5})\n"
+        "log.close()\n"
+        "assert 'tensorboardX' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert read(tmp_path / "summaries/train") == {"loss": [(2, 0.5)]}

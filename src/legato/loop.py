@@ -95,6 +95,9 @@ class Recorder(Protocol):
     def summary(self) -> None:
         """Write the summary that is due after the last step."""
 
+    def catch_up(self) -> None:
+        """Do what was put off: the device works meanwhile."""
+
     def validation(self, logs: Logs) -> None:
         """Take the results of a validation."""
 
@@ -145,7 +148,7 @@ def run(
         callbacks_stop: whether a callback set `model.stop_training`.
     """
     pace = Pace(steps.capacity)
-    plan = functools.partial(_plan, schedule, steps, hooks, pace)
+    limits = functools.partial(_limit, schedule, steps, hooks)
     # What was restored is on disk, unless duties are still to be done.
     saved_step = None if clock.duties or clock.step == 0 else clock.step
     while True:
@@ -173,9 +176,9 @@ def run(
             recorder.begin_interval()
 
         # In a hook that came before: as in Keras, after one batch.
-        most = 1 if callbacks_stop() else plan(clock.step)
+        limit = 1 if callbacks_stop() else limits(clock.step)
         try:
-            chunk = feed.take(most)
+            chunk = feed.take(pace.of(limit), limit)
         except WorkerError:
             # Nothing of the next step has been done: all can still be saved.
             if saved_step != clock.step:
@@ -189,13 +192,14 @@ def run(
             logs = steps.run(clock.step, chunk)
             after = clock.step + chunk.num_batches
             feed.prefetch(
-                plan(after),
+                pace.of(limits(after)),
                 is_quiet=not hooks.batch_hooks_active
                 and not schedule.calls_back(after),
             )
             is_begun = pace.is_quick and _begin_next(
                 after, clock.epoch, schedule, steps, feed
             )
+            recorder.catch_up()
             rows, kept = steps.rows(logs, chunk)
             pace.learn(chunk.num_batches, time.perf_counter() - began)
             if pace.is_quick and not is_begun:  # batches may have come by now
@@ -268,14 +272,14 @@ def _begin_next(
     return True
 
 
-def _plan(
-    schedule: Schedule, steps: Steps, hooks: Hooks, pace: "Pace", step: int
+def _limit(
+    schedule: Schedule, steps: Steps, hooks: Hooks, step: int
 ) -> int:
-    """How many steps the next device call takes."""
+    """The most steps that the next device call may take."""
     if hooks.batch_hooks_active:
         return 1
     stop = schedule.next_stop(step, at_summaries=not steps.keeps)
-    return max(1, min(stop - step, pace.max_steps))
+    return max(1, min(stop - step, steps.capacity))
 
 
 class Pace:
@@ -294,6 +298,15 @@ class Pace:
         self._capacity = capacity
         self.max_steps = 1
         self.is_quick = False
+
+    def of(self, limit: int) -> int:
+        """How many of these steps the next call takes.
+
+        Calls have like lengths: what a long one works on would not be ready
+        when a short one before it ends.
+        """
+        num_calls = -(-limit // self.max_steps)
+        return -(-limit // num_calls)
 
     def learn(self, num_steps: int, seconds: float) -> None:
         """Take the time of a call (of which the first also compiled)."""

@@ -277,6 +277,10 @@ class Recorder:
             self._log.write_timing(clock.step, {"steps_per_sec": rate})
         self._timed_from = now, clock.step
 
+    def catch_up(self) -> None:
+        """Write what was put off until the device works."""
+        self._log.catch_up()
+
     def validation(self, logs: dict[str, Any]) -> None:
         """Write the results of a validation and keep them for the epoch.
 

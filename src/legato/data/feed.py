@@ -81,8 +81,13 @@ class Feed:
             return None
         return future.result()
 
-    def take(self, max_batches: int) -> Chunk:
+    def take(self, max_batches: int, limit: int | None = None) -> Chunk:
         """The next chunk, of at most `max_batches` batches.
+
+        Args:
+            max_batches: wanted.
+            limit: batches in one that is made already; more are made again,
+                or kept. None: as many as are wanted.
 
         Raises:
             Whatever the data raised while the chunk was made.
@@ -91,7 +96,7 @@ class Feed:
         if self._ahead is not None:
             future, self._ahead = self._ahead, None
             chunk = future.result()
-            if chunk.num_batches > max_batches:
+            if chunk.num_batches > (limit or max_batches):
                 # The plan changed (a callback stopped training, say).
                 chunk = self._part(chunk, max_batches)
         if chunk is None:

@@ -34,6 +34,8 @@ SUMMARIES = "summaries"
 KINDS = ("train", "validation")
 """Of the values that managers are given; `epoch` repeats them."""
 
+_NUMBERS = {float, int}
+
 
 @dataclasses.dataclass(eq=False)
 class _Entry:
@@ -93,6 +95,7 @@ class RunLog:
         self._failed: list[tuple[_Entry, Exception]] = []
         self._forget = set(dropped)
         self._claimed: list[SummaryManager] = []
+        self._waiting: list[tuple[str, int, Mapping[str, Any]]] = []
         _refuse_links(run_dir / SUMMARIES)
         self._metrics = JsonLinesSink(run_dir)
         self._timing = storage.JsonLines(run_dir / TIMING)
@@ -111,6 +114,12 @@ class RunLog:
                 self.inexact.append(sink.inexact)
             is_own = isinstance(manager, SummaryManager)
             self._add(f"{SUMMARIES}/{kind}", sink, is_own)
+        # Code of the user's is called at once: it may look at anything.
+        self._may_wait = all(
+            isinstance(each.sink, CsvSink)
+            or (isinstance(each.sink, ManagerSink) and each.sink.may_wait)
+            for each in self._others
+        )
 
     def _managers(
         self,
@@ -159,9 +168,27 @@ class RunLog:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Write values of a kind ("train", "validation", "epoch").
 
+        Plain numbers may wait for `catch_up`.
+
         Raises:
             LegatoError: a value is none that can be written.
         """
+        self._waiting.append((kind, step, values))
+        if not (
+            self._may_wait and _NUMBERS.issuperset(map(type, values.values()))
+        ):
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Write what was put off: to be called while the device works.
+
+        Everything else that needs it calls it too.
+        """
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            self._write(*each)
+
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(kind, step, values)
         for entry in self._others:
             if not entry.is_dropped:
@@ -183,6 +210,7 @@ class RunLog:
         Raises:
             OSError: it failed; nothing is lost, and it can be repeated.
         """
+        self.catch_up()
         self._metrics.flush()
         self._timing.flush()
         for entry in self._others:
@@ -214,6 +242,7 @@ class RunLog:
 
     def get_state(self) -> JSON:
         """Where the sinks are, for a checkpoint."""
+        self.catch_up()
         self._tell_failed()
         states = {**self._states, METRICS: self._metrics.get_state()}
         for entry in self._others:
@@ -240,6 +269,7 @@ class RunLog:
         if not isinstance(states, dict):
             raise RestoreError(f"The saved log positions are {state!r:.80}.")
         _refuse_links(self._run_dir / SUMMARIES)
+        self._waiting = []
         # Those of sinks that are not here today are for when they are again.
         self._states = dict(states)
         try:
@@ -267,6 +297,7 @@ class RunLog:
                     stack.callback(entry.sink.close)
                 else:
                     stack.callback(self._call, entry, "close")
+            stack.callback(self.catch_up)
             self._tell_failed()
 
     # -- failures -----------------------------------------------------------

@@ -47,6 +47,12 @@ class ManagerSink:
                 "that is killed writes some of them a second time"
             )
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether numbers may be written later: no code of a user's runs."""
+        manager = self._manager
+        return isinstance(manager, SummaryManager) and manager.is_plain
+
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
         if kind != self._kind:

@@ -6,10 +6,11 @@ buffers are used, and the bytes are written here.
 """
 
 import functools
+import itertools
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ EVENTS = "events.out.tfevents.legato"
 _HEAD = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 _DOUBLE = struct.Struct("<d")
+_FIRST = b"\x1a\x0dbrain.Event:2"
 _NOT_IN_TAGS = re.compile(r"[^-/\w.]")
 
 
@@ -68,27 +70,35 @@ def scalar_values(scalars: Iterable[tuple[str, float]]) -> list[Any]:
 def scalar_summary(scalars: Mapping[str, float]) -> bytes:
     """The summary of an event for some scalars, serialised.
 
-    The same bytes as of a `Summary` of `scalar_values`, ten times as quick.
+    The same bytes as of a `Summary` of `scalar_values`, ten times as quick,
+    and without protocol buffers, whose import takes seconds (see `protos`).
     """
-    numbers = np.fromiter(scalars.values(), np.float64, len(scalars))
-    with np.errstate(over="ignore"):  # beyond float32 it is infinite
-        single = numbers.astype("<f4").tobytes()
-    values = struct.unpack("4s" * len(scalars), single)
-    parts = zip(_value_heads(tuple(scalars)), values, strict=True)
-    return b"".join([part for pair in parts for part in pair])
+    pack, heads = _scalars_form(tuple(scalars))
+    numbers = scalars.values()
+    try:
+        return pack(*itertools.chain(*zip(heads, numbers, strict=True)))
+    except OverflowError:  # beyond float32 it is infinite
+        with np.errstate(over="ignore"):
+            single = [float(np.float32(number)) for number in numbers]
+        return pack(*itertools.chain(*zip(heads, single, strict=True)))
 
 
 @functools.lru_cache(256)
-def _value_heads(names: tuple[str, ...]) -> list[bytes]:
-    """What stands before each number."""
-    value = protos().Value
+def _scalars_form(
+    names: tuple[str, ...],
+) -> tuple[Callable[..., bytes], list[bytes]]:
+    """How numbers of these names are packed, and what stands before each.
+
+    By the numbers of the fields: a summary's 1 is a value, whose 1 is its tag
+    and whose 2 the number.
+    """
     heads = []
     for name in names:
-        data = protos().Summary(
-            value=[value(tag=clean_tag(name), simple_value=0)]
-        )
-        heads.append(data.SerializeToString()[:-4])
-    return heads
+        tag = clean_tag(name).encode()
+        value = b"".join([b"\x0a", _varint(len(tag)), tag, b"\x15"])
+        heads.append(b"".join([b"\x0a", _varint(len(value) + 4), value]))
+    form = "".join(f"{len(head)}sf" for head in heads)
+    return struct.Struct(f"<{form}").pack, heads
 
 
 def _event(wall_time: float, step: int, summary: bytes) -> bytes:
@@ -150,10 +160,8 @@ class EventFile(storage.RecordFile):
         if not self._is_whole:
             self.truncate_to(_whole_size(self._path))
         if self.offset == 0:
-            first = protos().Event(
-                wall_time=wall_time, file_version="brain.Event:2"
-            )
-            self._add(first.SerializeToString())
+            # The wall time (field 1) and the version of the file (field 3).
+            self._add(b"\x09" + _DOUBLE.pack(wall_time) + _FIRST)
         self._is_ready = True
 
     def _add(self, data: bytes) -> None:

@@ -125,6 +125,15 @@ class SummaryManager(SummaryManagerInterface):
         """The directory."""
         return self._root
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no code of a user's takes part: no subclass's either."""
+        return (
+            type(self) is SummaryManager
+            and self._summary_fn is by_type
+            and self._global_step is None
+        )
+
     def claim(self, ending: str) -> None:
         """From now on write files whose names end so, as a run's own.
 
