@@ -34,7 +34,7 @@ def pytest_configure(config):
         folder = tempfile.TemporaryDirectory(prefix="legato-tests-")
         config.add_cleanup(folder.cleanup)
         os.environ[SHARED] = folder.name
-    keep_compiled(compiled_by("here"))
+    keep_compiled(compiled_by("one"))
 
 
 @pytest.fixture(scope="session")
@@ -44,12 +44,25 @@ def shared_folder():
     return Path(os.environ[SHARED])
 
 
-# What knows nothing of Keras is the same on every backend: once is enough.
+def pytest_collection_modifyitems(config, items):
+    """Leave single tests that know no backend to the first."""
+    if os.environ["KERAS_BACKEND"] == "jax":
+        return
+    once = [each for each in items if each.get_closest_marker("any_backend")]
+    config.hook.pytest_deselected(items=once)
+    items[:] = [each for each in items if each not in once]
+
+
+# What knows no backend is the same on every one: once is enough.
 collect_ignore = (
     []
     if os.environ["KERAS_BACKEND"] == "jax"
     else [
         "cli/test_cli.py",
+        "data/test_attributes.py",
+        "data/test_failing.py",
+        "data/test_holding.py",
+        "data/test_iterables.py",
         "diff",
         "files",
         "metrics/test_adapters.py",

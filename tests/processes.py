@@ -18,18 +18,18 @@ from typing import Any, Literal
 SHARED = "LEGATO_TESTS_SHARED"
 """The variable that names the folder that the processes of all tests share."""
 
-Side = Literal["here", "whole", "other"]
-"""The process of the tests; runs that go through in peace; all that are
-compared with these: killed, resumed, cut elsewhere."""
+Side = Literal["one", "other"]
+"""Of a comparison: that of the tests' own process and of runs that go through
+in peace, and that of what is compared with these."""
 
 
 def compiled_by(side: Side | None) -> str | None:
     """Where XLA keeps what was compiled on one side of a comparison.
 
-    To compile takes most of the time of a small run, and tests have many
-    programs in common. But two runs that are compared must not share them:
-    each program is compiled once on each side, and no side sees those of
-    another.
+    To compile takes four fifths of the time of a small run, and tests have
+    many programs in common. Where a run and what is compared with it are on
+    two sides, each program is compiled once on each, as it is for a user who
+    goes on elsewhere.
     """
     shared = os.environ.get(SHARED)
     return f"{shared}/compiled-{side}" if shared and side else None

@@ -68,7 +68,7 @@ def test_links_lead_somewhere(page):
 def test_python_runs(page, tmp_path):
     script = tmp_path / "page.py"
     script.write_text(python_of(page.read_text("utf-8")), "utf-8")
-    process = Forked(run_script, script, cwd=tmp_path, side="here")
+    process = Forked(run_script, script, cwd=tmp_path, side="one")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-4000:]
 

@@ -74,6 +74,7 @@ print(*paths, sep="\\n")
 """
 
 
+@pytest.mark.any_backend
 def test_names_do_not_depend_on_kerass_counters():
     first, second = (
         subprocess.run(

@@ -272,9 +272,7 @@ def _begin_next(
     return True
 
 
-def _limit(
-    schedule: Schedule, steps: Steps, hooks: Hooks, step: int
-) -> int:
+def _limit(schedule: Schedule, steps: Steps, hooks: Hooks, step: int) -> int:
     """The most steps that the next device call may take."""
     if hooks.batch_hooks_active:
         return 1

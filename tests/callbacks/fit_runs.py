@@ -103,7 +103,7 @@ def _run(out, scenario, hook, step, epochs, kwargs, compiled):
 def fit(out, scenario, *kills, epochs=EPOCHS, **kwargs):
     """Trains through kills, each `(hook, step)`, to the end; the result."""
     out.mkdir(parents=True, exist_ok=True)
-    compiled = compiled_by("other" if kills else "whole")
+    compiled = compiled_by("one")
     for hook, step in [*kills, (None, 0)]:
         process = context().Process(
             target=_run,

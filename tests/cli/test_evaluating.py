@@ -80,7 +80,7 @@ EVIL = "open('pwned', 'w').close()\n"
 STEPS = (4, 5, 8, 10)
 
 
-def start(*arguments, cwd, side="whole"):
+def start(*arguments, cwd, side="one"):
     return Forked(run_legato, *arguments, cwd=cwd, side=side)
 
 
@@ -400,9 +400,9 @@ def test_beside_a_run_that_trains(project):
     changes = ("trainer.epochs=20", "callbacks=[{type: 'small_task:Slow'}]")
     both = ("small.yaml", *changes, "--run-dir=both", "trainer.keep_last=2")
     evaluation = start(
-        "evaluate", *both, "--continuous", "--json", cwd=project, side="other"
+        "evaluate", *both, "--continuous", "--json", cwd=project, side="one"
     )
-    training = start("train", *both, cwd=project, side="other")
+    training = start("train", *both, cwd=project, side="one")
     evaluation.read_line()
     (project / "go").touch()  # the training waits for that
     finish(training)

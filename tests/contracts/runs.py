@@ -84,7 +84,7 @@ def finish(process: Any, limit_secs: float = 240) -> None:
 
 
 def train(
-    name: str, run_dir: Path, *, side: Side = "whole", **overrides: Any
+    name: str, run_dir: Path, *, side: Side = "one", **overrides: Any
 ) -> None:
     """Train to the end without a kill."""
     finish(start(name, run_dir, side=side, **overrides))
@@ -97,6 +97,7 @@ def train_with_kills(
     kills: int,
     until: int,
     seed: int,
+    side: Side = "other",
     **overrides: Any,
 ) -> list[str]:
     """Train to the end through SIGKILLs at random instants.
@@ -111,6 +112,7 @@ def train_with_kills(
         kills: how many processes are killed.
         until: the run's last step.
         seed: of the instants.
+        side: of the comparison that the run is for.
         **overrides: of the scenario's config.
 
     Returns:
@@ -120,7 +122,7 @@ def train_with_kills(
     checkpoints = run_dir / "checkpoints"
     report = []
     for number in range(kills):
-        process = start(name, run_dir, side="other", **overrides)
+        process = start(name, run_dir, side=side, **overrides)
         # In the first half of what is left, or the run might end before.
         first = min(_newest(checkpoints) + 1, until - 1)
         target = instants.randint(first, (first + until) // 2)
@@ -142,7 +144,7 @@ def train_with_kills(
         killed = process.exitcode == -signal.SIGKILL
         step = _newest(checkpoints)
         report.append(f"{moment} {step}" if killed else "too late")
-    finish(start(name, run_dir, side="other", **overrides))
+    finish(start(name, run_dir, side=side, **overrides))
     return report
 
 

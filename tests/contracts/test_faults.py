@@ -101,7 +101,7 @@ def _train(run_dir, out, fault, compiled_programs):
 
 
 def train(run_dir, out, fault):
-    programs = compiled_by("whole" if fault == "none" else "other")
+    programs = compiled_by("one" if fault == "none" else "other")
     process = context().Process(
         target=_train, args=(run_dir, out, fault, programs)
     )

@@ -276,6 +276,7 @@ def test_initialize_may_set_attributes(tmp_path):
     same_after_a_stop(Prepared, tmp_path)
 
 
+@pytest.mark.any_backend
 def test_the_code_hash_is_the_same_in_every_process():
     code = (
         "from legato.identity import code_hash\n"

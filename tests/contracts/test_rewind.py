@@ -122,7 +122,7 @@ def test_no_line_twice_and_none_from_the_future(tmp_path):
             else:
                 assert all(at <= step for _, at in entries), (name, step)
     whole = tmp_path / "whole"
-    process = Forked(train, whole, None, tmp_path / "whole.json", side="whole")
+    process = Forked(train, whole, None, tmp_path / "whole.json", side="one")
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert logged(run_dir) == logged(whole)

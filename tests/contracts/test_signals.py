@@ -121,7 +121,7 @@ def stop(run_dir, told, phase, name):
 
 
 def test_a_signal_in_any_phase(tmp_path):
-    whole = Forked(train, tmp_path / "whole", None, side="whole")
+    whole = Forked(train, tmp_path / "whole", None, side="one")
     run_dir = tmp_path / "run"
     for name, phase in itertools.product(SIGNALS, PHASES):
         secs = stop(run_dir, tmp_path / "told", phase, name)
@@ -139,7 +139,7 @@ def test_a_signal_in_any_phase(tmp_path):
 
 
 def test_ctrl_c_that_the_process_ignores_stays_ignored(tmp_path):
-    process = Forked(ignoring, tmp_path / "run", side="whole")
+    process = Forked(ignoring, tmp_path / "run", side="one")
     assert process.read_line() == "training"
     process.send_signal(signal.SIGINT)
     process.communicate()

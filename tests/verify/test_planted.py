@@ -16,7 +16,7 @@ def _run(spec, output):
 
     from legato.verify import child
 
-    keep_compiled(compiled_by("here"))
+    keep_compiled(compiled_by("one"))
     with (
         Path(output).open("w") as file,
         contextlib.redirect_stdout(file),
