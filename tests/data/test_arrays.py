@@ -150,6 +150,29 @@ def test_identity_tells_data_apart():
         assert other != same
 
 
+@pytest.mark.parametrize("shuffle", [True, False, "batch"])
+@pytest.mark.parametrize("sizes", [(1,), (1, 3), (2, 1, 1, 4), (1, 1, 1, 2)])
+def test_chunks_of_any_sizes_hold_the_same_batches(shuffle, sizes):
+    source = ArraySource((X, Y), 2, shuffle=shuffle)  # 12 in an epoch
+    expected, states = batches(source, 45, capacity=1, most=4)
+    iterator = source.iterate(seed=5, capacity=4)
+    for begin in (0, 3, 13, 7, 13):
+        before = states[begin - 1] if begin else {"epoch": 0, "batch": 0}
+        iterator.set_state(before)
+        found = []
+        for most in sizes * 3:
+            chunk = iterator.next_chunk(most)
+            assert len(chunk.operands) == 4
+            for index in range(chunk.num_batches):
+                found.append(
+                    source.fetch(source.resident, chunk.operands, index)
+                )
+            assert chunk.state == states[begin + len(found) - 1]
+        for ours, theirs in zip(found, expected[begin:], strict=False):
+            assert (np.asarray(ours[0]) == theirs[0]).all()
+            assert (np.asarray(ours[1]) == theirs[1]).all()
+
+
 def test_the_feed_knows_what_was_taken_not_what_was_prefetched():
     source = ArraySource(Y, 5)
     feed = Feed(source, seed=5, capacity=4)

@@ -1,5 +1,6 @@
 """Arrays in memory, visited in an order that is computed, not stored."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -149,6 +150,23 @@ class ArraySource(DataSource):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Singles:
+    """Batches that are handed out one by one.
+
+    Attributes:
+        epoch: in which they are.
+        first: the first batch.
+        stop: one more than the last.
+        rows: their indices, and zeros.
+    """
+
+    epoch: int
+    first: int
+    stop: int
+    rows: np.ndarray
+
+
 class _ArrayIterator(DataIterator):
     """The state is (epoch, batches of it that were taken)."""
 
@@ -160,6 +178,7 @@ class _ArrayIterator(DataIterator):
         self._capacity = capacity
         self._epoch = 0
         self._batch = 0
+        self._singles = _Singles(-1, 0, 0, np.zeros(0, np.int32))
 
     def get_state(self) -> DataState:
         return {"epoch": self._epoch, "batch": self._batch}
@@ -175,6 +194,12 @@ class _ArrayIterator(DataIterator):
     def next_chunk(self, max_batches: int) -> Chunk:
         plan = self._source._plan
         size, full = plan.full_batch_size, plan.full_batches
+        if (
+            max_batches == 1
+            and self._batch < full
+            and self._source._is_resident
+        ):
+            return self._single()
         if self._batch < full:
             count = min(max_batches, full - self._batch, self._capacity)
         else:
@@ -182,9 +207,7 @@ class _ArrayIterator(DataIterator):
         start = self._batch * plan.full_batch_size
         rows = self._order.rows(self._epoch, start, count * size)
         rows = rows.reshape(count, size)
-        self._batch += count
-        if self._batch == plan.batches_per_epoch:
-            self._epoch, self._batch = self._epoch + 1, 0
+        self._advance(count)
         return Chunk(
             num_batches=count,
             batch_size=size,
@@ -192,6 +215,42 @@ class _ArrayIterator(DataIterator):
             state=self.get_state(),
             rows=rows,
         )
+
+    def _single(self) -> Chunk:
+        """One batch, cut from the indices of many.
+
+        Where a callback looks at each batch, most of what a step costs is
+        what comes with it.
+        """
+        plan, capacity = self._source._plan, self._capacity
+        size, singles = plan.full_batch_size, self._singles
+        if singles.epoch != self._epoch or not (
+            singles.first <= self._batch < singles.stop
+        ):
+            first = self._batch
+            stop = min(first + capacity, plan.full_batches)
+            count = stop - first
+            # Twice as many, so that each batch has a whole capacity after it.
+            rows = np.zeros((2 * capacity, size), np.int32)
+            rows[:count] = self._order.rows(
+                self._epoch, first * size, count * size
+            ).reshape(count, size)
+            singles = _Singles(self._epoch, first, stop, rows)
+            self._singles = singles
+        index = self._batch - singles.first
+        self._advance(1)
+        return Chunk(
+            num_batches=1,
+            batch_size=size,
+            operands=singles.rows[index : index + capacity],
+            state=self.get_state(),
+            rows=singles.rows[index : index + 1],
+        )
+
+    def _advance(self, count: int) -> None:
+        self._batch += count
+        if self._batch == self._source.batches_per_epoch:
+            self._epoch, self._batch = self._epoch + 1, 0
 
     def _operands(self, rows: np.ndarray) -> Any:
         """The indices, or the rows themselves, padded to the capacity."""

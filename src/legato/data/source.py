@@ -42,7 +42,7 @@ class Chunk:
             chunk on the device: a nested structure of NumPy arrays, each of
             shape `[capacity, ...]` whatever `num_batches` is, so that every
             chunk of the same `shapes` runs through one compiled program.
-            What lies behind `num_batches` is zeros.
+            What lies behind `num_batches` does not count.
         state: the iterator's state after the last batch of this chunk; of no
             account where the iterator does not draw ahead, and then so has
             `get_state`.
@@ -69,6 +69,8 @@ class Chunk:
 
 def shapes_of(operands: Any) -> Shapes:
     """The shapes of operands; see `Chunk.shapes`."""
+    if isinstance(operands, np.ndarray):  # quickly: this is done at each step
+        return (operands.shape[1:],)
     return tuple(
         tuple(array.shape[1:])
         for array in keras.tree.flatten(operands)
