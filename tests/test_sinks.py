@@ -754,3 +754,25 @@ def test_a_value_that_is_none_stops_with_its_name_and_the_rule(tmp_path):
     with pytest.raises(SummaryError, match="'thing' is a object: it must be"):
         log.write("validation", 1, {"thing": object()})
     log.close()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loss": 0.1, "n": 3, 'a "b" %s é': -1e300},
+        {"loss": float("nan"), "other": 1.5},
+        {"a": float("inf"), "b": float("-inf")},
+        {"a": 1e308, "b": 1e308},  # their sum is infinite
+        {"step": 2.5, "loss": 1.0},
+        {"kind": 2.5},
+        {"text": "x", "flag": True, "none": None},
+        {},
+    ],
+    ids=str,
+)
+def test_a_line_is_as_json_writes_it(values, tmp_path):
+    log = RunLog(tmp_path, sinks=[])
+    log.write("train", 7, values)
+    log.close()
+    expected = json.dumps({"kind": "train", "step": 7, **values}) + "\n"
+    assert (tmp_path / METRICS).read_text() == expected

@@ -1,7 +1,10 @@
 """Sinks that are one file of text: JSON lines and CSV."""
 
 import csv
+import functools
 import io
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ CSV = "summaries.csv"
 MAX_ARRAY = 64
 """An array of more numbers has no place in a line."""
 
+_NUMBERS = {float, int}
 _PLAIN = {float, int, str, bool, type(None)}
 _NOTHING = object()
 
@@ -78,11 +82,29 @@ class JsonLinesSink(_FileSink):
         Raises:
             SummaryError: two values have one name.
         """
-        for value in values.values():
-            if type(value) not in _PLAIN:
-                values = _as_json(values)
-                break
+        types = {*map(type, values.values())}
+        form = _line_form(kind, tuple(values)) if types <= _NUMBERS else None
+        if form is not None and math.isfinite(sum(values.values())):
+            line = form % (step, *map(repr, values.values()))
+            self._lines.append_bytes(line.encode())
+            return
+        if not types <= _PLAIN:
+            values = _as_json(values)
         self._lines.append({"kind": kind, "step": step, **values})
+
+
+@functools.lru_cache(256)
+def _line_form(kind: str, names: tuple[str, ...]) -> str | None:
+    """A line of finite numbers as `json.dumps` writes it, much quicker.
+
+    None if a name is one of ours.
+    """
+    if not {"kind", "step"}.isdisjoint(names):
+        return None
+    keys = [json.dumps(name).replace("%", "%%") for name in names]
+    begin = json.dumps({"kind": kind}).replace("%", "%%")[:-1]
+    fields = [begin, '"step": %d', *(f"{key}: %s" for key in keys)]
+    return ", ".join(fields) + "}\n"
 
 
 class CsvSink(_FileSink):

@@ -58,6 +58,12 @@ class ManagerSink:
         if kind != self._kind:
             return
         if isinstance(self._manager, SummaryManager):
+            if self._manager.is_plain and {*map(type, values.values())} == {
+                float
+            }:
+                return self._manager.summary_writer().write_scalars(
+                    step, values
+                )
             values = _without_lists(values)
         with as_step(step):
             self._manager.write_summaries(values)
@@ -167,11 +173,6 @@ def check_managers(run_dir: Path, summaries: str, **managers: Any) -> None:
 
 def _without_lists(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Without what is no summary: lists that metrics give, and None."""
-    for value in values.values():
-        if type(value) is not float:
-            break
-    else:
-        return values
     return {
         name: _without_lists(value) if isinstance(value, Mapping) else value
         for name, value in values.items()

@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from legato.errors import SummaryError
@@ -60,7 +60,7 @@ class SummaryWriter:
 
         self._worker.submit(convert)
 
-    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write several numbers in one event."""
         now = time.time()
         if self._worker.is_idle:
