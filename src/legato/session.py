@@ -193,6 +193,7 @@ class Session:
             config, parts.source, self._schedule.train_steps, saved
         )
         self._capacity = program.capacity
+        one_by_one = self._callbacks.batch_hooks_active
         self.steps = self._compiled or TrainSteps(
             parts.task,
             parts.model,
@@ -207,9 +208,8 @@ class Session:
             max_shapes=config.max_batch_shapes,
             summary_interval=config.summary_interval,
             # (Where each step is a call of its own, nothing need be kept.)
-            readings=(
-                None if self._callbacks.batch_hooks_active else self._readings
-            ),
+            readings=None if one_by_one else self._readings,
+            one_by_one=one_by_one,
         )
         self.steps.compiling = self.compiling
         self.steps.announce = self._reporter.message

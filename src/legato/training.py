@@ -49,6 +49,7 @@ class TrainSteps:
         max_shapes: for how many shapes of batches the step may be compiled.
         summary_interval: steps between summaries; 0 for none.
         readings: what summaries read.
+        one_by_one: whether steps are asked for one by one.
 
     Attributes:
         compiling: a context around what may compile for long.
@@ -75,6 +76,7 @@ class TrainSteps:
         max_shapes: int = MAX_SHAPES,
         summary_interval: int = 0,
         readings: Readings | None = None,
+        one_by_one: bool = False,
     ) -> None:
         self.announce: Callable[[str], None] = lambda _: None
         self._checks = checks
@@ -92,6 +94,7 @@ class TrainSteps:
             self._keeping = Keeping(
                 summary_interval, lambda: readings.variables
             )
+        self._one_by_one = one_by_one
         self.log_names: list[str] = []
         self.traces = 0
         self._task = task
@@ -163,6 +166,7 @@ class TrainSteps:
                     compilation=self._compilation,
                     native=self._task.train_logs is LogStyle.OWN,
                     keeping=self._keeping,
+                    one_by_one=self._one_by_one,
                 )
             except ValueError as error:
                 # Keras's message goes on with the variable's values.
@@ -337,6 +341,12 @@ class TrainSteps:
             self._trace_partial_batch(chunk.operands)
         loop = self._loops[shapes]
         if shapes in self._called:
+            if block := chunk.block:
+                logs = loop.run_ahead(
+                    step, block.operands, block.index, block.stop
+                )
+                if logs is not None:
+                    return logs
             return loop(step, chunk.num_batches, chunk.operands)
         with self.compiling():
             logs = loop(step, chunk.num_batches, chunk.operands)
@@ -350,6 +360,8 @@ class TrainSteps:
         """
         if chunk.shapes in self._called:
             loop = self._loops[chunk.shapes]
+            if chunk.block and loop.is_ahead:
+                return
             loop.begin(step, chunk.num_batches, chunk.operands)
 
     def rows(

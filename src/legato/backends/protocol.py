@@ -95,6 +95,32 @@ class CompiledLoop(abc.ABC):
             the logs, and the values of each, `[times or more, ...]`.
         """
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether `run_ahead` would give something now."""
+        return False
+
+    def run_ahead(
+        self, step: int, operands: Any, index: int, stop: int
+    ) -> Any | None:
+        """Run one step, and with it some that are likely to follow.
+
+        They are asked for one by one, and until then nothing shows of them,
+        and nothing ever if any variable was set meanwhile: it is as if each
+        were run when it is asked for.
+
+        Args:
+            step: the index of the step.
+            operands: those of several batches; to be the same object for
+                steps that follow each other.
+            index: of the batch in the operands.
+            stop: one more than the index of the last batch.
+
+        Returns:
+            The logs of the one step, or None if it must be called by itself.
+        """
+        del step, operands, index, stop
+
     def begin(self, step: int, num_steps: int, operands: Any) -> None:
         """Begin a call that is likely to be the next, where it can be undone.
 
@@ -132,6 +158,7 @@ class Backend(abc.ABC):
         compilation: Compilation = "never",
         native: bool = False,
         keeping: Keeping | None = None,
+        one_by_one: bool = False,
     ) -> CompiledLoop:
         """Trace a step into a loop; it is compiled when first called.
 
@@ -155,6 +182,7 @@ class Backend(abc.ABC):
                 `train_step`) and differentiates by itself: what it reads are
                 the variables' own tensors.
             keeping: what to keep, of a step without outputs.
+            one_by_one: whether steps are mostly asked for one by one.
 
         Raises:
             StepError: the step broke its contract.

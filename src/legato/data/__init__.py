@@ -18,6 +18,7 @@ from legato.data.fitting import (
 from legato.data.random_access import RandomAccessSource
 from legato.data.source import (
     ArraySpec,
+    Block,
     Chunk,
     DataIterator,
     DataSource,
@@ -31,6 +32,7 @@ from legato.data.state import join_arrays, split_arrays
 __all__ = [
     "ArraySource",
     "ArraySpec",
+    "Block",
     "Chunk",
     "DataIterator",
     "DataSource",

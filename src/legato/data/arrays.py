@@ -14,6 +14,7 @@ from legato.data.order import Plan, check_batch_size, read_position
 from legato.data.source import (
     ArraySpec,
     Batch,
+    Block,
     Chunk,
     DataIterator,
     DataSource,
@@ -159,12 +160,14 @@ class _Singles:
         first: the first batch.
         stop: one more than the last.
         rows: their indices, and zeros.
+        operands: the part of `rows` that is a block's.
     """
 
     epoch: int
     first: int
     stop: int
     rows: np.ndarray
+    operands: np.ndarray
 
 
 class _ArrayIterator(DataIterator):
@@ -178,7 +181,7 @@ class _ArrayIterator(DataIterator):
         self._capacity = capacity
         self._epoch = 0
         self._batch = 0
-        self._singles = _Singles(-1, 0, 0, np.zeros(0, np.int32))
+        self._singles: _Singles | None = None
 
     def get_state(self) -> DataState:
         return {"epoch": self._epoch, "batch": self._batch}
@@ -224,8 +227,10 @@ class _ArrayIterator(DataIterator):
         """
         plan, capacity = self._source._plan, self._capacity
         size, singles = plan.full_batch_size, self._singles
-        if singles.epoch != self._epoch or not (
-            singles.first <= self._batch < singles.stop
+        if (
+            singles is None
+            or singles.epoch != self._epoch
+            or not singles.first <= self._batch < singles.stop
         ):
             first = self._batch
             stop = min(first + capacity, plan.full_batches)
@@ -235,7 +240,7 @@ class _ArrayIterator(DataIterator):
             rows[:count] = self._order.rows(
                 self._epoch, first * size, count * size
             ).reshape(count, size)
-            singles = _Singles(self._epoch, first, stop, rows)
+            singles = _Singles(self._epoch, first, stop, rows, rows[:capacity])
             self._singles = singles
         index = self._batch - singles.first
         self._advance(1)
@@ -245,6 +250,11 @@ class _ArrayIterator(DataIterator):
             operands=singles.rows[index : index + capacity],
             state=self.get_state(),
             rows=singles.rows[index : index + 1],
+            block=Block(
+                operands=singles.operands,
+                index=index,
+                stop=singles.stop - singles.first,
+            ),
         )
 
     def _advance(self, count: int) -> None:

@@ -31,6 +31,23 @@ class ArraySpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """Operands of consecutive batches, of which a chunk is one.
+
+    Attributes:
+        operands: as those of a `Chunk`; the same object for every chunk of
+            the block.
+        index: of the chunk's batch.
+        stop: one more than the index of the last batch. Those up to it come
+            next, unless the iterator is set to another position.
+    """
+
+    operands: Any
+    index: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunk:
     """Consecutive batches of one shape, for one call of the compiled loop.
 
@@ -48,6 +65,7 @@ class Chunk:
             `get_state`.
         rows: which examples of the data they are, `[num_batches, batch_size]`;
             None where examples have no numbers.
+        block: of a single batch: where those after it are known already.
     """
 
     num_batches: int
@@ -55,6 +73,7 @@ class Chunk:
     operands: Any
     state: DataState
     rows: np.ndarray | None = None
+    block: Block | None = None
 
     @functools.cached_property
     def shapes(self) -> Shapes:

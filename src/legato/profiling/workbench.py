@@ -216,7 +216,9 @@ class Workbench:
         capacity = self._program.capacity
         most = min(steps.capacity, self.schedule.steps_per_epoch)
         began = time.perf_counter()
-        self._one = self._draw(capacity, 1)
+        # (By itself: the same batch is run again and again.)
+        one = self._draw(capacity, 1)
+        self._one = dataclasses.replace(one, block=None)
         draw_secs = time.perf_counter() - began
         step_secs = self._seconds(steps)
         most = max(

@@ -14,7 +14,7 @@ import jax
 import keras
 import numpy as np
 
-from legato.backends.jax import gradient, loop
+from legato.backends.jax import ahead, gradient, loop
 from legato.backends.jax.scope import StepScope
 from legato.backends.protocol import Backend
 from legato.types import JSON
@@ -33,9 +33,9 @@ class JaxBackend(Backend):
     value_and_grad = staticmethod(gradient.value_and_grad)  # pyright: ignore[reportAssignmentType]
 
     def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
-        values = [v._value for v in variables]
+        values = list(map(ahead.value_of, variables))
         if jax.default_backend() != "cpu":
-            for value in values:
+            for value in values:  # arrays: nothing is run ahead here
                 # All transfers start before the first is waited for.
                 value.copy_to_host_async()
         return [np.asarray(value) for value in values]

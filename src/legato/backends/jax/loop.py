@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from jax.extend import core as jax_core
 
+from legato.backends.jax.ahead import Ahead
 from legato.backends.jax.scope import StepScope, merging_cond
 from legato.backends.jax.unrolled import replay
 from legato.backends.protocol import (
@@ -32,7 +33,7 @@ from legato.backends.scope import (
     split_outputs,
     steps_with_outputs,
 )
-from legato.compat import keras_tracing
+from legato.compat import keras_tracing, keras_values
 from legato.errors import StepError
 
 _MAX_KEPT_BYTES = 4 << 20
@@ -63,6 +64,7 @@ def compile_loop(
     compilation: Compilation = "never",
     native: bool = False,
     keeping: Keeping | None = None,
+    one_by_one: bool = False,
 ) -> "JaxLoop":
     """See `Backend.compile_loop`.
 
@@ -117,8 +119,9 @@ def compile_loop(
         if not unknown:
             program = StepProgram(closed, known, scopes[-1], names)
             return JaxLoop(
-                program, resident, operands, mode, len(scopes), keeping
-            )
+                program, resident, operands, mode, len(scopes), keeping,
+                one_by_one,
+            )  # fmt: skip
         known += unknown
     refuse_new_variables(unknown)
 
@@ -203,6 +206,7 @@ class JaxLoop(CompiledLoop):
         mode: LoopMode | None,
         traces: int,
         keeping: Keeping | None,
+        one_by_one: bool,
     ) -> None:
         self.read_only = program.read_only
         self.updated = program.updated
@@ -227,8 +231,34 @@ class JaxLoop(CompiledLoop):
             self.kept = kept_variables(keeping, self.updated, operands)
             self._every = keeping.every
         self._capacity = jax.tree.leaves(operands)[0].shape[0]
-        make = self._fused if self.mode == "fused" else self._stepwise
-        self._run = make(program)
+        self._ahead: Ahead | None = None
+        if self.mode == "stepwise":
+            self._run = self._stepwise(program)
+        elif one_by_one and self._can_run_ahead():
+            self._run = self._fused_ahead(program)
+        else:
+            self._run = self._fused(program)
+
+    def _can_run_ahead(self) -> bool:
+        # (On other devices, where steps cost less, it is not measured.)
+        return (
+            jax.default_backend() == "cpu"
+            and self._can_begin
+            and not self._outputs
+            and self.kept is None
+            and all(map(keras_values.can_wait, self.updated))
+        )
+
+    @property
+    def is_ahead(self) -> bool:
+        return self._ahead is not None and self._ahead.is_on
+
+    def run_ahead(
+        self, step: int, operands: Any, index: int, stop: int
+    ) -> Any | None:
+        if self._ahead is None or self._begun is not None:
+            return None
+        return self._ahead.take(step, operands, index, stop)
 
     def begin(self, step: int, num_steps: int, operands: Any) -> None:
         if not self._can_begin or self._begun is not None:
@@ -265,6 +295,8 @@ class JaxLoop(CompiledLoop):
         return None
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
+        if self._ahead is not None:
+            self._ahead.drop()
         results = None
         if self._begun is not None:
             results = self._take_begun(step, num_steps, operands)
@@ -328,6 +360,69 @@ class JaxLoop(CompiledLoop):
             numbers = np.array([step, num_steps], np.int32)
             return compiled(updated, read_only, resident, operands, numbers)
 
+        return call
+
+    def _fused_ahead(self, program: Any) -> Any:
+        """The same where steps are mostly asked for one by one.
+
+        It begins at any batch of the operands, and keeps what single numbers
+        hold after each step: most metrics consist of them, and callbacks see
+        metrics at each step.
+        """
+        seen = [
+            i
+            for i, v in enumerate(program.updated)
+            if v._value.shape == () and v._value.dtype == jnp.float32
+        ]
+
+        def loop(
+            updated: Any, read_only: Any, resident: Any, operands: Any,
+            numbers: Any,
+        ) -> Any:  # fmt: skip
+            step, first, num_steps = numbers
+
+            def body(index: Any, carry: Any) -> Any:
+                values, rows, found = carry
+                values, row, _ = program(
+                    values, read_only, resident, operands, first + index,
+                    step + index,
+                )  # fmt: skip
+                if seen:
+                    now = jnp.stack([values[i] for i in seen])
+                    found = found.at[index].set(now)
+                return values, rows.at[index].set(row), found
+
+            rows = jnp.zeros(
+                (self._capacity, len(self.log_names)), jnp.float32
+            )
+            found = jnp.zeros((self._capacity, len(seen)), jnp.float32)
+            return jax.lax.fori_loop(
+                0, num_steps, body, (updated, rows, found)
+            )
+
+        # (Nothing is donated: see `_can_begin`.)
+        compiled = jax.jit(loop)
+
+        def run(
+            updated: Any, read_only: Any, operands: Any,
+            step: int, first: int, num_steps: int,
+        ) -> Any:  # fmt: skip
+            numbers = np.array([step, first, num_steps], np.int32)
+            return compiled(
+                updated, read_only, self._resident, operands, numbers
+            )
+
+        def call(
+            updated: Any, read_only: Any, resident: Any, operands: Any,
+            step: int, num_steps: int,
+        ) -> Any:  # fmt: skip
+            numbers = np.array([step, 0, num_steps], np.int32)
+            new, rows, _ = compiled(
+                updated, read_only, resident, operands, numbers
+            )
+            return new, rows, []
+
+        self._ahead = Ahead(run, self.updated, self.read_only, seen)
         return call
 
     def _loop_of_loops(

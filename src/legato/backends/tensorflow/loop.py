@@ -55,6 +55,7 @@ def compile_loop(
     compilation: Compilation = "never",
     native: bool = False,
     keeping: Keeping | None = None,
+    one_by_one: bool = False,
 ) -> "TensorFlowLoop":
     """See `Backend.compile_loop`.
 
@@ -62,6 +63,7 @@ def compile_loop(
     user's step in a traceback.
     """
     del variables  # those that exist are found in the first trace
+    del one_by_one  # a call costs little beside the step
     scopes: list[StepScope] = []
     names: list[str] = []
     leaves = keras.tree.flatten(operands)

@@ -54,6 +54,7 @@ def compile_loop(
     compilation: Compilation = "never",
     native: bool = False,
     keeping: Keeping | None = None,
+    one_by_one: bool = False,
 ) -> CompiledLoop:
     """See `Backend.compile_loop`.
 
@@ -62,7 +63,7 @@ def compile_loop(
     few frames of ours should lie above the user's step in a traceback.
     """
     del variables  # all are found in the run
-    del keeping  # a call is no quicker than its steps
+    del keeping, one_by_one  # a call is no quicker than its steps
     if native:
         return compile_native(
             step, fetch=fetch, resident=resident, operands=operands
