@@ -219,6 +219,7 @@ class Ahead:
         """All are done: the variables hold what the last one gave them."""
         for variable, value in zip(self._updated, stretch.after, strict=True):
             variable._value = value
+        keras_values.set_waiting(self._updated, stretch.after)  # none is left
         self._forget()
         self._stretch, self._next = self._next, None
         if 4 * stretch.looks > stretch.size:
