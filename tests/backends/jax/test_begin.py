@@ -25,7 +25,7 @@ def taken(monkeypatch):
         return found
 
     monkeypatch.setattr(loop.JaxLoop, "_take_begun", noted)
-    monkeypatch.setattr(loop.JaxLoop, "_run_ahead", lambda self: None)
+    monkeypatch.setattr(loop.JaxLoop, "_can_run_ahead", lambda self: False)
     return results
 
 
@@ -46,7 +46,7 @@ def calls(monkeypatch):
 
 
 def one_by_one(monkeypatch):
-    monkeypatch.setattr(loop.JaxLoop, "_run_ahead", lambda self: None)
+    monkeypatch.setattr(loop.JaxLoop, "_can_run_ahead", lambda self: False)
     monkeypatch.setattr(loop.JaxLoop, "begin", lambda *arguments: None)
 
 

@@ -392,13 +392,9 @@ class JaxLoop(CompiledLoop):
                     found = found.at[index].set(now)
                 return values, rows.at[index].set(row), found
 
-            rows = jnp.zeros(
-                (self._capacity, len(self.log_names)), jnp.float32
-            )
+            rows = jnp.zeros((self._capacity, len(self.log_names)), jnp.float32)
             found = jnp.zeros((self._capacity, len(seen)), jnp.float32)
-            return jax.lax.fori_loop(
-                0, num_steps, body, (updated, rows, found)
-            )
+            return jax.lax.fori_loop(0, num_steps, body, (updated, rows, found))
 
         # (Nothing is donated: see `_can_begin`.)
         compiled = jax.jit(loop)
