@@ -270,6 +270,23 @@ def test_callbacks_that_look_at_logs_need_few_calls(tmp_path, calls):
     assert len(calls) < 20 and sum(calls) < len(seen)
 
 
+def test_after_something_was_set_they_run_ahead_again(
+    tmp_path, calls, monkeypatch
+):
+    alone = []
+    call = loop.JaxLoop.__call__
+
+    def noted(self, step, num_steps, operands):
+        alone.append(step)
+        return call(self, step, num_steps, operands)
+
+    monkeypatch.setattr(loop.JaxLoop, "__call__", noted)
+    # 5 epochs of 27 steps: set in the midst of two.
+    fit(tmp_path / "run", AtTimes(set_rate, 60), batch_size=2)
+    assert calls
+    assert len(alone) < 20, alone
+
+
 def test_callbacks_that_set_something_waste_little(tmp_path, calls):
     seen, _ = fit(tmp_path / "run", AtTimes(set_rate, 1), batch_size=2)
     # (Each time also those that would have come next.)

@@ -114,6 +114,11 @@ class Ahead:
         """Whether the next step is likely to be had here."""
         return self._stretch is not None or not self._rests
 
+    def pass_by(self) -> None:
+        """A step was begun by itself: one less until the next attempt."""
+        with self._lock:
+            self._rests = max(0, self._rests - 1)
+
     def take(self, step: int, operands: Any, index: int, stop: int) -> Any:
         """See `CompiledLoop.run_ahead`."""
         with self._lock:

@@ -256,7 +256,10 @@ class JaxLoop(CompiledLoop):
     def run_ahead(
         self, step: int, operands: Any, index: int, stop: int
     ) -> Any | None:
-        if self._ahead is None or self._begun is not None:
+        if self._ahead is None:
+            return None
+        if self._begun is not None:
+            self._ahead.pass_by()
             return None
         return self._ahead.take(step, operands, index, stop)
 
