@@ -9,8 +9,7 @@ limit.
 from collections.abc import Callable, Iterator
 
 from legato.backends import CompiledLoop
-from legato.data import DataSource, Shapes
-from legato.data.structure import Structure
+from legato.data import DataSource, Shapes, array_specs
 from legato.errors import DataError
 
 
@@ -88,7 +87,7 @@ class LoopsByShape:
         self._loops[shapes] = loop
 
     def _shown(self, shapes: Shapes) -> str:
-        paths = Structure(self._source.batch_spec(1)).paths()
+        paths = list(array_specs(self._source))
         if len(paths) != len(shapes):
             paths = [str(number) for number in range(len(shapes))]
         return ", ".join(

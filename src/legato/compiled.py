@@ -13,8 +13,9 @@ import keras
 
 from legato import backends
 from legato.compat import keras_models
-from legato.data import DataSource
-from legato.errors import ConfigError
+from legato.data import DataSource, HostValue
+from legato.data.beside import without
+from legato.errors import ConfigError, DataError
 from legato.identity import code_hash, describe_value
 from legato.metrics import HostMetric, HostStepMetric, StepMetric
 from legato.task import Task
@@ -75,7 +76,9 @@ class CompiledTask(Task):
         )
         chosen = (self._train_metrics, self._validation_metrics)
         used = chosen if validation is not None else chosen[:1]
-        batch = train.batch_spec(train.full_batch_size)
+        batch = without(train.batch_spec(train.full_batch_size))
+        if not (own_step or own_test_step):
+            _refuse_on_host(batch)
         with_compiled = any(each.is_compiled for each in used)
         keras_models.build(model, batch, with_compiled=with_compiled)
         self.label_classes = keras_models.label_classes(model, batch)
@@ -141,7 +144,7 @@ class CompiledTask(Task):
         """One update, as `keras.Model.train_step` does it."""
         if self.train_logs is LogStyle.OWN:
             return _run_own(model, model.train_step, _train_state, inputs)
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(inputs)
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(without(inputs))
 
         def forward() -> tuple[Any, Any]:
             outputs = keras_models.call_model(model, x, training=True)
@@ -170,7 +173,8 @@ class CompiledTask(Task):
         """Measures a batch, as `keras.Model.test_step` does it."""
         if self.validation_logs is LogStyle.OWN:
             return _run_own(model, model.test_step, _test_state, inputs)
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(inputs)
+        _, labels, _ = keras.utils.unpack_x_y_sample_weight(inputs)
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(without(inputs))
         outputs = keras_models.call_model(model, x, training=False)
         logs = {}
         if model.compiled:
@@ -178,7 +182,7 @@ class CompiledTask(Task):
                 logs[self.loss] = keras_models.compute_loss(
                     model, x, y, outputs, weight, training=False
                 )
-        self._validation_metrics.update(metrics, y, outputs, weight)
+        self._validation_metrics.update(metrics, y, outputs, weight, labels)
         return logs
 
     def describe(self) -> dict[str, JSON]:
@@ -196,6 +200,19 @@ class CompiledTask(Task):
             "loss": describe_value(compiled.get("loss")),
             "loss_weights": describe_value(compiled.get("loss_weights")),
         }
+
+
+def _refuse_on_host(batch: Any) -> None:
+    """What stays on the host is for host metrics, in dicts alone."""
+    for leaf in keras.tree.flatten(batch):
+        if isinstance(leaf, HostValue):
+            raise DataError(
+                f"The batches hold {leaf!r}, which no device takes. Turn it "
+                "into numbers before: run a preprocessing layer, such as "
+                "keras.layers.StringLookup, in the data (dataset.map(lookup)), "
+                "not in the model. In a dict among x or y, beside what the "
+                "model takes, it goes to host metrics."
+            )
 
 
 def _is_on_host(metric: Any) -> bool:
@@ -303,13 +320,23 @@ class _Chosen:
         y: Any,
         outputs: Any,
         weight: Any,
+        labels: Any = None,
     ) -> None:
-        """Update those metrics that are ours to update."""
+        """Update those metrics that are ours to update.
+
+        Args:
+            metrics: all metrics of the step.
+            y: the targets.
+            outputs: the model's.
+            weight: of the examples.
+            labels: the targets with what stays on the host of them.
+        """
         for metric in metrics or ():
             if isinstance(metric, HostStepMetric):
                 weights = {"sample_weight": weight}
                 given = metric.takes_weights and weight is not None
-                metric.update_state(y, outputs, **(weights if given else {}))
+                given = weights if given else {}
+                metric.update_state(labels, outputs, **given)
             elif metric.is_any_of(self.updated):
                 metric.update_state(y, outputs, weight)
 

@@ -14,6 +14,7 @@ from legato.data import (
     Chunk,
     DataIterator,
     DataSource,
+    HostValue,
     InputChecks,
     Shapes,
     partial_batches,
@@ -345,11 +346,13 @@ class Evaluator:
             self._checks.check(chunk, step)
         loop = self._loop(chunk.operands)
         logs = loop(step, chunk.num_batches, chunk.operands)
+        outputs = []
         if isinstance(logs, tuple):
             logs, outputs = logs
+        if host is not None:
             packed = self._packed[chunk.shapes]
-            assert host is not None and packed is not None  # or no outputs
-            if not host.take(packed, outputs, chunk.num_batches):
+            assert packed is not None  # made by each trace, where it is needed
+            if not host.take(packed, outputs, chunk):
                 return loop.log_names, None
         return loop.log_names, logs
 
@@ -431,6 +434,6 @@ class _Means:
 
 
 def _is_scalar(value: Any) -> bool:
-    return not isinstance(value, dict | list | tuple | str | None) and (
-        tuple(getattr(value, "shape", ())) == ()
-    )
+    if isinstance(value, dict | list | tuple | str | HostValue | None):
+        return False
+    return tuple(getattr(value, "shape", ())) == ()

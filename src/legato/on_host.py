@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from legato.data import Chunk, HostValue
 from legato.errors import LegatoWarning, StepError
 from legato.metrics import HostMetric, HostStepMetric
 from legato.task import Task
@@ -123,6 +124,8 @@ class HostSide:
 class Packed:
     """What goes from a step to the host: tensors, and what holds them.
 
+    What stood for something that stays on the host is that again there.
+
     Args:
         logs: of the step, for `aggregate_logs`; None where it is not defined.
         metrics: the host metrics that the step has updated.
@@ -143,7 +146,7 @@ class Packed:
         # Tensors of a trace are gone when it ends: not kept.
         self._leaves: list[tuple[int | None, Any]] = []
         for path, leaf in keras.tree.flatten_with_path(nested):
-            if isinstance(leaf, _PLAIN):
+            if isinstance(leaf, HostValue | _PLAIN):
                 self._leaves.append((None, leaf))
                 continue
             try:
@@ -159,14 +162,28 @@ class Packed:
             self.tensors.append(tensor)
         self._nested = keras.tree.map_structure(lambda _: 0, nested)
 
-    def unpack(self, arrays: Sequence[np.ndarray]) -> tuple[Any, dict]:
-        """The logs, and the calls of each metric by name, with arrays."""
+    def unpack(
+        self, arrays: Sequence[np.ndarray], beside: Sequence[Any]
+    ) -> tuple[Any, dict]:
+        """The logs, and the calls of each metric by name, with arrays.
+
+        Args:
+            arrays: the tensors of a batch.
+            beside: what of it stayed on the host.
+        """
         leaves = [
-            plain if index is None else arrays[index]
+            arrays[index]
+            if index is not None
+            else beside[plain.index]
+            if isinstance(plain, HostValue)
+            else plain
             for index, plain in self._leaves
         ]
         logs, named = keras.tree.pack_sequence_as(self._nested, leaves)
         return logs, named
+
+
+_Waiting = tuple[Packed, list[Any], int, Sequence[Sequence[Any]]]
 
 
 class HostThread:
@@ -205,8 +222,8 @@ class HostThread:
         self._error: BaseException | None = None
         self._cancelled = False
         # None ends it.
-        self._waiting: queue.Queue[tuple[Packed, list[Any], int] | None] = (
-            queue.Queue(max(1, _MAX_WAITING // max_steps))
+        self._waiting: queue.Queue[_Waiting | None] = queue.Queue(
+            max(1, _MAX_WAITING // max_steps)
         )
         self._thread = threading.Thread(
             target=self._run, name="legato-host-metrics", daemon=True
@@ -231,13 +248,13 @@ class HostThread:
                 stacklevel=3,
             )
 
-    def take(self, packed: Packed, tensors: list[Any], num_steps: int) -> bool:
+    def take(self, packed: Packed, tensors: list[Any], chunk: Chunk) -> bool:
         """Hand some batches over; waits while too many are.
 
         Args:
             packed: what the tensors of a batch are part of.
             tensors: those of all batches, `[batches or more, ...]`.
-            num_steps: how many batches.
+            chunk: the batches.
 
         Returns:
             False: it was given up.
@@ -245,7 +262,8 @@ class HostThread:
         Raises:
             Anything: what a metric raised for these batches or some before.
         """
-        return self._put((packed, tensors, num_steps))
+        # (Not the chunk, which is large.)
+        return self._put((packed, tensors, chunk.num_batches, chunk.beside))
 
     def finish(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Wait for all batches.
@@ -288,23 +306,22 @@ class HostThread:
             while (item := self._waiting.get()) is not None:
                 if self._cancelled:
                     return
-                packed, tensors, num_steps = item
+                packed, tensors, num_steps, beside = item
                 stacks = [_to_numpy(tensor) for tensor in tensors]
                 for index in range(num_steps):
                     if self._cancelled:
                         return
-                    self._update(
-                        packed, [stack[index, ...] for stack in stacks]
-                    )
+                    arrays = [stack[index, ...] for stack in stacks]
+                    others = beside[index] if beside else ()
+                    self._update(*packed.unpack(arrays, others))
             if not self._cancelled:
                 self._read()
         except BaseException as error:
             # With the traceback of this thread: where it was raised.
             self._error = error
 
-    def _update(self, packed: Packed, arrays: Sequence[np.ndarray]) -> None:
+    def _update(self, logs: Any, calls: dict[str, Any]) -> None:
         """With a batch."""
-        logs, calls = packed.unpack(arrays)
         for metric in self._metrics:
             self._doing = f"the metric {metric.name!r}"
             for args, kwargs in calls[metric.name]:

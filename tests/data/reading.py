@@ -5,15 +5,20 @@ import hashlib
 import keras
 import numpy as np
 
-from legato.data import join_arrays, split_arrays
+from legato.data import HostValue, join_arrays, split_arrays
 from legato.storage import strict_json
+from legato.storage.tensors import TensorLayout
 
 
 def numbers(batch):
     """A batch as nested NumPy arrays; None stays."""
-    return keras.tree.map_structure(
-        lambda a: None if a is None else keras.ops.convert_to_numpy(a), batch
-    )
+
+    def number(a):
+        if a is None or isinstance(a, np.ndarray):
+            return a
+        return keras.ops.convert_to_numpy(a)
+
+    return keras.tree.map_structure(number, batch)
 
 
 def digest(batch):
@@ -21,13 +26,25 @@ def digest(batch):
     for path, leaf in keras.tree.flatten_with_path(batch):
         if leaf is not None:
             found.update(repr((path, leaf.dtype.name, leaf.shape)).encode())
-            found.update(np.ascontiguousarray(leaf).tobytes())
+            if leaf.dtype.hasobject:
+                found.update(repr(leaf.tolist()).encode())
+            else:
+                found.update(np.ascontiguousarray(leaf).tobytes())
     return found.hexdigest()
 
 
 def chunk_batches(source, chunk):
     for i in range(chunk.num_batches):
-        yield numbers(source.fetch(source.resident, chunk.operands, i))
+        batch = source.fetch(source.resident, chunk.operands, i)
+        others = chunk.beside[i] if chunk.beside else ()
+        yield numbers(
+            keras.tree.map_structure(
+                lambda leaf, others=others: (
+                    others[leaf.index] if isinstance(leaf, HostValue) else leaf
+                ),
+                batch,
+            )
+        )
 
 
 def take(iterator, source, count, most=4):
@@ -64,6 +81,7 @@ def through_disk(state):
     """A state as it comes back from a checkpoint."""
     tree, arrays = split_arrays(state)
     arrays = {name: array.copy() for name, array in arrays.items()}
+    TensorLayout({name: (a.dtype, a.shape) for name, a in arrays.items()})
     return join_arrays(strict_json.loads(strict_json.dumps(tree)), arrays)
 
 

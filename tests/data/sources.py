@@ -9,7 +9,8 @@ import random
 import keras
 import numpy as np
 
-from legato.data import fit_source
+from legato.data import RandomAccessSource, fit_source
+from legato.workers import Pad
 
 X = np.arange(23 * 2, dtype="float32").reshape(23, 2)
 Y = np.arange(23, dtype="int32")
@@ -358,7 +359,96 @@ class Told:
         self.generator.bit_generator.state = state["generator"]
 
 
+NAMES = [f"name {i}" for i in range(23)]
+DATES = np.datetime64("2026-01-01") + np.arange(23)
+
+
+class Named(keras.utils.PyDataset):
+    """Batches of several shapes, with all that no device takes."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        rows = slice(5 * index, 5 * index + [5, 3, 3, 5, 3][index])
+        names = [f"{name}, {np.random.rand()}" for name in NAMES[rows]]
+        objects = np.array([None] + [{"of": name} for name in names], object)
+        return X[rows], {
+            "y": Y[rows],
+            "name": names,
+            "date": DATES[rows],
+            "object": objects[1:],
+            "bytes": np.array([name.encode() for name in names]),
+            "text": np.array(names),
+        }
+
+
+class NamedAgain(Iterates):
+    """As loaders leave strings: in tuples."""
+
+    def __iter__(self):
+        for i in self.generator.permutation(self.length):
+            rows = slice(5 * i, 5 * i + 5 - i % 2)
+            names = tuple(f"{n} {np.random.rand()}" for n in NAMES[rows])
+            yield X[rows], (Y[rows], names)
+
+
+class NamedTold(Told):
+    """An iterator with a state."""
+
+    def __next__(self):
+        x, y = super().__next__()
+        names = [f"{each:.7f}" for each in x[:, 0]]
+        x, y, names = (a[self.position % 2 :] for a in (x, y, names))
+        return x, (y, names)
+
+
+def named_torch():
+    from torch.utils.data import DataLoader
+
+    rows = [
+        {"x": x, "name": name, "pair": (name, name[-2:])}
+        for x, name in zip(X, NAMES, strict=True)
+    ]
+    return DataLoader(rows, batch_size=5, shuffle=True)
+
+
+def named_tf():
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices((X, {"y": Y, "name": NAMES}))
+    return data.shuffle(23, seed=3).batch(5)
+
+
+def named_examples(**kwargs):
+    rows = [
+        {
+            "x": X[:, 0][: 1 + i % 3],
+            "name": name,
+            "words": name.split()[i % 2 :],
+        }
+        for i, name in enumerate(NAMES)
+    ]
+    return RandomAccessSource(
+        rows, 5, collate=Pad({"x": 0}, boundaries=[2, 3]), **kwargs
+    )
+
+
+NAMED = {
+    "named": lambda: fit_source(
+        X, {"y": Y, "name": NAMES, "date": DATES}, batch_size=5, shuffle=True
+    ),
+    "py named": lambda: fit_source(Named(), shuffle=True),
+    "named iterable": lambda: fit_source(NamedAgain()),
+    "named iterator": lambda: fit_source(NamedTold(), steps_per_epoch=3),
+    "named torch": lambda: fit_source(named_torch()),
+    "named tf": lambda: fit_source(named_tf()),
+    "named examples": named_examples,
+    "named examples, threads": lambda: named_examples(workers=2),
+}
+
 SOURCES = {
+    **NAMED,
     "arrays": lambda: fit_source(X, Y, batch_size=5, shuffle=True),
     "arrays, batch": lambda: fit_source(X, Y, batch_size=5, shuffle="batch"),
     "py": lambda: fit_source(Plain(), shuffle=True),

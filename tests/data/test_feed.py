@@ -103,6 +103,22 @@ def test_what_is_no_batch_is_refused(ahead):
     feed.close()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [[], [[]], [[None, None]], [None], 3, [[3]], [[{"shape": [2]}]]],
+)
+def test_strings_of_no_batch_are_refused(damage):
+    feed = feed_of(make("named iterable"))
+    feed.take(1)
+    feed.prefetch(1)
+    state = feed.get_state()
+    assert len(state["beside"]) == 1
+    feed.set_state(through_disk(state))
+    with pytest.raises(DamagedError):
+        feed.set_state({**state, "beside": damage})
+    feed.close()
+
+
 class Slow:
     """As long as a step, so that something is drawn at most times."""
 
@@ -114,12 +130,14 @@ class Slow:
         for _ in range(40):
             time.sleep(0.002)
             x = generator.normal(size=(4, 3)).astype("float32")
-            yield x, x.sum(1, keepdims=True)
+            names = [str(each) for each in x[:, 0]]
+            yield {"x": x, "name": names}, x.sum(1, keepdims=True)
 
 
 def train(run_dir, **changes):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1)])
+    x = keras.layers.Input((3,), name="x")
+    model = keras.Model({"x": x}, keras.layers.Dense(1)(x))
     model.compile("adam", "mse")
     legato.fit(
         model,
@@ -143,6 +161,8 @@ def test_runs_saved_at_any_time_go_on_exactly(tmp_path):
         host = strict_json.loads((checkpoint / "host.json").read_bytes())
         ahead = host["data"]["ahead"] is not None
         with_ahead += ahead
+        # ... with what stays on the host.
+        assert ("beside" in host["data"]) == ahead
         if (not ahead and number % 8) or with_ahead > 3:
             continue
         copy = tmp_path / f"copy_{number}"

@@ -488,7 +488,7 @@ class NoLength(keras.utils.PyDataset):
 def tf_strings():
     import tensorflow as tf
 
-    return tf.data.Dataset.from_tensors((["a", "b"], [1, 2]))
+    return tf.data.Dataset.from_tensors((["a", "b"],))
 
 
 def torch_dataset():
@@ -543,7 +543,7 @@ def tf_endless():
         ((NoLength(),), {}, ["no length", "__len__"]),
         ((Empty(),), {}, ["length of x (Empty) is 0", "at least 1 batch"]),
         ((tf_endless,), {}, ["no end", "steps_per_epoch"]),
-        ((tf_strings,), {}, ["dtype object", "strings are not supported"]),
+        ((tf_strings,), {}, ["dtype object", "one of numbers too"]),
         ((tf_dataset, Y), {}, ["y was given"]),
         ((torch_dataset,), {}, ["x is a Stream", "loader around it"]),
         ((torch_loader,), {"batch_size": 5}, ["batch_size=5", "DataLoader"]),
@@ -552,7 +552,8 @@ def tf_endless():
         ((Bad((None, Y)),), {}, ["without any x"]),
         ((Bad((X, Y, Y)),), {"class_weight": {0: 1}}, ["gives sample_weight"]),
         ((Bad((X, [Y, Y])),), {"class_weight": {0: 1}}, ["several y"]),
-        ((Bad((X, "abc")),), {}, ["dtype <U3", "strings"]),
+        ((Bad((X, "abc")),), {}, ["the str 'abc' at 1"]),
+        ((Bad((["a", "b"],)),), {}, ["dtype object", "one of numbers too"]),
     ],
 )
 def test_what_is_wrong_is_named(args, kwargs, words):

@@ -61,7 +61,7 @@ def to_numpy(value: Any) -> np.ndarray:
             `[n, 1]`.
 
     Raises:
-        DataError: a ragged or sparse tensor, or strings of TensorFlow.
+        DataError: a ragged or sparse tensor.
         Others: `np.asarray` raised.
     """
     if isinstance(value, np.ndarray):
@@ -80,6 +80,10 @@ def to_numpy(value: Any) -> np.ndarray:
             return value.float().numpy().astype(numpy_dtype("bfloat16"))
         return value.numpy()
     if type(value).__module__.split(".")[0] == "pandas":
+        dtypes = value.dtypes.tolist() if value.ndim > 1 else [value.dtype]
+        if not all(dtype.kind in "biufc" for dtype in dtypes):
+            found = value.to_numpy()  # Keras takes numbers alone
+            return found if found.ndim > 1 else found[:, None]
         sliceable: Any = array_slicing.convert_to_sliceable(value, "numpy")
         return sliceable.convert_to_numpy(sliceable[0 : len(value)])
     return np.asarray(value)

@@ -7,6 +7,7 @@ iterators' states apart for checkpoints.
 """
 
 from legato.data.arrays import ArraySource
+from legato.data.beside import HostValue
 from legato.data.checks import InputChecks
 from legato.data.feed import Feed
 from legato.data.fitting import (
@@ -24,6 +25,7 @@ from legato.data.source import (
     DataSource,
     DataState,
     Shapes,
+    array_specs,
     partial_batches,
     shapes_of,
 )
@@ -38,10 +40,12 @@ __all__ = [
     "DataSource",
     "DataState",
     "Feed",
+    "HostValue",
     "InputChecks",
     "RandomAccessSource",
     "Shapes",
     "are_arrays",
+    "array_specs",
     "fit_source",
     "join_arrays",
     "partial_batches",

@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
 import numpy as np
 
+from legato.data import beside
 from legato.data.columns import Column, as_column
 from legato.data.order import Plan, check_batch_size, read_position
 from legato.data.source import (
@@ -19,10 +20,12 @@ from legato.data.source import (
     DataIterator,
     DataSource,
     DataState,
+    array_specs,
 )
 from legato.data.structure import Structure
 from legato.errors import DataError
 from legato.types import JSON
+from legato.workers.recipe import content
 
 # Data up to this size live on the device, and only indices travel. It is a
 # constant, not measured: the choice changes the compiled program.
@@ -50,8 +53,8 @@ class ArraySource(DataSource):
             trained on as a smaller batch.
 
     Raises:
-        DataError: no arrays, no examples, lengths that differ, a dtype that a
-            device does not take, or a bad `batch_size`.
+        DataError: no arrays that a device takes, no examples, lengths that
+            differ, or a bad `batch_size`.
     """
 
     def __init__(
@@ -63,9 +66,19 @@ class ArraySource(DataSource):
         seed: int | None = None,
         drop_remainder: bool = False,
     ) -> None:
+        arrays = beside.gathered(arrays)
         self._structure = Structure(arrays)
-        self._columns = [as_column(a) for a in Structure.leaves(arrays)]
-        self._length = _common_length(self._structure, self._columns)
+        columns = [as_column(a) for a in Structure.leaves(arrays)]
+        self._length = _common_length(self._structure, columns)
+        self._values = beside.placeholders(self._structure, columns)
+        self._all_columns = columns
+        self._columns, self._others = beside.split(columns)
+        if not self._columns:
+            raise DataError(
+                "The data hold nothing but arrays of dtype "
+                f"{columns[0].dtype}, which no device takes: there must be one "
+                "of numbers too. (Turn strings into numbers first.)"
+            )
         check_batch_size(batch_size)
         self._plan = Plan(
             self._length,
@@ -110,13 +123,13 @@ class ArraySource(DataSource):
         # cost that grows with it.
         rows = np.unique(np.linspace(0, self._length - 1, 64).astype(np.int64))
         digest = hashlib.sha256()
-        for column in self._columns:
-            digest.update(np.ascontiguousarray(column.rows(rows)).tobytes())
+        for column in self._all_columns:
+            digest.update(content(column.rows(rows)))
         return {
             "kind": "arrays",
             "structure": repr(self._structure),
-            "dtypes": [str(c.dtype) for c in self._columns],
-            "shapes": [list(c.shape[1:]) for c in self._columns],
+            "dtypes": [str(c.dtype) for c in self._all_columns],
+            "shapes": [list(c.shape[1:]) for c in self._all_columns],
             "examples": self._length,
             "batch_size": self._plan.batch_size,
             "shuffle": self._plan.shuffle,
@@ -126,16 +139,19 @@ class ArraySource(DataSource):
         }
 
     def batch_spec(self, batch_size: int) -> Batch:
-        return self._structure.pack(
+        return self._pack(
             [
                 ArraySpec(shape=(batch_size, *c.shape[1:]), dtype=c.dtype)
                 for c in self._columns
             ]
         )
 
+    def _pack(self, arrays: Sequence[Any]) -> Batch:
+        return self._structure.pack(beside.merged(self._values, arrays))
+
     def columns(self) -> Iterator[tuple[str, Column]]:
-        """The arrays, each with its path in a batch, such as "1"."""
-        yield from zip(self._structure.paths(), self._columns, strict=True)
+        """The arrays for the device, each with its path in a batch: "1"."""
+        yield from zip(array_specs(self), self._columns, strict=True)
 
     def fetch(self, resident: Any, operands: Any, index: Any) -> Batch:
         if self._is_resident:
@@ -143,7 +159,7 @@ class ArraySource(DataSource):
             leaves = [keras.ops.take(a, rows, axis=0) for a in resident]
         else:
             leaves = [array[index] for array in operands]
-        return self._structure.pack(leaves)
+        return self._pack(leaves)
 
     def iterate(self, *, seed: int, capacity: int) -> "_ArrayIterator":
         return _ArrayIterator(
@@ -217,6 +233,7 @@ class _ArrayIterator(DataIterator):
             operands=self._operands(rows),
             state=self.get_state(),
             rows=rows,
+            beside=_Beside(self._source._others, rows),
         )
 
     def _single(self) -> Chunk:
@@ -276,6 +293,26 @@ class _ArrayIterator(DataIterator):
         if source._is_resident:
             return padded(rows.astype(np.int32))
         return [padded(column.rows(rows)) for column in source._columns]
+
+
+class _Beside(Sequence[list[np.ndarray]]):
+    """What stays on the host, read when somebody wants it: see `Chunk`."""
+
+    def __init__(self, columns: list[Column], rows: np.ndarray) -> None:
+        self._columns = columns
+        self._rows = rows if columns else rows[:0]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = self._rows[index]
+        if isinstance(index, slice):
+            return [self._batch(each) for each in rows]
+        return self._batch(rows)
+
+    def _batch(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [column.rows(rows) for column in self._columns]
 
 
 def _common_length(structure: Structure, columns: list[Column]) -> int:

@@ -1,5 +1,6 @@
 """Batches that the user's code makes: checked, cast, and put in chunks."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,14 +9,23 @@ import keras
 import numpy as np
 
 from legato.compat import keras_data
+from legato.data import beside
 from legato.data.columns import cast, device_dtype
-from legato.data.source import ArraySpec, Batch, DataSource
+from legato.data.source import (
+    ArraySpec,
+    Batch,
+    Chunk,
+    DataSource,
+    DataState,
+)
 from legato.data.structure import Structure
-from legato.errors import DataError
+from legato.errors import DamagedError, DataError
 from legato.types import JSON
+from legato.workers.recipe import content
 
 Leaves = list[np.ndarray]
-"""The arrays of a batch, in the order of its structure."""
+"""The arrays of a batch, in the order of its structure; also those that stay
+on the host (`beside.split` tells them apart)."""
 
 
 def standardise(
@@ -69,18 +79,27 @@ class Layout:
         what: what gave it, for messages.
 
     Raises:
-        DataError: it holds no array, or something that is none.
+        DataError: it holds no array that a device takes, or something that is
+            none.
     """
 
     def __init__(self, first: Any, what: str) -> None:
         self._what = what
+        first = beside.gathered(first)
         self._structure = Structure(first)
         x = first[0] if isinstance(first, tuple) and first else first
         if not Structure.leaves(x):
             raise DataError(f"{what} gave a batch without any x.")
-        self._dtypes: list[np.dtype] = []
-        self.first = [leaf.copy() for leaf in self.leaves(first)]
-        self._dtypes = [leaf.dtype for leaf in self.first]
+        self.first: Leaves = []
+        self.first = [beside.owned(leaf) for leaf in self.leaves(first)]
+        self._values = beside.placeholders(self._structure, self.first)
+        self.on_device, _ = beside.split(self.first)
+        if not self.on_device:
+            raise DataError(
+                f"{what} gave a batch of nothing but arrays of dtype "
+                f"{self.first[0].dtype}, which no device takes: there must be "
+                "one of numbers too. (Turn strings into numbers first.)"
+            )
 
     def leaves(self, batch: Any) -> Leaves:
         """The arrays of a batch, with the dtypes of the device.
@@ -89,6 +108,7 @@ class Layout:
             DataError: they are not nested as in the first batch, or have
                 other dtypes, or something is no array.
         """
+        batch = beside.gathered(batch)
         structure = Structure(batch)
         if structure != self._structure:
             raise DataError(
@@ -103,9 +123,10 @@ class Layout:
     def _array(self, leaf: Any, index: int) -> np.ndarray:
         try:
             array = keras_data.to_numpy(leaf)
-            dtype = device_dtype(array.dtype)
         except DataError as error:
             raise DataError(f"{self._what}: {error}") from error
+        stays = beside.stays_on_host(array.dtype)
+        dtype = array.dtype if stays else device_dtype(array.dtype)
         if array.ndim == 0:
             where = self._structure.paths()[index]
             raise DataError(
@@ -113,41 +134,73 @@ class Layout:
                 f"{type(leaf).__name__} {leaf!r:.80} at {where}: every array "
                 "must have shape [batch, ...]."
             )
-        if self._dtypes and dtype != self._dtypes[index]:
+        if self.first and not self._is_like(dtype, index):
             where = self._structure.paths()[index]
             raise DataError(
                 f"{self._what} gave {array.dtype} at {where}, where the first "
-                f"batch has {self._dtypes[index]}. Give the same in every "
+                f"batch has {self.first[index].dtype}. Give the same in every "
                 "batch."
             )
-        return cast(array, dtype)
+        return array if stays else cast(array, dtype)
 
-    def fits(self, leaves: Any) -> bool:
-        """Whether these are the arrays of a batch of this kind."""
-        return (
-            isinstance(leaves, list)
-            and all(isinstance(leaf, np.ndarray) for leaf in leaves)
-            and [leaf.dtype for leaf in leaves] == self._dtypes
-            and all(leaf.ndim for leaf in leaves)
-        )
+    def _is_like(self, dtype: np.dtype, index: int) -> bool:
+        """Whether what has this dtype may stand in the place of the first's."""
+        first = self.first[index].dtype
+        if beside.stays_on_host(first):
+            return beside.stays_on_host(dtype)
+        return dtype == first
 
-    def pack(self, leaves: Sequence[Any]) -> Batch:
-        """The batch that holds these arrays."""
-        return self._structure.pack(leaves)
+    def saved(self, leaves: Leaves | None) -> DataState:
+        """A batch for a checkpoint."""
+        if leaves is None:
+            return None
+        return [
+            leaf if value is None else beside.saved(leaf)
+            for leaf, value in zip(leaves, self._values, strict=True)
+        ]
+
+    def restored(self, state: DataState) -> Leaves | None:
+        """What was given to `saved`.
+
+        Raises:
+            DamagedError: it is no batch of this kind.
+        """
+        if state is None:
+            return None
+        if not isinstance(state, list) or len(state) != len(self._values):
+            raise DamagedError("data state: not a batch of these data.")
+        found = []
+        for leaf, value, first in zip(
+            state, self._values, self.first, strict=True
+        ):
+            if value is not None:
+                leaf = beside.restored(leaf)
+            elif (
+                not isinstance(leaf, np.ndarray)
+                or leaf.dtype != first.dtype
+                or not leaf.ndim
+            ):
+                raise DamagedError("data state: not a batch of these data.")
+            found.append(leaf)
+        return found
+
+    def pack(self, arrays: Sequence[Any]) -> Batch:
+        """The batch that holds these arrays, of those that a device takes."""
+        return self._structure.pack(beside.merged(self._values, arrays))
 
     def spec(self, batch_size: int) -> Batch:
         """The first batch with an `ArraySpec` for each array."""
         return self.pack(
             [
                 ArraySpec(shape=(batch_size, *a.shape[1:]), dtype=a.dtype)
-                for a in self.first
+                for a in self.on_device
             ]
         )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the first batch."""
-        return sum(a.nbytes for a in self.first)
+        """Bytes of the first batch, on the device."""
+        return sum(a.nbytes for a in self.on_device)
 
     def identity(self, *, repeatable: bool) -> dict[str, JSON]:
         """What tells these data from others.
@@ -169,8 +222,7 @@ class Layout:
 def copied(batch: Any) -> Any:
     """A batch whose arrays are copies: the user's code may fill its again."""
     return keras.tree.map_structure(
-        lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf,
-        batch,
+        lambda a: beside.owned(a) if isinstance(a, np.ndarray) else a, batch
     )
 
 
@@ -179,7 +231,7 @@ def digest(leaves: Leaves) -> str:
     found = hashlib.sha256()
     for leaf in leaves:
         found.update(repr((leaf.dtype.name, leaf.shape)).encode())
-        found.update(np.ascontiguousarray(leaf).tobytes())
+        found.update(content(leaf))
     return found.hexdigest()
 
 
@@ -202,41 +254,76 @@ class Chunks:
         self._capacity = capacity
         self.pending: Leaves | None = None
 
-    def next(self, most: int) -> tuple[int, list[np.ndarray]] | None:
+    def next(self, most: int) -> "Drawn | None":
         """Draws the batches of the next chunk.
 
         Args:
             most: how many at most.
-
-        Returns:
-            Their number and the operands; None if there is none.
         """
         leaves = self.pending or self._draw()
         self.pending = None
         if leaves is None:
             return None
-        shapes = [leaf.shape for leaf in leaves]
-        operands = zeros(leaves, self._capacity)
-        count = 0
+        arrays, others = beside.split(leaves)
+        shapes = [array.shape for array in arrays]
+        found = Drawn(operands=zeros(arrays, self._capacity))
         while True:
             # At once: the user's code may fill the same array again.
-            for operand, leaf in zip(operands, leaves, strict=True):
-                operand[count] = leaf
-            count += 1
-            if count == min(most, self._capacity):
+            for operand, array in zip(found.operands, arrays, strict=True):
+                operand[found.count] = array
+            if others:
+                found.beside.append(
+                    [a if a is None else beside.owned(a) for a in others]
+                )
+            found.count += 1
+            if found.count == min(most, self._capacity):
                 break
             leaves = self._draw()
             if leaves is None:
                 break
-            if [leaf.shape for leaf in leaves] != shapes:
-                self.pending = [leaf.copy() for leaf in leaves]
+            arrays, others = beside.split(leaves)
+            if [array.shape for array in arrays] != shapes:
+                self.pending = [beside.owned(leaf) for leaf in leaves]
                 break
-        return count, operands
+        return found
 
 
-def zeros(leaves: Leaves, capacity: int) -> list[np.ndarray]:
+@dataclasses.dataclass(kw_only=True)
+class Drawn:
+    """Batches that were drawn; see `Chunk`.
+
+    Attributes:
+        operands: as those of a chunk.
+        beside: likewise.
+        count: how many batches.
+    """
+
+    operands: list[np.ndarray]
+    beside: list[list[np.ndarray | None]] = dataclasses.field(
+        default_factory=list
+    )
+    count: int = 0
+
+    def chunk(self, state: DataState, rows: np.ndarray | None = None) -> Chunk:
+        """The chunk of them.
+
+        Args:
+            state: see `Chunk`.
+            rows: see there.
+        """
+        return Chunk(
+            num_batches=self.count,
+            batch_size=self.operands[0].shape[1],
+            operands=self.operands,
+            state=state,
+            rows=rows,
+            beside=self.beside,
+        )
+
+
+def zeros(arrays: Sequence[np.ndarray], capacity: int) -> list[np.ndarray]:
     """Operands for batches like this one, still empty."""
-    return [np.zeros((capacity, *a.shape), a.dtype) for a in leaves]
+    return [np.zeros((capacity, *a.shape), a.dtype) for a in arrays]
 
 
 class BatchSource(DataSource):
@@ -250,7 +337,7 @@ class BatchSource(DataSource):
     @property
     def full_batch_size(self) -> int:
         """Examples in the first batch."""
-        return len(self._layout.first[0])
+        return len(self._layout.on_device[0])
 
     @property
     def partial_batch_size(self) -> int:
@@ -277,10 +364,31 @@ class BatchSource(DataSource):
 
     def example(self, capacity: int) -> Any:
         """The first batch, which was drawn when the source was made."""
-        operands = zeros(self._layout.first, capacity)
-        for operand, leaf in zip(operands, self._layout.first, strict=True):
-            operand[0] = leaf
+        arrays = self._layout.on_device
+        operands = zeros(arrays, capacity)
+        for operand, array in zip(operands, arrays, strict=True):
+            operand[0] = array
         return operands
+
+    def saved(self, leaves: Leaves | None) -> DataState:
+        """A batch that was drawn, for a checkpoint."""
+        return self._layout.saved(leaves)
+
+    def restored(self, state: DataState) -> Leaves | None:
+        """What was given to `saved`.
+
+        Raises:
+            DamagedError: it is none of its batches.
+        """
+        return self._layout.restored(state)
+
+    def fits(self, state: DataState) -> bool:
+        """Whether `saved` may have returned it, or None."""
+        try:
+            self.restored(state)
+        except DamagedError:
+            return False
+        return True
 
 
 def shown(state: Any) -> str:

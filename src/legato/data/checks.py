@@ -11,8 +11,7 @@ import keras
 import numpy as np
 
 from legato.data.arrays import ArraySource
-from legato.data.source import Chunk, DataSource
-from legato.data.structure import Structure
+from legato.data.source import Chunk, DataSource, array_specs
 from legato.errors import DataError
 
 # Rows of arrays that are looked at in one go: bounds the memory of the masks.
@@ -139,7 +138,7 @@ class InputChecks:
     def _named(self, count: int) -> list[str]:
         """The paths of a batch's arrays, where these are what is moved."""
         if self._paths is None:
-            self._paths = Structure(self._source.batch_spec(1)).paths()
+            self._paths = list(array_specs(self._source))
         if len(self._paths) == count:
             return self._paths
         return [f"array {number}" for number in range(count)]

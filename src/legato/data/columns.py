@@ -8,6 +8,7 @@ import numpy as np
 
 from legato import backends
 from legato.compat import keras_data
+from legato.data.beside import stays_on_host
 from legato.errors import DataError
 
 
@@ -45,19 +46,11 @@ def device_dtype(dtype: np.dtype, *, every_float: bool = False) -> np.dtype:
     would cast at every step (int64 on JAX) is cast once.
 
     Args:
-        dtype: that of the data.
+        dtype: that of the data, which a device takes.
         every_float: float16 and the like become floatx too, not only float64.
 
-    Raises:
-        DataError: a device does not take it.
     """
     is_float = "float" in dtype.name
-    if dtype.kind in "OUSMmV" and not is_float:
-        raise DataError(
-            f"The data hold an array of dtype {dtype}, which a device does "
-            "not take (strings are not supported yet, on TensorFlow neither). "
-            "Turn it into numbers first."
-        )
     if dtype == np.float64 or (is_float and every_float):
         return np.dtype(keras_data.numpy_dtype(keras.config.floatx()))
     return np.dtype(backends.current().canonical_dtype(dtype))
@@ -92,8 +85,11 @@ def as_column(value: Any, *, every_float: bool = False) -> Column:
             row), or anything that `np.asarray` takes.
         every_float: see `device_dtype`.
 
+    Returns:
+        The column; its dtype stays as it is where no device takes it.
+
     Raises:
-        DataError: it is none of these, or no device takes its dtype.
+        DataError: it is none of these.
     """
     if isinstance(value, _Dense | _Sparse):
         return value
@@ -114,6 +110,8 @@ def as_column(value: Any, *, every_float: bool = False) -> Column:
             f"The data hold the scalar {value!r}: every array must have shape "
             "[examples, ...]. Repeat it for each example."
         )
+    if stays_on_host(array.dtype):
+        return _Dense(array, array.dtype)
     return _Dense(array, device_dtype(array.dtype, every_float=every_float))
 
 

@@ -8,7 +8,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from legato.data.source import Chunk, DataIterator, DataSource, DataState
+from legato.data import beside
+from legato.data.source import (
+    Chunk,
+    DataIterator,
+    DataSource,
+    DataState,
+    array_specs,
+)
 from legato.errors import DamagedError
 
 
@@ -150,6 +157,7 @@ class Feed:
                 like=chunk.operands,
             ),
             rows=None if chunk.rows is None else chunk.rows[start:stop],
+            beside=chunk.beside[start:stop],
         )
 
     def _padded(self, arrays: Sequence[np.ndarray], like: Any) -> Any:
@@ -175,13 +183,19 @@ class Feed:
         if ahead is None or ahead.exception():
             return {"position": position, "ahead": None}
         chunk = ahead.result()
-        return {
+        state = {
             "position": position,
             "ahead": [
                 array[: chunk.num_batches]
                 for array in keras.tree.flatten(chunk.operands)
             ],
         }
+        if chunk.beside:
+            state["beside"] = [
+                [beside.saved(array) for array in batch]
+                for batch in chunk.beside
+            ]
+        return state
 
     def set_state(self, state: DataState) -> None:
         """Go to a position, dropping what was prefetched.
@@ -199,23 +213,27 @@ class Feed:
             if not self._ahead.cancel():
                 self._ahead.exception()  # wait; what it raised is moot
             self._ahead = None
-        chunk = None if ahead is None else self._read_ahead(ahead)
+        chunk = None
+        if ahead is not None:
+            chunk = self._read_ahead(ahead, state.get("beside", []))
         self._iterator.set_state(position)
         self._state = position
         if chunk is not None:
             self._keep(chunk)
 
-    def _read_ahead(self, arrays: list[Any]) -> Chunk:
-        dtypes = [
-            leaf.dtype
-            for leaf in keras.tree.flatten(self._source.batch_spec(1))
-            if leaf is not None
-        ]
+    def _read_ahead(self, arrays: list[Any], others: Any) -> Chunk:
+        dtypes = [spec.dtype for spec in array_specs(self._source).values()]
         if (
             not all(isinstance(a, np.ndarray) and a.ndim > 1 for a in arrays)
             or [a.dtype for a in arrays] != dtypes
             or len({len(a) for a in arrays}) != 1
             or not 1 <= len(arrays[0]) <= self._capacity
+            or not isinstance(others, list)
+            or len(others) != (len(arrays[0]) if self._num_beside() else 0)
+            or not all(
+                isinstance(batch, list) and len(batch) == self._num_beside()
+                for batch in others
+            )
         ):
             raise DamagedError("data state: not batches of these data.")
         return Chunk(
@@ -223,7 +241,13 @@ class Feed:
             batch_size=arrays[0].shape[1],
             operands=self._padded(arrays, like=arrays),
             state=None,
+            beside=[list(map(beside.restored, batch)) for batch in others],
         )
+
+    def _num_beside(self) -> int:
+        """How many arrays of a batch stay on the host."""
+        leaves = keras.tree.flatten(self._source.batch_spec(1))
+        return sum(isinstance(leaf, beside.HostValue) for leaf in leaves)
 
     @property
     def rereading(self) -> str:

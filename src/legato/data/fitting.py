@@ -15,6 +15,7 @@ import numpy as np
 
 from legato.compat import keras_data
 from legato.data.arrays import ArraySource
+from legato.data.beside import gathered
 from legato.data.columns import as_column
 from legato.data.iterables import IterableSource
 from legato.data.pydataset import PyDatasetSource
@@ -85,6 +86,7 @@ def fit_source(
     _check_class_weight(class_weight)
     if x is None:
         raise DataError(f"{name}=None: give the data to train on.")
+    x, y, sample_weight = map(gathered, (x, y, sample_weight))
     if isinstance(x, DataSource):
         _refuse_beside(
             x,
@@ -143,6 +145,7 @@ def task_source(
     """
     if isinstance(data, DataSource):
         return data
+    data = gathered(data)
     if are_arrays(data):
         return ArraySource(data, _BATCH_SIZE, shuffle=shuffle)
     if _gives_examples_by_number(data):
@@ -188,7 +191,7 @@ def split_validation(
             "between 0 and 1, the part of the data that is kept for "
             "validation."
         )
-    arrays = (x, y, sample_weight)
+    arrays = gathered((x, y, sample_weight))
     if not are_arrays(arrays) or not Structure.leaves(x):
         raise DataError(
             f"validation_split={validation_split} with x of type "

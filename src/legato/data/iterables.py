@@ -165,10 +165,6 @@ class IterableSource(BatchSource):
             return batch
         return standardise(batch, self._class_weight, self.what)
 
-    def fits(self, leaves: Any) -> bool:
-        """Whether these are the arrays of one of its batches."""
-        return self._layout.fits(leaves)
-
     def leaves(self, batch: Any) -> Leaves:
         """The arrays of a batch as the reader gave it."""
         return self._layout.leaves(self._standardised(batch))

@@ -101,7 +101,7 @@ class IterableIterator(DataIterator):
                 return {
                     "batch": self._drawn,
                     "state": state,
-                    "pending": pending,
+                    "pending": self._source.saved(pending),
                 }
         return None  # it is read again: the streams are those of batches
 
@@ -214,14 +214,8 @@ class IterableIterator(DataIterator):
                     found = self._chunks.next(max_batches)
                 if found is None:
                     self._end_pass()
-        count, operands = found
-        self._given += count
-        return Chunk(
-            num_batches=count,
-            batch_size=operands[0].shape[1],
-            operands=operands,
-            state=self.get_state() if self.draws_ahead else None,
-        )
+        self._given += found.count
+        return found.chunk(self.get_state() if self.draws_ahead else None)
 
     def end_epoch(self) -> None:
         """End the pass, if all of it was trained on."""
@@ -292,7 +286,8 @@ class IterableIterator(DataIterator):
 
     def _resume(self, passes: Passes, told: dict[str, Any]) -> Iterator[Any]:
         """Give the library's iterator what it told."""
-        self._drawn, self._chunks.pending = told["batch"], told["pending"]
+        self._drawn = told["batch"]
+        self._chunks.pending = self._source.restored(told["pending"])
         self._first = told.get("first")
         try:
             return passes.resume(self._pass, told["state"])

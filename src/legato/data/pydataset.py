@@ -117,10 +117,6 @@ class PyDatasetSource(BatchSource):
         """The arrays of one batch."""
         return self._layout.leaves(self._standardised(index))
 
-    def fits(self, leaves: Any) -> bool:
-        """Whether these are the arrays of one of its batches."""
-        return self._layout.fits(leaves)
-
     def _draws_repeat(self) -> bool:
         """Draws the first batch again, and tells what is not the same."""
         if self.attributes.unseen is not None:
@@ -244,7 +240,7 @@ class _Iterator(DataIterator):
             "hooks": self._hooks,
             "attributes": None,
             "repeat_hooks": False,
-            "pending": self._chunks.pending,
+            "pending": self._source.saved(self._chunks.pending),
         }
         if self._hooks:
             look = self._look()
@@ -285,7 +281,7 @@ class _Iterator(DataIterator):
                 "repeat_hooks": bool(repeat_hooks),
                 "pending": pending,
             } if (
-                (pending is None or source.fits(pending))
+                source.fits(pending)
                 and pass_ >= 0
                 and 0 <= batch <= (source.length or batch)
                 and 0 <= step <= source.period
@@ -301,7 +297,7 @@ class _Iterator(DataIterator):
         if self._pool is not None:
             self._pool.drop()
         self._pass, self._batch, self._step = pass_, batch, step
-        self._chunks.pending = pending
+        self._chunks.pending = source.restored(pending)
         self._hooks = 0
         self._hold.release()
         if hooks:
@@ -380,13 +376,7 @@ class _Iterator(DataIterator):
                 self._begin_pass()
             found = self._chunks.next(max_batches)
         assert found is not None  # an epoch has a batch
-        count, operands = found
-        return Chunk(
-            num_batches=count,
-            batch_size=operands[0].shape[1],
-            operands=operands,
-            state=None,
-        )
+        return found.chunk(state=None)
 
     def _begin_pass(self) -> None:
         if self._batch == self._source.length:

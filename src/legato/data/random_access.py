@@ -11,6 +11,7 @@ import numpy as np
 from legato.compat import keras_data
 from legato.data import streams
 from legato.data.batches import BatchSource, Chunks, Layout, Leaves
+from legato.data.beside import gathered
 from legato.data.order import Plan, check_batch_size, read_position
 from legato.data.source import Chunk, DataIterator, DataState
 from legato.errors import ConfigError, DataError
@@ -30,7 +31,8 @@ class RandomAccessSource(BatchSource):
 
     Args:
         dataset: anything with `__len__` and `__getitem__(int)` that gives
-            examples: nested structures of arrays and numbers. A PyTorch or
+            examples: nested structures of arrays, numbers, strings and other
+            objects (which stay on the host). A PyTorch or
             Hugging Face map-style dataset (whose `__getitems__` is used), a
             Grain `MapDataset` or `RandomAccessDataSource`, a list of
             examples, or a class of yours. Also arrays, nested in dicts or
@@ -224,21 +226,14 @@ class _Iterator(DataIterator):
             with streams.kept():
                 found = self._chunks.next(max_batches)
         assert found is not None  # an epoch has a batch
-        count, operands = found
         rows = [
             self._order.batch(self._epoch, self._batch + i)
-            for i in range(count)
+            for i in range(found.count)
         ]
-        self._batch += count
+        self._batch += found.count
         if self._batch == self._source.batches_per_epoch:
             self._epoch, self._batch, self._drawn = self._epoch + 1, 0, 0
-        return Chunk(
-            num_batches=count,
-            batch_size=operands[0].shape[1],
-            operands=operands,
-            state=self.get_state(),
-            rows=np.stack(rows),
-        )
+        return found.chunk(self.get_state(), np.stack(rows))
 
     def _draw(self) -> Leaves | None:
         """The next batch of this epoch."""
@@ -335,7 +330,7 @@ def _as_dataset(dataset: Any, what: str) -> Any:
             "`legato.fit`."
         )
     if isinstance(dataset, tuple | dict):
-        return Rows(mapped(_as_array, dataset))
+        return Rows(mapped(_as_array, gathered(dataset)))
     if isinstance(dataset, str | bytes) or not (
         hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     ):

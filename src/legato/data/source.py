@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,7 +13,9 @@ from legato.types import JSON
 
 Batch = Any
 """One batch: any nested structure of dicts, tuples, lists and arrays, each
-array of shape `[batch, ...]`; None may stand in the place of an array."""
+array of shape `[batch, ...]`; None may stand in the place of an array. What
+no device takes (strings, dates, objects) stays on the host, and in a step a
+`HostValue` stands for it."""
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -66,6 +68,9 @@ class Chunk:
         rows: which examples of the data they are, `[num_batches, batch_size]`;
             None where examples have no numbers.
         block: of a single batch: where those after it are known already.
+        beside: of each batch, what no device takes: arrays of strings, dates
+            or objects, each `[batch_size, ...]`, in the order of the batch's
+            structure. Empty where there is nothing of the kind.
     """
 
     num_batches: int
@@ -74,6 +79,7 @@ class Chunk:
     state: DataState
     rows: np.ndarray | None = None
     block: Block | None = None
+    beside: Sequence[Sequence[np.ndarray | None]] = ()
 
     @functools.cached_property
     def shapes(self) -> Shapes:
@@ -191,7 +197,10 @@ class DataSource(abc.ABC):
 
     @abc.abstractmethod
     def batch_spec(self, batch_size: int) -> Batch:
-        """A batch with an `ArraySpec` in the place of each array."""
+        """A batch with an `ArraySpec` in the place of each array.
+
+        (And in that of what no device takes, what stands for it in a step.)
+        """
 
     @property
     def inexact(self) -> str | None:
@@ -239,6 +248,16 @@ class DataSource(abc.ABC):
             seed: the run's seed, for a source that has none of its own.
             capacity: the fixed first axis of a chunk's operands.
         """
+
+
+def array_specs(source: DataSource) -> dict[str, ArraySpec]:
+    """The arrays of a batch that a device takes, by their paths."""
+    leaves = keras.tree.flatten_with_path(source.batch_spec(1))
+    return {
+        ".".join(map(str, path)) or "data": leaf
+        for path, leaf in leaves
+        if isinstance(leaf, ArraySpec)
+    }
 
 
 def partial_batches(source: DataSource, operands: Any) -> Any:

@@ -47,7 +47,8 @@ class HostMetric(abc.ABC):
 
         Args:
             labels: of the batch, in the structure in which the step passed
-                them, with NumPy arrays of shape `[batch, ...]` as leaves.
+                them, with NumPy arrays of shape `[batch, ...]` as leaves;
+                also of strings, dates and objects, if the data hold any.
             outputs: the model's for these, likewise.
         """
 

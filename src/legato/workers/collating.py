@@ -27,11 +27,13 @@ def stack(examples: Sequence[Any]) -> Any:
 
     Args:
         examples: nested structures of dicts, tuples and lists that hold
-            arrays of any library, numbers, or None. A list of numbers is an
-            array.
+            arrays of any library, numbers, strings, other objects, or None. A
+            list of numbers or strings is an array.
 
     Returns:
-        The same structure with arrays of shape `[examples, ...]`.
+        The same structure with arrays of shape `[examples, ...]`. Strings and
+        objects are in arrays of objects; arrays of them may differ in shape,
+        and are each an element of one then.
 
     Raises:
         UnevenError: they are not the same.
@@ -121,6 +123,8 @@ class Pad:
             return _stacked(values, path, None)
         arrays = _arrays(values, path)
         first = arrays[0]
+        if not _is_numeric(first.dtype):
+            return _stacked(values, path, None)
         if first.ndim == 0:
             if not _is_number(self.values):
                 raise UnevenError(
@@ -282,6 +286,8 @@ def _stacked(values: Sequence[Any], path: tuple, _: Any = None) -> np.ndarray:
     first = arrays[0]
     for position, array in enumerate(arrays):
         if array.shape != first.shape:
+            if not _is_numeric(first.dtype):
+                return _of_objects(arrays)
             raise UnevenError(
                 position,
                 f"has the shape {array.shape} at {_shown(path)}, and the "
@@ -305,7 +311,22 @@ def _alike(values: Sequence[Any]) -> np.ndarray | None:
         return out
     if len(kinds) == 1 and _is_number(first):
         return np.array(values)
+    if len(kinds) == 1 and isinstance(first, str | bytes):
+        return _of_objects(values)
     return None
+
+
+def _of_objects(values: Sequence[Any]) -> np.ndarray:
+    # (An array of strings would lose zeros at the end of each.)
+    out = np.empty(len(values), object)
+    for index, value in enumerate(values):
+        out[index] = value
+    return out
+
+
+def _is_numeric(dtype: np.dtype) -> bool:
+    """Whether it is one of numbers, and not of strings, dates or objects."""
+    return dtype.kind in "biufc" or "float" in dtype.name
 
 
 def _arrays(values: Sequence[Any], path: tuple) -> list[np.ndarray]:
@@ -329,6 +350,8 @@ def _arrays(values: Sequence[Any], path: tuple) -> list[np.ndarray]:
 def _as_array(value: Any, position: int, path: tuple) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
+    if isinstance(value, str | bytes):
+        return _of_objects([value]).reshape(())
     if value is None or isinstance(value, Mapping):
         raise UnevenError(
             position,
@@ -337,7 +360,10 @@ def _as_array(value: Any, position: int, path: tuple) -> np.ndarray:
             "example.",
         )
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
+        if array.dtype.kind in "US" and isinstance(value, list):
+            array = np.array(value, object)
+        return array
     except Exception as error:
         raise UnevenError(
             position,
@@ -347,9 +373,11 @@ def _as_array(value: Any, position: int, path: tuple) -> np.ndarray:
 
 
 def _is_array(value: list) -> bool:
-    """Whether a list is an array of numbers, and no structure."""
+    """Whether a list is an array of numbers or strings, and no structure."""
     return all(
-        _is_number(each) or (isinstance(each, list) and _is_array(each))
+        _is_number(each)
+        or isinstance(each, str | bytes)
+        or (isinstance(each, list) and _is_array(each))
         for each in value
     )
 

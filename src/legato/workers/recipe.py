@@ -1,6 +1,7 @@
 """How a batch is made of examples; the same in whatever thread or process."""
 
 import dataclasses
+import datetime
 import hashlib
 import mmap
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,11 @@ from legato.errors import DataError
 from legato.rng import derive_seed
 from legato.workers import seeding
 from legato.workers.collating import UnevenError
+
+_PLAIN = (
+    *(str, bytes, bool, int, float, complex, type(None), np.generic),
+    *(datetime.date, datetime.time, datetime.timedelta),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,9 +275,27 @@ def digest(batch: Any) -> str:
     for leaf in leaves(batch):
         array = np.ascontiguousarray(leaf)
         found.update(repr((array.dtype.str, array.shape)).encode())
-        whole = array.dtype.hasobject
-        found.update(repr(array).encode() if whole else array.tobytes())
+        found.update(content(array))
     return found.hexdigest()
+
+
+def content(array: np.ndarray) -> bytes:
+    """The bytes of an array; of objects, what is the same in any process."""
+    if not array.dtype.hasobject:
+        return np.ascontiguousarray(array).tobytes()
+    return repr([_told(each) for each in array.flat]).encode()
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, content(value)
+    if isinstance(value, list | tuple):
+        return type(value).__name__, [_told(each) for each in value]
+    if isinstance(value, dict):
+        return "dict", [(_told(k), _told(v)) for k, v in value.items()]
+    plain = isinstance(value, _PLAIN)
+    # (Others may be printed with their addresses.)
+    return type(value).__qualname__, repr(value) if plain else ""
 
 
 def _numpy(batch: Any) -> Any:
