@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from legato.config import TrainerConfig
     from legato.data import (
         ArraySource,
+        Buckets,
         DataIterator,
         DataSource,
         RandomAccessSource,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArraySource",
+    "Buckets",
     "DataIterator",
     "DataSource",
     "Every",
@@ -59,6 +61,7 @@ __all__ = [
 
 _HOMES = {
     "ArraySource": "legato.data",
+    "Buckets": "legato.data",
     "DataIterator": "legato.data",
     "DataSource": "legato.data",
     "Every": "legato.when",

@@ -8,6 +8,7 @@ iterators' states apart for checkpoints.
 
 from legato.data.arrays import ArraySource
 from legato.data.beside import HostValue
+from legato.data.buckets import Buckets
 from legato.data.checks import InputChecks
 from legato.data.feed import Feed
 from legato.data.fitting import (
@@ -35,6 +36,7 @@ __all__ = [
     "ArraySource",
     "ArraySpec",
     "Block",
+    "Buckets",
     "Chunk",
     "DataIterator",
     "DataSource",

@@ -7,6 +7,7 @@ import numpy as np
 
 from legato.errors import DataError, RestoreError
 from legato.rng import Permutation, derive_seed
+from legato.types import JSON
 
 # How many positions of the order are computed at a time.
 _BLOCK_ROWS = 8192
@@ -63,6 +64,11 @@ class Plan:
         return self.length // self.full_batch_size
 
     @property
+    def identity(self) -> dict[str, JSON]:
+        """What tells it from another one, beside its attributes."""
+        return {}
+
+    @property
     def partial_batch_size(self) -> int:
         """Examples in the partial last batch; 0: there is none."""
         if self.drop_remainder or self.length < self.batch_size:
@@ -72,6 +78,42 @@ class Plan:
     def order(self, seed: int) -> "Order":
         """The order of the examples that a seed gives."""
         return Order(self, seed)
+
+
+class Block:
+    """A permutation, computed some thousand positions at a time.
+
+    A loop of one step (for a batch hook) would otherwise pay the fixed cost
+    of a permutation for every batch.
+
+    Args:
+        length: of what is permuted.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._key = -1
+        self._first = 0
+        self._rows = np.zeros(0, np.int64)
+
+    def rows(self, key: int, start: int, count: int) -> np.ndarray:
+        """Where positions are sent: int64, `[count]`.
+
+        Args:
+            key: of the permutation.
+            start: the first position.
+            count: how many.
+        """
+        first = self._first
+        if key != self._key or not (
+            first <= start and start + count <= first + len(self._rows)
+        ):
+            self._key, self._first = key, start
+            stop = min(self._length, start + max(count, _BLOCK_ROWS))
+            permutation = Permutation(self._length, key)
+            self._rows = permutation(np.arange(start, stop))
+        begin = start - self._first
+        return self._rows[begin : begin + count]
 
 
 class Order:
@@ -85,8 +127,7 @@ class Order:
     def __init__(self, plan: Plan, seed: int) -> None:
         self._plan = plan
         self._seed = seed
-        # (epoch, first position, rows): see `rows`.
-        self._block = (-1, 0, np.zeros(0, np.int64))
+        self._block = Block(plan.length)
 
     def batch(self, epoch: int, number: int) -> np.ndarray:
         """The examples of one batch: int64, `[batch]`."""
@@ -98,10 +139,7 @@ class Order:
         return self.rows(epoch, start, size)
 
     def rows(self, epoch: int, start: int, count: int) -> np.ndarray:
-        """The examples at positions of an epoch, computed a block at a time.
-
-        A loop of one step (for a batch hook) would otherwise pay the fixed
-        cost of a permutation for every batch.
+        """The examples at positions of an epoch.
 
         Args:
             epoch: which.
@@ -112,17 +150,8 @@ class Order:
             return self._mixed_batches(epoch, start, count)
         if not self._plan.shuffle:
             return np.arange(start, start + count)
-        known, first, rows = self._block
-        if known != epoch or not (
-            first <= start and start + count <= first + len(rows)
-        ):
-            length = self._plan.length
-            first = start
-            stop = min(length, start + max(count, _BLOCK_ROWS))
-            key = derive_seed(self._seed, "order", epoch)
-            rows = Permutation(length, key)(np.arange(first, stop))
-            self._block = epoch, first, rows
-        return rows[start - first : start - first + count]
+        key = derive_seed(self._seed, "order", epoch)
+        return self._block.rows(key, start, count)
 
     def _mixed_batches(self, epoch: int, start: int, count: int) -> np.ndarray:
         size = self._plan.full_batch_size

@@ -12,6 +12,7 @@ from legato.compat import keras_data
 from legato.data import streams
 from legato.data.batches import BatchSource, Chunks, Layout, Leaves
 from legato.data.beside import gathered
+from legato.data.buckets import BucketPlan, Buckets
 from legato.data.order import Plan, check_batch_size, read_position
 from legato.data.source import Chunk, DataIterator, DataState
 from legato.errors import ConfigError, DataError
@@ -48,6 +49,9 @@ class RandomAccessSource(BatchSource):
             only mixes each batch within itself.
         seed: of the order and of `rng`; None takes the run's.
         drop_remainder: leave out a partial last batch.
+        bucket_by: puts examples of like length into one batch; with `Pad` and
+            the same boundaries as `collate`, there are as many lengths of
+            batches as buckets.
         workers: how many threads or processes make batches; 0 makes them
             between the steps.
         processes: workers are processes, for what computes; threads are for
@@ -74,6 +78,7 @@ class RandomAccessSource(BatchSource):
         shuffle: bool | Literal["batch"] = True,
         seed: int | None = None,
         drop_remainder: bool = False,
+        bucket_by: Buckets | None = None,
         workers: int = 0,
         processes: bool = False,
         prefetch: int = 2,
@@ -83,12 +88,12 @@ class RandomAccessSource(BatchSource):
         dataset = _as_dataset(dataset, self.what)
         self._length = _length(dataset, self.what)
         check_batch_size(batch_size)
-        self.plan = Plan(
-            self._length,
-            int(batch_size),
-            shuffle if shuffle == "batch" else bool(shuffle),
-            bool(drop_remainder),
+        self._batch_size = int(batch_size)
+        self._drop_remainder = bool(drop_remainder)
+        self._shuffle: bool | Literal["batch"] = (
+            shuffle if shuffle == "batch" else bool(shuffle)
         )
+        self.plan = self._plan(dataset, bucket_by)
         self.workers = _check_number("workers", workers, at_least=0)
         _check_number("prefetch", prefetch, at_least=1)
         if not isinstance(timeout, numbers.Real) or not timeout > 0:
@@ -113,6 +118,29 @@ class RandomAccessSource(BatchSource):
         weakref.finalize(self, self.lender.close)
         self._notes: list[str] = []
         self._learn_layout(processes=bool(processes))
+
+    def _plan(self, dataset: Any, buckets: Buckets | None) -> Plan | BucketPlan:
+        if buckets is None:
+            return Plan(
+                self._length,
+                self._batch_size,
+                self._shuffle,
+                self._drop_remainder,
+            )
+        if not isinstance(buckets, Buckets):
+            raise ConfigError(
+                f"bucket_by={buckets!r:.80}: it must be a legato.Buckets, "
+                "which says how long the examples are."
+            )
+        with streams.kept():
+            streams.begin(0, "lengths")
+            bucket_of = buckets.of(dataset, self._length, self.what)
+        return BucketPlan(
+            bucket_of,
+            buckets.sizes(bucket_of, self._batch_size),
+            shuffle=self._shuffle,
+            drop_remainder=self._drop_remainder,
+        )
 
     def _learn_layout(self, *, processes: bool) -> None:
         """Makes the first batch, twice."""
@@ -170,10 +198,11 @@ class RandomAccessSource(BatchSource):
             "kind": "random access",
             "class": type(self.recipe.dataset).__name__,
             "examples": self._length,
-            "batch_size": self.plan.batch_size,
-            "shuffle": self.plan.shuffle,
+            "batch_size": self._batch_size,
+            "shuffle": self._shuffle,
             "seed": self.seed,
-            "drop_remainder": self.plan.drop_remainder,
+            "drop_remainder": self._drop_remainder,
+            **self.plan.identity,
             **self._layout.identity(repeatable=self._repeatable),
         }
 
