@@ -434,6 +434,21 @@ def named_examples(**kwargs):
     )
 
 
+def hugging_face(kind=None, **kwargs):
+    import datasets
+
+    columns = {"x": X.tolist(), "y": Y.tolist(), "name": NAMES}
+    data = datasets.Dataset.from_dict(columns).with_format(kind)
+    return RandomAccessSource(data, 5, **kwargs)
+
+
+def hugging_face_stream(shuffle=False):
+    data = hugging_face().recipe.dataset.to_iterable_dataset(num_shards=3)
+    if shuffle:
+        data = data.shuffle(seed=3, buffer_size=7)
+    return data.batch(5)
+
+
 NAMED = {
     "named": lambda: fit_source(
         X, {"y": Y, "name": NAMES, "date": DATES}, batch_size=5, shuffle=True
@@ -487,7 +502,14 @@ GRAIN = {
     "grain plain": lambda: fit_source(grain_plain(), steps_per_epoch=5),
     "grain loader": lambda: fit_source(grain_loader(), steps_per_epoch=5),
 }
-KINDS = {**SOURCES, **GRAIN}
+HUGGING_FACE = {
+    "hf": hugging_face,
+    "hf stream": lambda: fit_source(hugging_face_stream(), steps_per_epoch=5),
+    "hf shuffled": lambda: fit_source(
+        hugging_face_stream(shuffle=True), steps_per_epoch=5
+    ),
+}
+KINDS = {**SOURCES, **GRAIN, **HUGGING_FACE}
 if keras.config.backend() == "torch":
     # (A fork of JAX's many threads may deadlock.)
     KINDS["torch workers"] = lambda: fit_source(

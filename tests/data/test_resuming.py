@@ -1,5 +1,6 @@
 """Every kind of data, resumed at every position and in a new process."""
 
+import importlib.util
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from tests.data.reading import (
     take,
     through_disk,
 )
-from tests.data.sources import GRAIN, KINDS, SOURCES
+from tests.data.sources import GRAIN, HUGGING_FACE, KINDS, SOURCES
 
 COUNT = 17  # over two ends of epochs of any of them
 
@@ -30,6 +31,8 @@ COUNT = 17  # over two ends of epochs of any of them
 def make(name):
     if name in GRAIN:
         pytest.importorskip("grain")
+    if name in HUGGING_FACE:
+        pytest.importorskip("datasets")
     return KINDS[name]()
 
 
@@ -191,15 +194,18 @@ def _leaves(nested):
     ]
 
 
+def _is_installed(module):
+    return importlib.util.find_spec(module) is not None
+
+
 def test_in_a_new_process(tmp_path):
     positions, expected = {}, {}
     keras.utils.set_random_seed(11)  # on which generators depend
     for name in KINDS:
-        if name in GRAIN:
-            try:
-                import grain  # noqa: F401
-            except ImportError:
-                continue
+        if (name in GRAIN and not _is_installed("grain")) or (
+            name in HUGGING_FACE and not _is_installed("datasets")
+        ):
+            continue
         whole, states = read_with_states(KINDS[name](), 14)
         positions[name], expected[name] = [], []
         for position in (0, 3, 5, 11):

@@ -60,6 +60,9 @@ MAKERS = {
     "PyTorch `DataLoader` with workers": "torch workers",
     "torchdata `StatefulDataLoader` of an `IterableDataset` that tells its "
     "state": "torchdata stream",
+    "Hugging Face `Dataset`": "hf",
+    "Hugging Face `IterableDataset`": "hf stream",
+    "Hugging Face `IterableDataset`, shuffled": "hf shuffled",
     "an iterator that tells its state": "iterator",
     "an iterable whose iterators tell their state": "iterators tell",
     "an iterable that tells its state": "iterable tells",
@@ -78,6 +81,8 @@ def test_a_row(name):
         pytest.skip("a fork of JAX's many threads may deadlock")
     if "Grain" in name:
         pytest.importorskip("grain")
+    if "Hugging" in name:
+        pytest.importorskip("datasets")
     make = MAKERS[name]
     make = make if callable(make) else sources.KINDS[make]
     exact, again, size, _ = rows()[name]

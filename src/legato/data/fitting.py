@@ -54,7 +54,8 @@ def fit_source(
         x: the features: arrays of any library, or lists, tuples and dicts of
             them; or all of the data: a `legato.DataSource`, a
             `keras.utils.PyDataset`, a `tf.data.Dataset`, a PyTorch
-            `DataLoader`, a Grain dataset or loader, a generator, or any object
+            `DataLoader`, a Grain dataset or loader, a Hugging Face
+            `IterableDataset` of batches, a generator, or any object
             that gives batches when it is iterated over, again and again; or
             a dataset of single examples, `(x, y)`: PyTorch's or Hugging
             Face's, or any object with `__len__` and `__getitem__` that cannot
@@ -279,9 +280,19 @@ def _refuse_beside(x: Any, name: str, **given: Any) -> None:
 def _is_iterable(x: Any) -> bool:
     if isinstance(x, list | tuple | dict | set | str | bytes):
         return False
+    if _is_hugging_face_stream(x):
+        return True
     if keras_data.is_array(x) or _gives_examples(x):
         return False
     return hasattr(x, "__iter__") or isinstance(x, keras_data.DataAdapter)
+
+
+def _is_hugging_face_stream(x: Any) -> bool:
+    return any(
+        cls.__module__ == "datasets.iterable_dataset"
+        and cls.__name__ == "IterableDataset"
+        for cls in type(x).__mro__
+    )
 
 
 def _gives_examples(x: Any) -> bool:
@@ -311,6 +322,10 @@ def _reader(x: Any) -> Reader:
         from legato.data.adapters.grain_data import GrainDataset
 
         return GrainDataset(x)
+    if _is_hugging_face_stream(x):
+        from legato.data.adapters.hugging_face import HuggingFaceStream
+
+        return HuggingFaceStream(x)
     if isinstance(x, keras_data.DataAdapter):
         return Adapter(x)
     if not isinstance(x, Iterator):

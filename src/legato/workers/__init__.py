@@ -7,7 +7,15 @@ workers, `child` is what a worker process runs, `sharing` the memory that it
 shares with its parent, and `seeding` what the global generators give there.
 """
 
-from legato.workers.collating import Pad, stack
+from legato.workers.collating import Pad, UnevenError, stack
 from legato.workers.recipe import Findings, Job, Recipe, Workers
 
-__all__ = ["Findings", "Job", "Pad", "Recipe", "Workers", "stack"]
+__all__ = [
+    "Findings",
+    "Job",
+    "Pad",
+    "Recipe",
+    "UnevenError",
+    "Workers",
+    "stack",
+]
