@@ -17,6 +17,7 @@ from legato.data import (
     HostValue,
     InputChecks,
     Shapes,
+    StoppedWaiting,
     partial_batches,
     shapes_of,
 )
@@ -253,6 +254,7 @@ class Evaluator:
                 seed=self._seed, capacity=self._capacity
             )
             stack.callback(iterator.close)
+            iterator.watch(gives_up)
             if not self._measure(iterator, means, hooks, gives_up, host):
                 found = None
             elif host is not None:
@@ -290,7 +292,10 @@ class Evaluator:
             if gives_up():
                 return False
             most = 1 if hooks.test_batch_hooks_active else self._max_steps
-            chunk = iterator.next_chunk(min(most, self._num_batches - done))
+            try:
+                chunk = iterator.next_chunk(min(most, self._num_batches - done))
+            except StoppedWaiting:
+                return False
             if hooks.test_batch_hooks_active:
                 hooks.on_test_batch_begin(done)
             names, rows = self._run(done, chunk, host)

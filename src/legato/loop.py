@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from legato.data import Chunk, Feed
+from legato.data import Chunk, Feed, StoppedWaiting
 from legato.errors import WorkerError
 from legato.schedule import Schedule
 from legato.state import Clock
@@ -179,6 +179,8 @@ def run(
         limit = 1 if callbacks_stop() else limits(clock.step)
         try:
             chunk = feed.take(pace.of(limit), limit)
+        except StoppedWaiting:
+            continue  # to where it stops
         except WorkerError:
             # Nothing of the next step has been done: all can still be saved.
             if saved_step != clock.step:

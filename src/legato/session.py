@@ -279,6 +279,7 @@ class Session:
             seed=self._seed,
             capacity=self._capacity,
             draws_here=self._backend.runs_ahead,
+            stop_requested=self._interrupts.is_asked,
         )
         if self._recovery.is_on:
             self._prepare_to_recover()
@@ -304,8 +305,7 @@ class Session:
     def _begin_new(self) -> None:
         self._log.rewind(None)
         if self._parts.task.order_seed is None:
-            # What happened since the model was built does not count.
-            set_random_seed(self._config.seed)
+            set_random_seed(self._config.seed)  # nothing before it counts
         # A loss may go wrong before the first checkpoint is due.
         self._begins = self._recovery.is_on
         self.clock.epoch = self._config.initial_epoch

@@ -1,5 +1,7 @@
 """A dataset of single examples, for worker processes: it needs no Keras."""
 
+import time
+
 import numpy as np
 
 from tests.workers import datasets
@@ -42,3 +44,26 @@ def augment(example, rng):
     features, label = example
     features = features * rng.choice([-1.0, 1.0], p=[0.1, 0.9], size=8)
     return features * (rng.random(8) > 0.1), label
+
+
+class Hangs:
+    """One of its examples never comes, while there is a certain file.
+
+    Args:
+        told: that file, which tells that the example is waited for.
+        at: which example.
+    """
+
+    def __init__(self, told, at):
+        self.told = told
+        self.at = at
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index == self.at and self.told.exists():
+            self.told.write_text("hangs")
+            time.sleep(600)
+        x = np.random.default_rng(index).normal(size=8).astype("float32")
+        return x, index % 3

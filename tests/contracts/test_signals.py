@@ -7,12 +7,14 @@ import warnings
 from pathlib import Path
 
 import keras
+import pytest
 
 import legato
 from legato.checkpoint import load_checkpoint
 from legato.errors import Interrupted
 from legato.storage import FileSystem
 from tests.contracts import runs
+from tests.contracts.examples import Hangs
 from tests.contracts.scenarios import Classifier
 from tests.processes import Forked
 
@@ -134,6 +136,83 @@ def test_a_signal_in_any_phase(tmp_path):
     for process in (whole, final):
         _, err = process.communicate()
         assert process.returncode == 0, err
+    found, _ = runs.differences(tmp_path / "whole", run_dir, common_only=True)
+    assert not found
+
+
+class WaitsForData(Classifier):
+    def __init__(self, told, kwargs, split):
+        self._told = told
+        self._kwargs = kwargs
+        self._split = split
+
+    def build_inputs(self, split):
+        # The last but one batch of an epoch; examples come in their order.
+        at = 33 if split == self._split else -1
+        return legato.RandomAccessSource(
+            Hangs(self._told, at), 4, shuffle=False, **self._kwargs
+        )
+
+
+def train_and_wait(run_dir, told, kwargs, split, hooks):
+    class Nothing(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            pass
+
+    trainer = legato.Trainer(
+        WaitsForData(told, kwargs, split),
+        run_dir=run_dir,
+        config=legato.TrainerConfig(
+            epochs=3, checkpoint_interval=7, keep_last=None, progress="none"
+        ),
+        callbacks=[Nothing()] if hooks else [],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = trainer.train()
+    Path(run_dir, "history.json").write_text(repr(history.history))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "split", "hooks"),
+    [
+        ({"workers": 2}, "train", False),
+        ({"workers": 1, "processes": True}, "train", True),
+        ({"workers": 1, "processes": True}, "validation", False),
+    ],
+)
+def test_a_worker_that_hangs_holds_up_no_signal(tmp_path, kwargs, split, hooks):
+    told = tmp_path / "told"
+    whole = Forked(
+        train_and_wait, tmp_path / "whole", told, kwargs, split, hooks,
+        side="whole",
+    )  # fmt: skip
+    _, err = whole.communicate()
+    assert whole.returncode == 0, err
+    run_dir = tmp_path / "run"
+    told.write_text("")
+    process = Forked(
+        train_and_wait, run_dir, told, kwargs, split, hooks, side="other"
+    )
+    until = time.monotonic() + 60
+    while told.read_text() != "hangs":
+        assert process.returncode is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.5)  # (What comes before it is trained on.)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, err = process.communicate()
+    assert process.returncode == 75, err
+    assert time.monotonic() - began < STOPS_WITHIN_SECS
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    assert newest.name == f"step_{8 if split == 'train' else 10:08d}"
+    told.unlink()
+    again = Forked(
+        train_and_wait, run_dir, told, kwargs, split, hooks, side="other"
+    )
+    _, err = again.communicate()
+    assert again.returncode == 0, err
     found, _ = runs.differences(tmp_path / "whole", run_dir, common_only=True)
     assert not found
 

@@ -31,6 +31,7 @@ from legato.data.source import (
     shapes_of,
 )
 from legato.data.state import join_arrays, split_arrays
+from legato.workers.recipe import StoppedWaiting
 
 __all__ = [
     "ArraySource",
@@ -46,6 +47,7 @@ __all__ = [
     "InputChecks",
     "RandomAccessSource",
     "Shapes",
+    "StoppedWaiting",
     "are_arrays",
     "array_specs",
     "fit_source",

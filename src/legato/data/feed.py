@@ -1,7 +1,7 @@
 """The next chunk is made ready while the device works."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ from legato.data.source import (
     array_specs,
 )
 from legato.errors import DamagedError
+from legato.workers.recipe import never
 
 
 class _Made:
@@ -60,6 +61,7 @@ class Feed:
         capacity: the fixed first axis of a chunk's operands.
         draws_here: whether data that must be drawn in the calling thread may
             be drawn by `prefetch`: where the device works meanwhile.
+        stop_requested: whether to wait no longer for what makes the batches.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class Feed:
         seed: int,
         capacity: int,
         draws_here: bool = False,
+        stop_requested: Callable[[], bool] = never,
     ) -> None:
         self._iterator: DataIterator = source.iterate(
             seed=seed, capacity=capacity
         )
+        self._iterator.watch(stop_requested)
         self._source = source
         self._capacity = capacity
         self._draws_here = draws_here and not self._iterator.draws_ahead
@@ -123,7 +127,8 @@ class Feed:
                 or kept. None: as many as are wanted.
 
         Raises:
-            Whatever the data raised while the chunk was made.
+            StoppedWaiting: a stop is requested, and it is not there.
+            Anything: what the data raised while the chunk was made.
         """
         chunk = None
         if self._ahead is not None:

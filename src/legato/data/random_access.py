@@ -19,7 +19,7 @@ from legato.errors import ConfigError, DataError
 from legato.types import JSON
 from legato.workers import Job, Recipe, Workers, stack
 from legato.workers.lending import Lender
-from legato.workers.recipe import Rows, mapped
+from legato.workers.recipe import Rows, mapped, never
 
 
 class RandomAccessSource(BatchSource):
@@ -232,6 +232,7 @@ class _Iterator(DataIterator):
         self._drawn = 0  # batches of the epoch that were taken from workers
         self._problem: Exception | None = None
         self._ahead: _Ahead | None = None
+        self._gives_up: Callable[[], bool] = never
         # With workers, none of the user's code runs in this thread.
         self.draws_ahead = source.workers > 0
 
@@ -247,6 +248,9 @@ class _Iterator(DataIterator):
         self._problem = None
         if self._ahead is not None:
             self._ahead.go_to(self._epoch, self._batch)
+
+    def watch(self, stop_requested: Callable[[], bool]) -> None:
+        self._gives_up = stop_requested
 
     def next_chunk(self, max_batches: int) -> Chunk:
         if self.draws_ahead:
@@ -290,8 +294,10 @@ class _Iterator(DataIterator):
             job = self._job(self._epoch, self._drawn)
             return source.recipe.make(job, alone=True)
         if self._ahead is None:
+            workers = source.lender.lend()
+            workers.gives_up = self._gives_up
             self._ahead = _Ahead(
-                source.lender.lend(),
+                workers,
                 self._job,
                 source.batches_per_epoch,
                 (self._epoch, self._drawn),

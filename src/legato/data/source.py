@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -140,6 +140,15 @@ class DataIterator(abc.ABC):
         After `set_state`, where the data have no other way to the position.
         """
         return 0
+
+    def watch(  # noqa: B027 - few wait for anybody
+        self, stop_requested: Callable[[], bool]
+    ) -> None:
+        """What ends a wait for workers: `next_chunk` raises `StoppedWaiting`.
+
+        Args:
+            stop_requested: whether a signal or the time asks to stop.
+        """
 
     def end_epoch(self) -> None:  # noqa: B027 - few have anything to do
         """The last batch of an epoch has been trained on.

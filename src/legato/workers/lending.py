@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from legato.workers.recipe import Recipe, Workers
+from legato.workers.recipe import Recipe, Workers, never
 
 # A validation ends its iterator, and the next one begins another.
 _LINGER_SECS = 30.0
@@ -52,6 +52,7 @@ class Lender:
     def take_back(self, workers: Workers) -> None:
         """Keep workers for the next one, or end them after a while."""
         workers.drop()
+        workers.gives_up = never
         if workers.broken:
             workers.close()
             return

@@ -22,7 +22,13 @@ from typing import Any
 
 from legato.errors import ConfigError, WorkerError
 from legato.workers import child
-from legato.workers.recipe import Job, Recipe
+from legato.workers.recipe import (
+    POLL_SECS,
+    Job,
+    Recipe,
+    StoppedWaiting,
+    never,
+)
 from legato.workers.sharing import SharedFile, Written, anonymous_file
 
 _BOOT = (
@@ -128,6 +134,7 @@ class Processes:
                 '`if __name__ == "__main__":`.'
             )
         self.broken = False
+        self.gives_up = never
         self._failure: str | None = None  # of a worker that is no more
         self._what = recipe.what
         self._timeout = timeout
@@ -217,7 +224,7 @@ class Processes:
         until = time.monotonic() + timeout
         while True:
             links = {w.link: w for w in self._workers if w.is_alive}
-            left = max(0.0, until - time.monotonic())
+            left = min(POLL_SECS, max(0.0, until - time.monotonic()))
             ready = multiprocessing.connection.wait(list(links), left)
             for link in ready:
                 self._read(links[link])  # type: ignore[index]
@@ -226,6 +233,9 @@ class Processes:
             if time.monotonic() >= until:
                 self._end_hanging(waited_for)
                 return
+            if self.gives_up():
+                self.broken = True  # what it is at may last
+                raise StoppedWaiting
 
     def _read(self, worker: _Worker) -> None:
         try:

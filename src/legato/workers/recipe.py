@@ -206,14 +206,29 @@ class _InFile:
         )
 
 
+class StoppedWaiting(Exception):
+    """A batch was not waited for any longer, because somebody asks to stop."""
+
+
+POLL_SECS = 0.1
+"""So long one waits for a batch until one looks whether to stop."""
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
 class Workers(Protocol):
     """Makes batches elsewhere, and gives them in the order of the jobs.
 
     Attributes:
         broken: it makes none any more, after an error.
+        gives_up: asked while a batch is waited for: whether to stop that.
     """
 
     broken: bool
+    gives_up: Callable[[], bool]
 
     def room(self) -> int:
         """How many more jobs can be begun; ends the use of what was taken."""
@@ -234,6 +249,7 @@ class Workers(Protocol):
 
         Raises:
             WorkerError: it could not be made.
+            StoppedWaiting: see `gives_up`.
         """
         ...
 

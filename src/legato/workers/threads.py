@@ -4,11 +4,18 @@ import collections
 import queue
 import sys
 import threading
+import time
 import traceback
 from typing import Any
 
 from legato.errors import WorkerError
-from legato.workers.recipe import Job, Recipe
+from legato.workers.recipe import (
+    POLL_SECS,
+    Job,
+    Recipe,
+    StoppedWaiting,
+    never,
+)
 
 
 class _Task:
@@ -37,6 +44,7 @@ class Threads:
         self, recipe: Recipe, count: int, prefetch: int, timeout: float
     ) -> None:
         self.broken = False
+        self.gives_up = never
         self._what = recipe.what
         self._timeout = timeout
         self._most = count * prefetch
@@ -68,9 +76,16 @@ class Threads:
     def take(self) -> Any:
         """The batch of the oldest job."""
         task = self._pending[0]
-        if not task.done.wait(self._timeout):
-            self.broken = True
-            raise WorkerError(self._hangs(task))
+        until = time.monotonic() + self._timeout
+        while not task.done.wait(
+            min(POLL_SECS, max(0.0, until - time.monotonic()))
+        ):
+            if time.monotonic() >= until:
+                self.broken = True
+                raise WorkerError(self._hangs(task))
+            if self.gives_up():
+                self.broken = True  # what it is at may last
+                raise StoppedWaiting
         self._pending.popleft()
         if task.error is not None:
             raise WorkerError(
