@@ -515,3 +515,6 @@ if keras.config.backend() == "torch":
     KINDS["torch workers"] = lambda: fit_source(
         torch_augmented(num_workers=2, persistent_workers=True)
     )
+    KINDS["torch workers, seeded"] = lambda: fit_source(
+        torch_loader(num_workers=1, shuffle=True)
+    )

@@ -245,18 +245,19 @@ class Failing:
         self.how = how
 
     def __len__(self):
-        return 23
+        return 53
 
     def __getitem__(self, index):
         import time
 
-        if index == 20 and self.how == "raises":
+        if index == 40 and self.how == "raises":
             raise ValueError(f"example {index} is bad")
-        if index == 20 and self.how == "dies":
+        if index == 40 and self.how == "dies":
+            time.sleep(0.5)  # what it made before is to be fetched from it
             os.kill(os.getpid(), signal.SIGKILL)
-        if index == 20 and self.how == "hangs":
+        if index == 40 and self.how == "hangs":
             time.sleep(1000)
-        return X[index], Y[index]
+        return X[index % 23], Y[index % 23]
 
 
 @on_torch
@@ -274,11 +275,11 @@ def test_torchs_workers_that_fail(how, words):
     loader = DataLoader(Failing(how), batch_size=5, num_workers=1, timeout=3)
     source = fit_source(loader, name="train")
     iterator = source.iterate(seed=5, capacity=1)
-    take(iterator, source, 3)
+    take(iterator, source, 6)  # (Two are made ahead.)
     with pytest.raises(Exception, match=words) as caught:
-        take(iterator, source, 2)
+        take(iterator, source, 3)
     iterator.close()
     text = notes(caught.value)
     assert "train (torch DataLoader) was read" in text
     if how == "raises":
-        assert "example 20 is bad" in text and "__getitem__" in text
+        assert "example 40 is bad" in text and "__getitem__" in text

@@ -57,7 +57,8 @@ MAKERS = {
     "PyTorch `DataLoader`": "torch",
     "PyTorch `DataLoader` whose examples change it": "torch augmented",
     "PyTorch `DataLoader` of an `IterableDataset`": "torch stream",
-    "PyTorch `DataLoader` with workers": "torch workers",
+    "PyTorch `DataLoader` with workers": "torch workers, seeded",
+    "PyTorch `DataLoader` with workers that keep something": "torch workers",
     "torchdata `StatefulDataLoader` of an `IterableDataset` that tells its "
     "state": "torchdata stream",
     "Hugging Face `Dataset`": "hf",

@@ -99,6 +99,7 @@ class Reader(abc.ABC):
         ahead: nothing of the user's runs in the thread that draws.
         methods: how its passes may be resumed, the best first; all else is
             read again. They are tried.
+        before: after so many batches of a pass it is tried.
         method: what came of that.
         why: why it is read again.
         tells_end: the state that is told after the last batch says so.
@@ -116,6 +117,7 @@ class Reader(abc.ABC):
     threads: bool = False
     ahead: bool = False
     methods: Sequence[Method] = ()
+    before: int = 2
     method: Method = "replay"
     why: str | None = None
     tells_end: bool = False

@@ -14,8 +14,8 @@ from legato.data.batches import Leaves, digest
 from legato.data.encoding import CannotEncodeError
 from legato.data.readers import Method, Passes, Reader
 
-# The state is taken after so many batches, and so many more are compared.
-_BEFORE, _AFTER = 2, 2
+# So many batches are compared, after those that are drawn before.
+_AFTER = 2
 
 
 class Attempt:
@@ -46,8 +46,10 @@ class Attempt:
 
     def skip(self, count: int) -> None:
         """Begin it, and leave batches out."""
-        self._batches = self.passes.skip_to(
-            0, count, lambda batch: streams.begin(0, "first", batch)
+        self._batches = self._watched(
+            lambda: self.passes.skip_to(
+                0, count, lambda batch: streams.begin(0, "first", batch)
+            )
         )
         self.drawn = count
 
@@ -98,7 +100,7 @@ def choose_method(
     try:
         if not _has_candidates(reader, opened):
             return
-        while opened.drawn < _BEFORE and opened.draw() is not None:
+        while opened.drawn < reader.before and opened.draw() is not None:
             pass
         position = opened.drawn
         if "state" in reader.methods:
@@ -107,6 +109,9 @@ def choose_method(
             except Exception as error:  # of a library unknown to us
                 reader.why = _shown(error)
         expected = _follow(opened, leaves)
+        if expected == [None] and reader.before > Reader.before:
+            reader.why = "a pass has too few batches to try it"
+            return
         looks = opened.looks()
     finally:
         opened.close()

@@ -1,5 +1,6 @@
 """PyTorch's `DataLoader` and torchdata's stateful one, on any backend."""
 
+import copy
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from legato.data.encoding import decode, encode
 from legato.data.readers import END, Iterable, Method, Passes, told_by
 from legato.data.source import DataState
 from legato.errors import DamagedError, RestoreError
+from legato.workers.loading import Numbers, SeedsBatches
 
 
 class TorchLoader(Iterable):
@@ -21,11 +23,11 @@ class TorchLoader(Iterable):
     Its samplers, and the seeds of its workers, draw from PyTorch's global
     generator when a pass begins, or from a generator of the user's, which is
     saved; so is what changes in the dataset and the samplers. Workers begin
-    anew in each pass, because they keep generators of their own.
+    anew in each pass, because they may keep something of their own.
 
-    Where the examples are loaded in this process, by their numbers, batches
-    are skipped by drawing their numbers alone: unless loading them changes
-    what comes later.
+    Where the examples are loaded by their numbers, batches are skipped by
+    drawing their numbers alone: unless loading them changes what comes later.
+    In workers, each batch has seeds of its own for that.
 
     Args:
         loader: the loader.
@@ -69,12 +71,14 @@ class TorchLoader(Iterable):
         by_number = not isinstance(
             loader.dataset, torch.utils.data.IterableDataset
         )
-        if by_number and loader.num_workers == 0:
+        tells = told_by(loader) is not None
+        self.seeds_batches = by_number and loader.num_workers > 0 and not tells
+        if self.seeds_batches:
+            self.before = loader.num_workers + 1  # each has loaded something
+        if by_number and (loader.num_workers == 0 or self.seeds_batches):
             yield "skip"
-        elif told_by(loader) is None:
-            self.why = "it loads in other processes"
-            if not by_number:
-                self.why = "its dataset is read in the order that it gives"
+        elif not tells:
+            self.why = "its dataset is read in the order that it gives"
 
         if not getattr(loader, "in_order", True):
             self.notes.append(
@@ -83,6 +87,8 @@ class TorchLoader(Iterable):
 
     def open(self) -> Passes:
         """Iterates over the loader."""
+        if self.seeds_batches:
+            return _WorkerPasses(self._loader)
         return _Passes(self._loader)
 
 
@@ -149,6 +155,38 @@ class _Passes(Passes):
         if end_workers is not None:
             end_workers()
         self._iterator = None
+
+
+class _WorkerPasses(_Passes):
+    """Passes in which each batch has seeds of its own, in whatever worker."""
+
+    def begin(self, number: int) -> Iterator[Any]:
+        return self._begin_after(0)
+
+    def _begin_after(self, skipped: int) -> Iterator[Any]:
+        self.close()
+        loader: Any = copy.copy(self._loader)
+        # (It refuses to have them set.)
+        parts = vars(loader)
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        parts[name] = Numbers(parts[name], skipped, loader.num_workers)
+        parts["worker_init_fn"] = SeedsBatches(loader.worker_init_fn)
+        parts["_iterator"] = None
+        self._iterator = iter(loader)
+        return self._iterator
+
+    def skip_to(
+        self, number: int, skipped: int, each: Callable[[int], None]
+    ) -> Iterator[Any]:
+        iterator = self._begin_after(skipped)
+        for _ in range(skipped % self._loader.num_workers):
+            if next(iterator, END) is END:
+                raise RestoreError(
+                    f"the checkpoint is at batch {skipped} of pass {number} "
+                    "over the data, and there are fewer now. Resume with the "
+                    "data of the run"
+                )
+        return iterator
 
 
 class _Generator:
