@@ -173,12 +173,25 @@ def labels():
     }
 
 
-def trainer(task, run_dir, **config):
+def trainer(task, run_dir, callbacks=(), **config):
     keras.utils.set_random_seed(0)
     settings = {"epochs": 1, "progress": "none", **config}
     return legato.Trainer(
-        task, run_dir=run_dir, config=legato.TrainerConfig(**settings)
+        task,
+        run_dir=run_dir,
+        config=legato.TrainerConfig(**settings),
+        callbacks=list(callbacks),
     )
+
+
+class Batches(keras.callbacks.Callback):
+    """Each batch is a call of its own."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        pass
+
+    def on_test_batch_end(self, batch, logs=None):
+        pass
 
 
 @pytest.mark.parametrize("use", USES)
@@ -335,12 +348,13 @@ SOURCES = {
 }
 
 
+@pytest.mark.parametrize("callbacks", [[], [Batches()]])
 @pytest.mark.parametrize("source", SOURCES)
-def test_host_metrics_get_the_right_ones(source, tmp_path):
+def test_host_metrics_get_the_right_ones(source, callbacks, tmp_path):
     task = Measures(SOURCES[source])
     history = trainer(
-        task, tmp_path, epochs=2, steps_per_epoch=3, validation_steps=3,
-        exact="off",
+        task, tmp_path, callbacks, epochs=2, steps_per_epoch=3,
+        validation_steps=3, exact="off",
     ).train()  # fmt: skip
     metric = task.metric
     names = [n.decode() if source == "tensorflow" else n for n in metric.names]

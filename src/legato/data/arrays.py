@@ -260,18 +260,20 @@ class _ArrayIterator(DataIterator):
             singles = _Singles(self._epoch, first, stop, rows, rows[:capacity])
             self._singles = singles
         index = self._batch - singles.first
+        rows = singles.rows[index : index + 1]
         self._advance(1)
         return Chunk(
             num_batches=1,
             batch_size=size,
             operands=singles.rows[index : index + capacity],
             state=self.get_state(),
-            rows=singles.rows[index : index + 1],
             block=Block(
                 operands=singles.operands,
                 index=index,
                 stop=singles.stop - singles.first,
             ),
+            rows=rows,
+            beside=_Beside(self._source._others, rows),
         )
 
     def _advance(self, count: int) -> None:
