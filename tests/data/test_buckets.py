@@ -145,6 +145,10 @@ def test_lengths_may_be_a_function():
     assert sorted(calls) == list(range(101))
     assert_equal(read(found, 20), read(source(), 20))
     assert found.identity == source().identity
+    # Of several datasets, too.
+    buckets = Buckets(length, BOUNDARIES)
+    source(bucket_by=buckets)
+    legato.RandomAccessSource(Sentences([3, 3]), 2, bucket_by=buckets)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])

@@ -44,7 +44,8 @@ class ArraySource(DataSource):
             `[examples, ...]`; usually `(features, labels)`. None may stand in
             the place of an array, and does so in each batch. Arrays of any
             library are taken (see `as_column`); memory-mapped ones are read
-            as their rows are needed.
+            as their rows are needed. Those of strings, dates and objects, and
+            lists of strings, stay on the host, for host metrics.
         batch_size: examples in a batch.
         shuffle: visit the examples in a new random order each epoch; "batch"
             only mixes each batch within itself.

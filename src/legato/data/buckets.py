@@ -49,21 +49,19 @@ class Buckets:
         self._length: Callable[[Any], int] | None = None
         self._lengths: np.ndarray | None = None
         self.boundaries: list[int] | None = None
-        self._count: int | None = None
-        if isinstance(boundaries, int | np.integer):
+        self._count = 0
+        if isinstance(boundaries, Sequence | np.ndarray):
+            self.boundaries = list(boundaries)
+            self._count = len(self.boundaries)
+        elif not isinstance(boundaries, bool):
             self._count = int(boundaries)
-        else:
-            self.boundaries = [int(each) for each in boundaries]
-        if self.boundaries == [] or (
-            self._count is not None
-            and (self._count < 1 or isinstance(boundaries, bool))
-        ):
+        if self._count < 1:
             raise ConfigError(
                 f"boundaries={boundaries!r}: there must be at least one bucket."
             )
-        if self.boundaries is not None and (
-            self.boundaries != sorted(set(self.boundaries))
-            or list(boundaries) != self.boundaries  # type: ignore[arg-type]
+        given = self.boundaries or []
+        if given != sorted(set(given)) or not all(
+            isinstance(each, int | np.integer) for each in given
         ):
             raise ConfigError(
                 f"boundaries={boundaries!r}: they must be lengths, each above "
@@ -75,9 +73,10 @@ class Buckets:
         if callable(lengths):
             self._length = lengths
         else:
-            self._take(lengths)
+            self._lengths = self._checked(lengths)
 
-    def _take(self, lengths: Any) -> np.ndarray:
+    def _checked(self, lengths: Any) -> np.ndarray:
+        """Lengths as an array; they make the boundaries, if there are none."""
         found = np.asarray(lengths)
         if found.ndim != 1 or found.dtype.kind not in "iu":
             raise ConfigError(
@@ -86,9 +85,7 @@ class Buckets:
                 "length(example) that returns one."
             )
         if self.boundaries is None:
-            assert self._count is not None
             self.boundaries = _even(found, self._count)
-        self._lengths = found
         return found
 
     def of(self, dataset: Any, count: int, what: str) -> np.ndarray:
@@ -105,7 +102,7 @@ class Buckets:
         lengths = self._lengths
         if lengths is None:
             assert self._length is not None
-            lengths = self._take(
+            lengths = self._checked(
                 [self._length(dataset[index]) for index in range(count)]
             )
         if len(lengths) != count:
