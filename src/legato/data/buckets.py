@@ -14,7 +14,7 @@ import numpy as np
 
 from legato.data.order import Block, check_batch_size
 from legato.errors import ConfigError, DataError
-from legato.rng import derive_seed
+from legato.rng import Permutation, derive_seed
 from legato.types import JSON
 
 
@@ -223,7 +223,8 @@ class BucketOrder:
         self._plan = plan
         self._seed = seed
         self._slots = Block(plan.batches_per_epoch)
-        self._buckets = [Block(int(count)) for count in plan.counts]
+        self._epoch = -1
+        self._inside: dict[int, Permutation] = {}
 
     def batch(self, epoch: int, number: int) -> np.ndarray:
         """The examples of one batch: int64, `[batch]`."""
@@ -241,7 +242,16 @@ class BucketOrder:
             key = derive_seed(self._seed, "bucket", epoch, bucket, start)
             places = start + Block(size).rows(key, 0, size)
         elif plan.shuffle:
-            key = derive_seed(self._seed, "bucket", epoch, bucket)
-            places = self._buckets[bucket].rows(key, start, size)
+            places = self._permutation(epoch, bucket)(places)
         first = int(plan.starts[bucket])
         return plan.members[first + places].astype(np.int64)
+
+    def _permutation(self, epoch: int, bucket: int) -> Permutation:
+        """Of a bucket's examples, of which batches come in any order."""
+        if epoch != self._epoch:
+            self._epoch, self._inside = epoch, {}
+        if bucket not in self._inside:
+            key = derive_seed(self._seed, "bucket", epoch, bucket)
+            count = int(self._plan.counts[bucket])
+            self._inside[bucket] = Permutation(count, key)
+        return self._inside[bucket]
