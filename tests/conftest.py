@@ -60,9 +60,12 @@ collect_ignore = (
     else [
         "cli/test_cli.py",
         "data/test_attributes.py",
+        "data/test_buckets.py",
         "data/test_failing.py",
         "data/test_holding.py",
+        "data/test_hugging_face.py",
         "data/test_iterables.py",
+        "data/test_torch_workers.py",
         "diff",
         "files",
         "metrics/test_adapters.py",
