@@ -13,10 +13,11 @@ class Rows:
         self._flag = flag
 
     def __len__(self):
-        return 48
+        return 96
 
     def __getitem__(self, index):
-        if index == 33 and self._flag.exists():
+        # (Not among the first, which are tried before training.)
+        if index == 90 and self._flag.exists():
             os.kill(os.getpid(), signal.SIGKILL)  # for want of memory, say
         features = np.random.default_rng(index).normal(size=4)
         return features.astype("float32"), features.sum().astype("float32")

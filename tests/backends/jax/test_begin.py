@@ -1,6 +1,7 @@
 """Steps are begun and run ahead of callbacks at batches; it never shows."""
 
 import copy
+import math
 import threading
 
 import jax
@@ -291,7 +292,8 @@ def test_callbacks_that_set_something_waste_little(tmp_path, calls):
     seen, _ = fit(tmp_path / "run", AtTimes(set_rate, 1), batch_size=2)
     # (Each time also those that would have come next.)
     assert len(seen) == 2 * 5 * 27
-    assert len(calls) <= 12
+    # An attempt after 2, 4, 8 ... steps: two calls each.
+    assert len(calls) <= 2 * math.log2(len(seen))
 
 
 class Fails(AtTimes):
