@@ -6,6 +6,7 @@ import pytest
 
 import legato
 from legato.errors import ConfigError, DataError
+from tests.linear import Linear
 
 N = 12
 X = np.linspace(-1, 1, 2 * N, dtype="float32").reshape(N, 2)
@@ -62,19 +63,11 @@ KINDS = {
 }
 
 
-class Nested(legato.Task):
+class Nested(Linear):
     """Its batches are dicts, which is up to the Task."""
 
     def __init__(self, make):
         self._make = make
-
-    def build_model(self):
-        return keras.Sequential(
-            [keras.layers.Input((2,)), keras.layers.Dense(1)]
-        )
-
-    def build_optimizer(self):
-        return keras.optimizers.SGD(0.1)
 
     def build_inputs(self, split):
         return self._make()

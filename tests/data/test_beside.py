@@ -12,6 +12,7 @@ from legato.data import beside, fit_source
 from legato.errors import DamagedError, DataError, StepError
 from tests.data.reading import assert_equal, read, take, through_disk
 from tests.data.sources import NAMED, NAMES, X
+from tests.linear import Linear
 
 N = 11  # not a multiple of the batch size
 FEATURES = np.linspace(-1, 1, 2 * N, dtype="float32").reshape(N, 2)
@@ -133,20 +134,12 @@ USES = {
 }
 
 
-class Uses(legato.Task):
+class Uses(Linear):
     """A task that does something with its strings."""
 
     def __init__(self, use=None, split="train"):
         self._use = use
         self._split = split
-
-    def build_model(self):
-        return keras.Sequential(
-            [keras.layers.Input((2,)), keras.layers.Dense(1)]
-        )
-
-    def build_optimizer(self):
-        return keras.optimizers.SGD(0.1)
 
     def build_inputs(self, split):
         return legato.ArraySource((FEATURES, labels()), 4, shuffle=False)

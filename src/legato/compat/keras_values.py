@@ -5,15 +5,22 @@ attribute. Without that attribute, Python asks the class where to find it.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 
 _ATTRIBUTE = "_value"
 
-_WANTED: dict[int, Callable[[], None]] = {}
-"""By the identity of a variable: what gives it its value."""
+_OWNERS: dict[int, "Owner"] = {}
+"""By the identity of a variable that waits: who knows its value."""
+
+
+class Owner(Protocol):
+    """Knows the values of variables that wait."""
+
+    def settle(self) -> None:
+        """Call `set_waiting` for all of them; from any thread."""
+        ...
 
 
 def can_wait(variable: keras.Variable) -> bool:
@@ -21,18 +28,17 @@ def can_wait(variable: keras.Variable) -> bool:
     return _ATTRIBUTE in vars(variable)
 
 
-def let_wait(variables: list[keras.Variable], give: Callable[[], None]) -> None:
+def let_wait(variables: list[keras.Variable], owner: Owner) -> None:
     """Take the values away until one is asked for.
 
     Args:
         variables: they have values.
-        give: is to call `set_waiting` for all of them; it may be called from
-            any thread.
+        owner: gives them back.
     """
     cls: Any = keras.Variable
     _teach(cls)
     for variable in variables:
-        _WANTED[id(variable)] = give
+        _OWNERS[id(variable)] = owner
         delattr(variable, _ATTRIBUTE)
 
 
@@ -41,9 +47,11 @@ def are_waiting(variables: list[keras.Variable]) -> bool:
     return not any(_ATTRIBUTE in vars(variable) for variable in variables)
 
 
-def is_waiting(variable: keras.Variable) -> bool:
-    """Whether it has no value at present."""
-    return _ATTRIBUTE not in vars(variable)
+def owner_of(variable: keras.Variable) -> Any:
+    """Who knows its value, if it waits; None if it has one."""
+    if _ATTRIBUTE in vars(variable):
+        return None
+    return _OWNERS.get(id(variable))
 
 
 def set_waiting(variables: list[keras.Variable], values: list[Any]) -> None:
@@ -51,7 +59,7 @@ def set_waiting(variables: list[keras.Variable], values: list[Any]) -> None:
     for variable, value in zip(variables, values, strict=True):
         attributes: Any = vars(variable)
         attributes.setdefault(_ATTRIBUTE, value)
-        _WANTED.pop(id(variable), None)
+        _OWNERS.pop(id(variable), None)
 
 
 @functools.cache
@@ -59,18 +67,18 @@ def _teach(cls: Any) -> None:
     """Let a class of variables ask for a value that is missing."""
 
     def find(variable: Any, name: str) -> Any:
-        give = _WANTED.get(id(variable)) if name == _ATTRIBUTE else None
-        if give is None:
+        owner = _OWNERS.get(id(variable)) if name == _ATTRIBUTE else None
+        if owner is None:
             raise AttributeError(
                 f"{type(variable).__name__!r} object has no attribute {name!r}"
             )
-        give()
+        owner.settle()
         return vars(variable)[_ATTRIBUTE]
 
     def state(variable: Any) -> Any:
         # What copies a variable looks into it directly.
-        if id(variable) in _WANTED:
-            _WANTED[id(variable)]()
+        if id(variable) in _OWNERS:
+            _OWNERS[id(variable)].settle()
         return object.__getstate__(variable)
 
     cls.__getattr__ = find

@@ -7,7 +7,6 @@ to a Task's `aggregate_logs`.
 
 import contextlib
 import copy
-import datetime
 import math
 import re
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from legato.data.encoding import CannotEncodeError, decode, encode
 from legato.data.source import DataState
 from legato.data.structure import Structure
 from legato.errors import DamagedError, StepError
+from legato.workers.collating import is_numeric, of_objects
+from legato.workers.recipe import PLAIN
 
 _KINDS = {
     "U": "strings",
@@ -37,16 +38,10 @@ _SAVED_DTYPE = re.compile(r"[<>|]([SU]\d+|[Mm]8(\[\w+\])?)")
 _ARRAY = "~beside"
 """Stands alone in a dict, for an array among objects. (`encode` knows none.)"""
 
-_PLAIN = (
-    *(str, bytes, bool, int, float, complex, type(None), np.generic),
-    *(datetime.date, datetime.time, datetime.timedelta),
-)
-
 
 def stays_on_host(dtype: np.dtype) -> bool:
     """Whether a device takes no array of this dtype."""
-    # (bfloat16 and its like are of kind "V" for NumPy.)
-    return dtype.kind in _KINDS and "float" not in dtype.name
+    return not is_numeric(dtype)
 
 
 def what_holds(dtype: np.dtype) -> str:
@@ -57,17 +52,14 @@ def what_holds(dtype: np.dtype) -> str:
 def gathered(nested: Any) -> Any:
     """Lists and tuples of strings as arrays, `[strings]`, of objects.
 
-    So loaders leave them that make batches of examples. (Of objects, because
-    arrays of strings lose zeros at the end of each.)
+    So loaders leave them that make batches of examples.
     """
     if isinstance(nested, dict):
         return _rebuilt(nested, {k: gathered(v) for k, v in nested.items()})
     if not isinstance(nested, list | tuple):
         return nested
     if nested and all(isinstance(each, str | bytes) for each in nested):
-        array = np.empty(len(nested), object)
-        array[:] = nested
-        return array
+        return of_objects(nested)
     return _rebuilt(nested, [gathered(each) for each in nested])
 
 
@@ -104,7 +96,7 @@ def owned(array: np.ndarray) -> np.ndarray:
         return array.copy()
     found = np.empty(array.shape, object)
     for index, each in np.ndenumerate(array):
-        is_plain = isinstance(each, _PLAIN)
+        is_plain = isinstance(each, PLAIN)
         found[index] = each if is_plain else copy.deepcopy(each)
     return found
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from legato.data.order import Block, check_batch_size
+from legato.data.order import BlockwisePermutation, check_batch_size
 from legato.errors import ConfigError, DataError
 from legato.rng import Permutation, derive_seed
 from legato.types import JSON
@@ -222,7 +222,7 @@ class BucketOrder:
     def __init__(self, plan: BucketPlan, seed: int) -> None:
         self._plan = plan
         self._seed = seed
-        self._slots = Block(plan.batches_per_epoch)
+        self._slots = BlockwisePermutation(plan.batches_per_epoch)
         self._epoch = -1
         self._inside: dict[int, Permutation] = {}
 
@@ -240,7 +240,7 @@ class BucketOrder:
         places = np.arange(start, start + size)
         if plan.shuffle == "batch":
             key = derive_seed(self._seed, "bucket", epoch, bucket, start)
-            places = start + Block(size).rows(key, 0, size)
+            places = start + Permutation(size, key)(np.arange(size))
         elif plan.shuffle:
             places = self._permutation(epoch, bucket)(places)
         first = int(plan.starts[bucket])

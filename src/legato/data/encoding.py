@@ -15,6 +15,7 @@ from legato.data.source import DataState
 from legato.data.state import split_arrays
 from legato.errors import DamagedError
 from legato.storage import strict_json
+from legato.workers.collating import is_numeric
 
 # Each stands alone in a dict, for what JSON has no word for. (Other dicts
 # with a key that begins so are written as pairs.)
@@ -58,9 +59,9 @@ def encode(value: Any, where: str = "its state") -> DataState:
         return {_PAIRS: [[encode(k, f"a key of {where}"), v] for k, v in items]}
     if kind is bytes:
         return {_BYTES: np.frombuffer(value, np.uint8).copy()}
-    if kind is np.ndarray and _holds_numbers(value.dtype):
+    if kind is np.ndarray and is_numeric(value.dtype):
         return value.copy()
-    if isinstance(value, np.generic) and _holds_numbers(value.dtype):
+    if isinstance(value, np.generic) and is_numeric(value.dtype):
         return {_SCALAR: np.asarray(value)}
     tensor: Any = value
     torch: Any = sys.modules.get("torch")
@@ -70,11 +71,6 @@ def encode(value: Any, where: str = "its state") -> DataState:
         f"{where} is a {kind.__module__}.{kind.__qualname__}, which is "
         "neither a JSON value, bytes, an array nor a tensor"
     )
-
-
-def _holds_numbers(dtype: np.dtype) -> bool:
-    """Whether a checkpoint has room for arrays of it."""
-    return dtype.kind in "biufc" or "float" in dtype.name
 
 
 def _encode_all(values: Any, where: str) -> list[DataState]:

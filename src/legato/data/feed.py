@@ -228,15 +228,16 @@ class Feed:
 
     def _read_ahead(self, arrays: list[Any], others: Any) -> Chunk:
         dtypes = [spec.dtype for spec in array_specs(self._source).values()]
+        num_beside = self._num_beside()
         if (
             not all(isinstance(a, np.ndarray) and a.ndim > 1 for a in arrays)
             or [a.dtype for a in arrays] != dtypes
             or len({len(a) for a in arrays}) != 1
             or not 1 <= len(arrays[0]) <= self._capacity
             or not isinstance(others, list)
-            or len(others) != (len(arrays[0]) if self._num_beside() else 0)
+            or len(others) != (len(arrays[0]) if num_beside else 0)
             or not all(
-                isinstance(batch, list) and len(batch) == self._num_beside()
+                isinstance(batch, list) and len(batch) == num_beside
                 for batch in others
             )
         ):

@@ -80,7 +80,7 @@ class Plan:
         return Order(self, seed)
 
 
-class Block:
+class BlockwisePermutation:
     """A permutation, computed some thousand positions at a time.
 
     A loop of one step (for a batch hook) would otherwise pay the fixed cost
@@ -127,7 +127,7 @@ class Order:
     def __init__(self, plan: Plan, seed: int) -> None:
         self._plan = plan
         self._seed = seed
-        self._block = Block(plan.length)
+        self._block = BlockwisePermutation(plan.length)
 
     def batch(self, epoch: int, number: int) -> np.ndarray:
         """The examples of one batch: int64, `[batch]`."""

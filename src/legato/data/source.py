@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from legato.data.structure import Structure
 from legato.types import JSON
 
 Batch = Any
@@ -261,12 +262,9 @@ class DataSource(abc.ABC):
 
 def array_specs(source: DataSource) -> dict[str, ArraySpec]:
     """The arrays of a batch that a device takes, by their paths."""
-    leaves = keras.tree.flatten_with_path(source.batch_spec(1))
-    return {
-        ".".join(map(str, path)) or "data": leaf
-        for path, leaf in leaves
-        if isinstance(leaf, ArraySpec)
-    }
+    spec = source.batch_spec(1)
+    leaves = zip(Structure(spec).paths(), Structure.leaves(spec), strict=True)
+    return {path: leaf for path, leaf in leaves if isinstance(leaf, ArraySpec)}
 
 
 def partial_batches(source: DataSource, operands: Any) -> Any:

@@ -22,7 +22,7 @@ CSV = "summaries.csv"
 MAX_ARRAY = 64
 """An array of more numbers has no place in a line."""
 
-_NUMBERS = {float, int}
+NUMBERS = {float, int}
 _PLAIN = {float, int, str, bool, type(None)}
 _NOTHING = object()
 
@@ -83,7 +83,7 @@ class JsonLinesSink(_FileSink):
             SummaryError: two values have one name.
         """
         types = {*map(type, values.values())}
-        form = _line_form(kind, tuple(values)) if types <= _NUMBERS else None
+        form = _line_form(kind, tuple(values)) if types <= NUMBERS else None
         if form is not None and math.isfinite(sum(values.values())):
             line = form % (step, *map(repr, values.values()))
             self._lines.append_bytes(line.encode())

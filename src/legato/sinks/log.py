@@ -18,7 +18,7 @@ from legato.errors import (
     LegatoWarning,
     RestoreError,
 )
-from legato.sinks.files import CSV, METRICS, CsvSink, JsonLinesSink
+from legato.sinks.files import CSV, METRICS, NUMBERS, CsvSink, JsonLinesSink
 from legato.sinks.managed import ManagerSink
 from legato.sinks.protocol import Sink, SyncedSink
 from legato.storage import strict_json
@@ -33,8 +33,6 @@ TIMING = "timing.jsonl"
 SUMMARIES = "summaries"
 KINDS = ("train", "validation")
 """Of the values that managers are given; `epoch` repeats them."""
-
-_NUMBERS = {float, int}
 
 
 @dataclasses.dataclass(eq=False)
@@ -175,7 +173,7 @@ class RunLog:
         """
         self._waiting.append((kind, step, values))
         if not (
-            self._may_wait and _NUMBERS.issuperset(map(type, values.values()))
+            self._may_wait and NUMBERS.issuperset(map(type, values.values()))
         ):
             self.catch_up()
 

@@ -123,7 +123,7 @@ class Pad:
             return _stacked(values, path, None)
         arrays = _arrays(values, path)
         first = arrays[0]
-        if not _is_numeric(first.dtype):
+        if not is_numeric(first.dtype):
             return _stacked(values, path, None)
         if first.ndim == 0:
             if not _is_number(self.values):
@@ -286,8 +286,8 @@ def _stacked(values: Sequence[Any], path: tuple, _: Any = None) -> np.ndarray:
     first = arrays[0]
     for position, array in enumerate(arrays):
         if array.shape != first.shape:
-            if not _is_numeric(first.dtype):
-                return _of_objects(arrays)
+            if not is_numeric(first.dtype):
+                return of_objects(arrays)
             raise UnevenError(
                 position,
                 f"has the shape {array.shape} at {_shown(path)}, and the "
@@ -312,11 +312,12 @@ def _alike(values: Sequence[Any]) -> np.ndarray | None:
     if len(kinds) == 1 and _is_number(first):
         return np.array(values)
     if len(kinds) == 1 and isinstance(first, str | bytes):
-        return _of_objects(values)
+        return of_objects(values)
     return None
 
 
-def _of_objects(values: Sequence[Any]) -> np.ndarray:
+def of_objects(values: Sequence[Any]) -> np.ndarray:
+    """An array of objects, `[values]`."""
     # (An array of strings would lose zeros at the end of each.)
     out = np.empty(len(values), object)
     for index, value in enumerate(values):
@@ -324,8 +325,9 @@ def _of_objects(values: Sequence[Any]) -> np.ndarray:
     return out
 
 
-def _is_numeric(dtype: np.dtype) -> bool:
+def is_numeric(dtype: np.dtype) -> bool:
     """Whether it is one of numbers, and not of strings, dates or objects."""
+    # (bfloat16 and its like are of kind "V" for NumPy.)
     return dtype.kind in "biufc" or "float" in dtype.name
 
 
@@ -351,7 +353,7 @@ def _as_array(value: Any, position: int, path: tuple) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, str | bytes):
-        return _of_objects([value]).reshape(())
+        return of_objects([value]).reshape(())
     if value is None or isinstance(value, Mapping):
         raise UnevenError(
             position,

@@ -14,10 +14,11 @@ from legato.rng import derive_seed
 from legato.workers import seeding
 from legato.workers.collating import UnevenError
 
-_PLAIN = (
+PLAIN = (
     *(str, bytes, bool, int, float, complex, type(None), np.generic),
     *(datetime.date, datetime.time, datetime.timedelta),
 )
+"""Of these nothing can change, and what is printed tells all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +310,7 @@ def _told(value: Any) -> Any:
         return type(value).__name__, [_told(each) for each in value]
     if isinstance(value, dict):
         return "dict", [(_told(k), _told(v)) for k, v in value.items()]
-    plain = isinstance(value, _PLAIN)
+    plain = isinstance(value, PLAIN)
     # (Others may be printed with their addresses.)
     return type(value).__qualname__, repr(value) if plain else ""
 

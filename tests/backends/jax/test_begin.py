@@ -333,7 +333,7 @@ def test_a_failure_leaves_the_values_of_its_step(tmp_path, calls, monkeypatch):
 
 def test_a_variable_has_no_other_attributes():
     fit_variable = keras.Variable(1.0)
-    ahead.keras_values.let_wait([fit_variable], lambda: None)
+    ahead.keras_values.let_wait([fit_variable], None)
     ahead.keras_values.set_waiting([fit_variable], [jax.numpy.ones(())])
     assert float(fit_variable.value) == 1
     assert not hasattr(fit_variable, "anything")

@@ -36,9 +36,6 @@ _MAX_IN_VAIN = 10
 
 _VALUE = operator.attrgetter("_value")
 
-_OWNERS: dict[int, "Ahead"] = {}
-"""Who knows the values of variables that have none, by their identity."""
-
 
 @dataclasses.dataclass
 class _Stretch:
@@ -70,13 +67,15 @@ class _Stretch:
     stop: int
     before: list[Any]
     read_only: list[Any]
-    after: list[Any]
-    rows: Any
-    seen: Any
-    held: list[Any] | None
+    after: list[Any] = dataclasses.field(init=False)
+    rows: Any = None
+    seen: Any = None
     begun: int = 0
     done: int = 0
     looks: int = 0
+
+    def __post_init__(self) -> None:
+        self.held: list[Any] | None = self.before
 
 
 class Ahead:
@@ -170,7 +169,6 @@ class Ahead:
                 _Stretch(
                     operands, self._placed[1], step, index, size, stop,
                     before, list(map(_VALUE, self._read_only)),
-                    [], None, None, before,
                 )
             )  # fmt: skip
             self._await(stretch)
@@ -204,7 +202,6 @@ class Ahead:
             _Stretch(
                 last.operands, last.placed, last.step + last.size, index,
                 size, last.stop, last.after, last.read_only,
-                [], None, None, last.after,
             )
         )  # fmt: skip
 
@@ -215,9 +212,7 @@ class Ahead:
             self._end(stretch)
         elif stretch.held is not None:
             stretch.held = None
-            for variable in self._updated:
-                _OWNERS[id(variable)] = self
-            keras_values.let_wait(self._updated, self.settle)
+            keras_values.let_wait(self._updated, self)
         return row
 
     def _end(self, stretch: _Stretch) -> None:
@@ -225,7 +220,6 @@ class Ahead:
         for variable, value in zip(self._updated, stretch.after, strict=True):
             variable._value = value
         keras_values.set_waiting(self._updated, stretch.after)  # none is left
-        self._forget()
         self._stretch, self._next = self._next, None
         if 4 * stretch.looks > stretch.size:
             # Values are asked for at each step: they are had sooner so.
@@ -262,7 +256,6 @@ class Ahead:
             keras_values.set_waiting(self._updated, values)
             stretch.before, stretch.begun = values, stretch.done
             stretch.held = values
-            self._forget()
 
     def drop(self) -> None:
         """Steps that were not handed out have never been run."""
@@ -279,10 +272,6 @@ class Ahead:
                 return None
             return stretch.seen[stretch.done - 1, column]
 
-    def _forget(self) -> None:
-        for variable in self._updated:
-            _OWNERS.pop(id(variable), None)
-
     def _rest(self) -> None:
         """As under a callback that sets the learning rate at each batch."""
         self._in_vain = min(self._in_vain + 1, _MAX_IN_VAIN)
@@ -292,8 +281,9 @@ class Ahead:
 
 def value_of(variable: keras.Variable) -> Any:
     """The value of a variable, an array of the device or of the host."""
-    if keras_values.is_waiting(variable):
-        known = _OWNERS[id(variable)].known(variable)
+    owner = keras_values.owner_of(variable)
+    if owner is not None:
+        known = owner.known(variable)
         if known is not None:
             return known
     return variable._value
