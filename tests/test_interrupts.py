@@ -102,16 +102,16 @@ def train(run_dir, config):
 
 
 def start(run_dir, config):
-    process = Forked(train, run_dir, config)
+    process = Forked(train, run_dir, config, side="one")
     assert process.read_line() == "ready"
     return process
 
 
 def test_a_stopped_run_goes_on_exactly(tmp_path):
     config = {
-        "train_steps": 1500,
-        "validation_interval": 50,
-        "checkpoint_interval": 150,
+        "train_steps": 900,
+        "validation_interval": 30,
+        "checkpoint_interval": 90,
         "progress": "none",
     }
     for run_dir, stops in (("whole", 0), ("stopped", 3)):

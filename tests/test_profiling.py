@@ -608,6 +608,7 @@ def test_a_step_that_is_wrong_is_the_users(temporary):
         legato.profile(Wrong([Dear()]), config=config())
 
 
+@pytest.mark.any_backend
 def test_the_command(temporary, capsys):
     command = [
         "profile",
@@ -631,6 +632,7 @@ def test_the_command(temporary, capsys):
     assert [path.name for path in temporary.iterdir()] == ["costs.png"]
 
 
+@pytest.mark.any_backend
 def test_the_command_as_text(temporary, capsys):
     command = ["profile", "digits", "trainer.train_steps=200", "--seconds=1"]
     assert cli.main([*command, "--budget=0.02"]) == 0

@@ -40,14 +40,16 @@ def test_any_part_of_a_vast_one_is_computed_alone():
     assert again.tolist() == [[far[-1]], [far[-3]]]
 
 
-@pytest.mark.parametrize("length", [2, 3, 4, 5])
-def test_all_orders_of_few_elements_are_as_likely(length):
-    trials = 200 * math.factorial(length)
+@pytest.mark.parametrize(
+    "length, expected", [(2, 200), (3, 200), (4, 100), (5, 40)]
+)
+def test_all_orders_of_few_elements_are_as_likely(length, expected):
+    trials = expected * math.factorial(length)
     counts = Counter(
         tuple(order(length, 7, epoch).tolist()) for epoch in range(trials)
     )
     chi_squared = sum(
-        (counts[p] - 200) ** 2 / 200
+        (counts[p] - expected) ** 2 / expected
         for p in itertools.permutations(range(length))
     )
     degrees = math.factorial(length) - 1
@@ -57,7 +59,7 @@ def test_all_orders_of_few_elements_are_as_likely(length):
 
 @pytest.mark.parametrize("length", [10, 50, 101])
 def test_every_element_is_as_likely_in_every_place(length):
-    trials = 4000
+    trials = 1500
     counts = np.zeros((length, length))
     for epoch in range(trials):
         counts[np.arange(length), order(length, 2, epoch)] += 1

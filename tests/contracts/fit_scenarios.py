@@ -54,9 +54,17 @@ class FitScenario:
 
 
 def compiled(
-    *middle: Any, optimizer: Any = None, **data: Any
+    *middle: Any, optimizer: Any = None, partial: bool = False, **data: Any
 ) -> Callable[[], models.Kind]:
-    """A small classifier; what is given is made anew for each model."""
+    """A small classifier; what is given is made anew for each model.
+
+    Args:
+        *middle: make its layers.
+        optimizer: makes that.
+        partial: whether the last batches are smaller: more to compile.
+        **data: more arguments of `fit`.
+    """
+    count = 70 if partial else 80
 
     def make() -> models.Kind:
         model = models.mlp(*middle)
@@ -69,10 +77,10 @@ def compiled(
         return models.Kind(
             model,
             {
-                "x": x[:70],
-                "y": y[:70],
+                "x": x[:count],
+                "y": y[:count],
                 "batch_size": 16,
-                "validation_data": (x[70:], y[70:]),
+                "validation_data": (x[count:], y[count:]),
                 **data,
             },
         )
@@ -216,15 +224,19 @@ class Tells:
 
 
 TWELVE: dict[str, FitScenario] = {
-    "sgd": FitScenario(make=compiled(), arguments={"shuffle": False}),
+    "sgd": FitScenario(
+        make=compiled(partial=True), arguments={"shuffle": False}
+    ),
     "adam": FitScenario(
         make=compiled(optimizer=adam), arguments={"shuffle": False}
     ),
-    "shuffle": FitScenario(make=compiled(optimizer=adam)),
+    "shuffle": FitScenario(make=compiled(optimizer=adam, partial=True)),
     "dropout": FitScenario(
         make=compiled(lambda: layers.Dropout(0.3), optimizer=adam)
     ),
-    "batch_norm": FitScenario(make=compiled(layers.BatchNormalization)),
+    "batch_norm": FitScenario(
+        make=compiled(layers.BatchNormalization, partial=True)
+    ),
     "loss_scale": FitScenario(make=models.loss_scaled),
     "accumulation": FitScenario(
         make=compiled(optimizer=lambda: adam(gradient_accumulation_steps=3))
@@ -236,7 +248,7 @@ TWELVE: dict[str, FitScenario] = {
         ],
     ),
     "batch_rate": FitScenario(
-        make=compiled(), callbacks=lambda run: [BatchRate()]
+        make=compiled(partial=True), callbacks=lambda run: [BatchRate()]
     ),
     "plateau": FitScenario(
         make=compiled(),
@@ -274,7 +286,7 @@ FIT_SCENARIOS: dict[str, FitScenario] = {
         make=compiled(), callbacks=lambda run: [RandomRate()]
     ),
     "measuring": FitScenario(
-        make=compiled(), callbacks=lambda run: [Measuring()]
+        make=compiled(partial=True), callbacks=lambda run: [Measuring()]
     ),
     "sampled_metrics": FitScenario(
         make=compiled(lambda: layers.Dropout(0.3)),

@@ -13,6 +13,8 @@ import numpy as np
 from keras import layers, ops
 
 EXAMPLES = 90
+WHOLE = 80
+"""Of these, all batches of 16 are full, those of a split's fifth too."""
 CLASSES = 3
 
 
@@ -53,15 +55,15 @@ def mlp(*middle: Callable[[], Any]) -> keras.Model:
     )
 
 
-def _arrays(**more: Any) -> dict[str, Any]:
-    x, y = points()
+def _arrays(count: int = WHOLE, **more: Any) -> dict[str, Any]:
+    x, y = points(count)
     return {"x": x, "y": y, "batch_size": 16, **more}
 
 
 def sequential() -> Kind:
     model = mlp()
     model.compile("adam", cross_entropy(), metrics=["accuracy"])
-    return Kind(model, _arrays(validation_split=0.2))
+    return Kind(model, _arrays(EXAMPLES, validation_split=0.2))
 
 
 def unbuilt() -> Kind:
@@ -139,7 +141,9 @@ def sample_weights() -> Kind:
         metrics=["accuracy"],
         weighted_metrics=["accuracy"],
     )
-    return Kind(model, _arrays(sample_weight=weights(), validation_split=0.3))
+    return Kind(
+        model, _arrays(EXAMPLES, sample_weight=weights(), validation_split=0.3)
+    )
 
 
 class Activity(layers.Layer):
@@ -183,14 +187,14 @@ def masked() -> Kind:
     )
     model.compile("adam", cross_entropy(), metrics=["accuracy"])
     rng = np.random.default_rng(7)
-    tokens = rng.integers(0, 20, (EXAMPLES, 5)).astype("int32")
+    tokens = rng.integers(0, 20, (WHOLE, 5)).astype("int32")
     return Kind(
         model,
         {
             "x": tokens,
             "y": tokens % 4,
             "batch_size": 16,
-            "validation_data": (tokens[:30], tokens[:30] % 4),
+            "validation_data": (tokens[:32], tokens[:32] % 4),
         },
     )
 
@@ -433,10 +437,14 @@ def convolutional() -> Kind:
         ]
     )
     model.compile("adam", cross_entropy(), metrics=["accuracy"])
-    images = np.random.default_rng(8).normal(size=(EXAMPLES, 8, 8, 1))
+    images = np.random.default_rng(8).normal(size=(WHOLE, 8, 8, 1))
     return Kind(
         model,
-        {"x": images.astype("float32"), "y": points()[1], "batch_size": 16},
+        {
+            "x": images.astype("float32"),
+            "y": points(WHOLE)[1],
+            "batch_size": 16,
+        },
     )
 
 

@@ -1,8 +1,9 @@
 """Tasks as users write them, for the contract tests.
 
 Small, seeded, and chosen so that every kind of state that a step can have is
-in one of them. Each runs for a few epochs with a partial last batch, and its
-validations, summaries and checkpoints fall on different steps.
+in one of them. Each runs for a few epochs, and its validations, summaries and
+checkpoints fall on different steps. Some have partial last batches: each is
+one more program to compile.
 
 This module is imported by the processes that the resume tests kill, and so
 needs little but Keras and legato.
@@ -24,11 +25,21 @@ EXAMPLES = 150
 """Of the training split: with batches of 32, four full ones and one of 22."""
 
 
-def classes_data(split: str, shape: tuple[int, ...] = (8,)) -> Any:
-    """Features and one of three classes that can be learned from them."""
+def classes_data(
+    split: str, shape: tuple[int, ...] = (8,), *, partial: bool = True
+) -> Any:
+    """Features and one of three classes that can be learned from them.
+
+    Args:
+        split: "train" or another.
+        shape: of an example's features.
+        partial: whether the last batch of 32 is smaller.
+    """
     train = split == "train"
     random = np.random.default_rng(1 if train else 2)
     count = EXAMPLES if train else 45
+    if not partial:
+        count += -count % 32
     features = random.normal(size=(count, *shape)).astype("float32")
     flat = features.reshape(count, -1)
     sums = np.stack([flat[:, 0], flat[:, 1] + flat[:, 2], flat[:, 3]], axis=1)
@@ -37,6 +48,8 @@ def classes_data(split: str, shape: tuple[int, ...] = (8,)) -> Any:
 
 class Classifier(legato.Task):
     """What most of the tasks below share; the engine's own train_step."""
+
+    has_partial_batches = True
 
     def build_model(self) -> Any:
         return keras.Sequential(
@@ -51,9 +64,8 @@ class Classifier(legato.Task):
         return keras.optimizers.SGD(0.1, momentum=0.9)
 
     def build_inputs(self, split: str) -> Any:
-        return legato.ArraySource(
-            classes_data(split), batch_size=32, shuffle=split == "train"
-        )
+        data = classes_data(split, partial=self.has_partial_batches)
+        return legato.ArraySource(data, batch_size=32, shuffle=split == "train")
 
     def build_losses(
         self, labels: Any, model_outputs: Any, aux_losses: Any = None
@@ -334,6 +346,8 @@ class AnnealKL(keras.callbacks.Callback):
 class HalfPrecision(Classifier):
     """(d) float16 whose gradients overflow at first, and again later."""
 
+    has_partial_batches = False
+
     def build_model(self) -> Any:
         half = keras.DTypePolicy("mixed_float16")
         return keras.Sequential(
@@ -371,12 +385,16 @@ class HalfPrecision(Classifier):
 class Accumulation(Classifier):
     """(e) Three steps make one update."""
 
+    has_partial_batches = False
+
     def build_optimizer(self) -> Any:
         return keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
 
 
 class Averages(Classifier):
     """(f) Averaged weights, which replace the weights now and then."""
+
+    has_partial_batches = False
 
     def build_optimizer(self) -> Any:
         return keras.optimizers.SGD(
@@ -386,6 +404,8 @@ class Averages(Classifier):
 
 class Regularized(Classifier):
     """(g) Losses of kernels and of activities."""
+
+    has_partial_batches = False
 
     def build_model(self) -> Any:
         return keras.Sequential(
@@ -447,6 +467,8 @@ class Nested(legato.Task):
 class Scheduled(Classifier):
     """(i) A learning-rate schedule, and decay of the weights."""
 
+    has_partial_batches = False
+
     def build_optimizer(self) -> Any:
         schedule = keras.optimizers.schedules.CosineDecay(
             0.0, 30, warmup_target=0.02, warmup_steps=6
@@ -456,6 +478,8 @@ class Scheduled(Classifier):
 
 class Subset(Classifier):
     """(j) Only the head is trained; the backbone's weights stay."""
+
+    has_partial_batches = False
 
     def build_model(self) -> Any:
         return keras.Sequential(
@@ -490,6 +514,8 @@ class Subset(Classifier):
 
 class Conditional(Classifier):
     """(k) Conditionals that assign: nested, and of which one is in forward."""
+
+    has_partial_batches = False
 
     def __init__(self) -> None:
         def counter(name: str) -> keras.Variable:
@@ -551,6 +577,8 @@ class Conditional(Classifier):
 class Convolutional(Classifier):
     """(l) Convolutions, which run as single steps on a CPU."""
 
+    has_partial_batches = False
+
     def build_model(self) -> Any:
         return keras.Sequential(
             [
@@ -567,11 +595,8 @@ class Convolutional(Classifier):
         return keras.optimizers.Adam(0.01)
 
     def build_inputs(self, split: str) -> Any:
-        return legato.ArraySource(
-            classes_data(split, (6, 6, 1)),
-            batch_size=32,
-            shuffle=split == "train",
-        )
+        data = classes_data(split, (6, 6, 1), partial=self.has_partial_batches)
+        return legato.ArraySource(data, batch_size=32, shuffle=split == "train")
 
 
 class Augmented(Classifier):
@@ -607,6 +632,8 @@ class WarmUp(keras.callbacks.Callback):
 class Recurrent(Classifier):
     """(m) A scan within the step, several logs, metrics now and then."""
 
+    has_partial_batches = False
+
     def build_model(self) -> Any:
         return keras.Sequential(
             [
@@ -620,9 +647,8 @@ class Recurrent(Classifier):
         return keras.optimizers.Adam(0.01, clipnorm=1.0)
 
     def build_inputs(self, split: str) -> Any:
-        return legato.ArraySource(
-            classes_data(split, (5, 4)), batch_size=32, shuffle=split == "train"
-        )
+        data = classes_data(split, (5, 4), partial=self.has_partial_batches)
+        return legato.ArraySource(data, batch_size=32, shuffle=split == "train")
 
     def train_step(
         self, inputs: Any, model: Any, optimizer: Any, metrics: Any = None

@@ -23,7 +23,13 @@ from legato.errors import (
 )
 from legato.run_directory import prepare_run_directory, read_run_id
 from legato.storage import RunLock
-from tests.contracts.scenarios import Classifier
+from tests.contracts import scenarios
+
+
+class Classifier(scenarios.Classifier):
+    """Of which fewer programs are compiled."""
+
+    has_partial_batches = False
 
 
 class Stop(Exception):
@@ -68,9 +74,9 @@ def train(task, run_dir, *callbacks, **changes):
 
 
 def same_after_a_stop(make_task, tmp_path, make_callbacks=list, **changes):
-    """Train whole, and stopped at each epoch; compare the bytes."""
+    """Train whole, and stopped at two epochs; compare the bytes."""
     train(make_task(), tmp_path / "whole", *make_callbacks(), **changes)
-    for epoch in (1, 2, 3):
+    for epoch in (1, 3):
         run_dir = tmp_path / f"stopped{epoch}"
         with pytest.raises(Stop):
             train(

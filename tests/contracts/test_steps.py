@@ -17,7 +17,7 @@ from tests.contracts import by_hand
 from tests.contracts.by_hand import HAND, WITH_CALLBACKS
 from tests.contracts.scenarios import GAN, SCENARIOS, Classifier, Plateau
 
-# One epoch of five steps, of which the last is partial, and two more steps.
+# One epoch of five steps, of which the last may be partial, and two more.
 STEPS = 7
 
 # How steps reach a CPU, without and with a convolution. Eager ones run as

@@ -108,7 +108,7 @@ def test_resumed_at_every_position(kwargs):
 def test_every_batch_is_as_likely_at_every_place():
     """Chi-squared over places, of the bucket of a batch and of an example."""
     data = source()
-    size, trials = data.batches_per_epoch, 3000
+    size, trials = data.batches_per_epoch, 800
     order = data.plan.order(9)
     longest = Counter(map(bucket, range(101)))[3]
     at_place = np.zeros(size)

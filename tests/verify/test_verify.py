@@ -20,6 +20,7 @@ from tests.verify import planted
 from tests.verify.test_planted import Forked
 
 
+@pytest.mark.any_backend
 def test_the_command(tmp_path, capsys, monkeypatch):
     """New interpreters, as users have them."""
     monkeypatch.chdir(tmp_path)
@@ -92,6 +93,7 @@ def elsewhere(run_dir):
     return planted.fit(planted.model(), run_dir.parent / "mine", batch_size=8)
 
 
+@pytest.mark.any_backend
 def test_a_function_that_trains_elsewhere(tmp_path):
     with pytest.raises(AssertionError, match="train where it is told"):
         assert_resumes_exactly(elsewhere, work=tmp_path / "work")
