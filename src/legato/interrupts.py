@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
@@ -14,14 +15,22 @@ from legato.errors import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+PATIENCE_SECS = 10.0
+"""How long the data may give nothing after a signal that asks to stop."""
+
+_DATA = "legato.data."
+_POLL_SECS = 0.25
+
 
 class Interrupts:
     """While active: a signal sets a flag that the loop reads.
 
     A signal that the process ignores stays ignored. A second Ctrl-C raises
-    KeyboardInterrupt at once. While `compiling`, when
-    the main thread cannot act for minutes and has nothing new to save, a
-    watcher thread ends the process with status 75.
+    KeyboardInterrupt at once. A watcher thread ends the process with status 75
+    where the main thread cannot: while it is `compiling`, for minutes perhaps,
+    and has nothing new to save; and where it waits for batches that do not
+    come, in a library's code that hears no signal, for `PATIENCE_SECS`. (What
+    was done since the newest checkpoint is then done again.)
 
     Signals can be received in the main thread only: elsewhere this does
     nothing but watch the time.
@@ -44,6 +53,7 @@ class Interrupts:
         self.before_exit: Callable[[], None] = lambda: None
         self.compiling = False
         self._signal: signal.Signals | None = None
+        self._heard = 0
         self._clock = clock
         self._deadline = None if max_seconds is None else clock() + max_seconds
         self._old_handlers: dict[int, Any] = {}
@@ -53,6 +63,7 @@ class Interrupts:
     @property
     def reason(self) -> str | None:
         """Why to stop: a signal's name, "max_time", or None."""
+        self._heard += 1
         if self._signal is not None:
             return self._signal.name
         if self._deadline is not None and self._clock() >= self._deadline:
@@ -102,17 +113,60 @@ class Interrupts:
 
     def _watch(self) -> None:
         assert self._sockets is not None
+        asked = ""
         with self._sockets[0] as reader:
-            while received := reader.recv(1):
-                asked = received[0] in _SIGNALS
+            while received := self._receive(reader, asked):
                 # Ending the process would take a notebook or a REPL with it.
-                mild = received[0] == signal.SIGINT and hasattr(sys, "ps1")
-                if asked and self.compiling and not mild:
-                    self.before_exit()
-                    sys.stderr.write(
-                        f"legato: {signal.Signals(received[0]).name} while "
-                        "compiling: stopped; nothing new was to be saved. Run "
-                        "it again to go on.\n"
+                mild = received == signal.SIGINT and hasattr(sys, "ps1")
+                if received not in _SIGNALS or mild:
+                    continue
+                asked = signal.Signals(received).name
+                if self.compiling:
+                    self._exit(
+                        f"{asked} while compiling: stopped; nothing new was to "
+                        "be saved."
                     )
-                    sys.stderr.flush()
-                    os._exit(Stopped.CODE)
+
+    def _receive(self, reader: socket.socket, asked: str) -> int:
+        """The next signal's number, 0 at the end; looks after the data.
+
+        Args:
+            reader: of the signals.
+            asked: the name of one that asks to stop; empty: there was none.
+        """
+        if not asked:
+            return ord(reader.recv(1) or b"\0")
+        reader.settimeout(_POLL_SECS)
+        began, heard = time.monotonic(), self._heard
+        while True:
+            try:
+                return ord(reader.recv(1) or b"\0")
+            except TimeoutError:
+                pass
+            where = _where_data_wait()
+            if heard != self._heard or not where:
+                began, heard = time.monotonic(), self._heard
+            elif time.monotonic() - began >= PATIENCE_SECS:
+                self._exit(
+                    f"{asked} while waiting for the data, which gave nothing "
+                    f"for {PATIENCE_SECS:g} s: stopped at the newest "
+                    "checkpoint; what was done since is done again. They were "
+                    f"waited for here:\n{where}"
+                )
+
+    def _exit(self, why: str) -> None:
+        self.before_exit()
+        sys.stderr.write(f"legato: {why} Run it again to go on.\n")
+        sys.stderr.flush()
+        os._exit(Stopped.CODE)
+
+
+def _where_data_wait() -> str:
+    """Where the main thread is, if it is making a batch; else nothing."""
+    thread = threading.main_thread().ident
+    assert thread is not None
+    frame = sys._current_frames().get(thread)
+    stack = list(traceback.walk_stack(frame))
+    if not any(f.f_globals["__name__"].startswith(_DATA) for f, _ in stack):
+        return ""
+    return "".join(traceback.format_stack(frame))

@@ -10,6 +10,7 @@ import keras
 import pytest
 
 import legato
+from legato import interrupts
 from legato.checkpoint import load_checkpoint
 from legato.errors import Interrupted
 from legato.storage import FileSystem
@@ -185,7 +186,7 @@ def test_a_worker_that_hangs_holds_up_no_signal(tmp_path, kwargs, split, hooks):
     told = tmp_path / "told"
     whole = Forked(
         train_and_wait, tmp_path / "whole", told, kwargs, split, hooks,
-        side="whole",
+        side="one",
     )  # fmt: skip
     _, err = whole.communicate()
     assert whole.returncode == 0, err
@@ -213,6 +214,82 @@ def test_a_worker_that_hangs_holds_up_no_signal(tmp_path, kwargs, split, hooks):
     )
     _, err = again.communicate()
     assert again.returncode == 0, err
+    found, _ = runs.differences(tmp_path / "whole", run_dir, common_only=True)
+    assert not found
+
+
+class WaitsElsewhere(Classifier):
+    """For data that come from code that hears no signal."""
+
+    def __init__(self, told, kind):
+        self._told = told
+        self._kind = kind
+
+    def build_inputs(self, split):
+        if split == "validation":
+            return None
+        examples = Hangs(self._told, 33)
+        if self._kind == "torch":
+            import torch
+
+            return torch.utils.data.DataLoader(
+                examples, batch_size=4, num_workers=1
+            )
+        if self._kind == "tf.data":
+            import tensorflow as tf
+
+            def load(index):
+                return tf.numpy_function(
+                    lambda i: examples[int(i)], [index], (tf.float32, tf.int64)
+                )
+
+            def shaped(x, y):
+                return tf.ensure_shape(x, [8]), tf.ensure_shape(y, [])
+
+            data = tf.data.Dataset.range(40).map(load).map(shaped)
+            return data.batch(4)
+        return legato.RandomAccessSource(examples, 4, shuffle=False)
+
+
+def train_and_wait_elsewhere(run_dir, told, kind):
+    interrupts.PATIENCE_SECS = 1.0
+    trainer = legato.Trainer(
+        WaitsElsewhere(told, kind),
+        run_dir=run_dir,
+        config=legato.TrainerConfig(
+            epochs=2, checkpoint_interval=3, keep_last=None, progress="none"
+        ),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = trainer.train()
+    Path(run_dir, "history.json").write_text(repr(history.history))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("kind", ["torch", "tf.data", "a thread of ours"])
+def test_a_library_that_hangs_holds_up_no_signal_for_long(tmp_path, kind):
+    told, run_dir = tmp_path / "told", tmp_path / "run"
+    told.write_text("")
+    process = Forked(train_and_wait_elsewhere, run_dir, told, kind, side="one")
+    until = time.monotonic() + 60
+    while told.read_text() != "hangs":
+        assert process.returncode is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75, err
+    assert "SIGTERM while waiting for the data" in err
+    assert "next_chunk" in err or "feed.py" in err
+    told.unlink()
+    for directory in (run_dir, tmp_path / "whole"):
+        process = Forked(
+            train_and_wait_elsewhere, directory, told, kind, side="one"
+        )
+        _, err = process.communicate()
+        assert process.returncode == 0, err
     found, _ = runs.differences(tmp_path / "whole", run_dir, common_only=True)
     assert not found
 
