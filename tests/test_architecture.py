@@ -28,6 +28,7 @@ LAYERS = [
         "storage",
         "backend_choice",
         "interrupts",
+        "machine",
     },
     {"state", "capture", "compat"},
     {"backends", "files", "workers"},

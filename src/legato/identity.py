@@ -13,13 +13,12 @@ import platform
 import sys
 import types
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from legato import backends
+from legato import backends, machine
 from legato.config import TrainerConfig
 from legato.errors import RestoreError
 from legato.losses import WeightedSum
@@ -199,37 +198,12 @@ def _environment() -> dict[str, JSON]:
         "numpy": np.__version__,
         "backend": backends.current().name,
         **backends.current().fingerprint(),
-        "cpu": _cpu(),
-        "cpus": _usable_cpus(),
+        "cpu": machine.cpu(),
+        "cpus": machine.usable_cpus(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""),
         "floatx": keras.config.floatx(),
         "dtype_policy": keras.config.dtype_policy().name,
     }
-
-
-def _usable_cpus() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpu() -> str:
-    """Model and instruction sets: kernels are chosen by them."""
-    lines = []
-    try:
-        with Path("/proc/cpuinfo").open() as file:
-            for line in file:
-                if line.startswith(("model name", "flags", "Features")):
-                    lines.append(line)
-                elif not line.strip():
-                    break  # the other cores are alike
-    except OSError:
-        return platform.processor()
-    model = next(
-        (x.split(":", 1)[1].strip() for x in lines if x[:5] == "model"), ""
-    )
-    digest = hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
-    return f"{model} ({digest})"
 
 
 def _optimizer_config(optimizers: Optimizers) -> JSON:

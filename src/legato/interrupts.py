@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-from legato.errors import Stopped
+from legato.errors import Interrupted, Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -69,6 +69,16 @@ class Interrupts:
         if self._deadline is not None and self._clock() >= self._deadline:
             return "max_time"
         return None
+
+    def error(self, done: str) -> Stopped | Interrupted:
+        """What to raise when it has stopped.
+
+        Args:
+            done: what was done by then: the end of a sentence.
+        """
+        reason = self.reason
+        kind = Interrupted if reason == "SIGINT" else Stopped
+        return kind(f"{reason}: {done} Run it again to go on.")
 
     def is_asked(self) -> bool:
         """Whether there is a reason to stop."""

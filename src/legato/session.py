@@ -21,8 +21,6 @@ from legato.errors import (
     CheckpointError,
     ExactnessError,
     ExactnessWarning,
-    Interrupted,
-    Stopped,
 )
 from legato.interrupts import Interrupts
 from legato.parts import Parts
@@ -382,7 +380,10 @@ class Session:
             self._feed.close()
             self._reporter.finish(clock.step, reason)
         if not clock.finished:
-            self._raise_stopped()
+            raise self._interrupts.error(
+                f"stopped at step {clock.step} of {self._schedule.train_steps} "
+                f"with everything saved in {self._run_dir}."
+            )
         self._finish()
 
     def _recover(self, error: BadLossError) -> bool:
@@ -428,15 +429,6 @@ class Session:
             return False
         restoring.assign_arrays(self._variables, final)
         return True
-
-    def _raise_stopped(self) -> None:
-        reason = self._interrupts.reason
-        message = (
-            f"{reason}: stopped at step {self.clock.step} of "
-            f"{self._schedule.train_steps} with everything saved in "
-            f"{self._run_dir}. Run it again to go on."
-        )
-        raise Interrupted(message) if reason == "SIGINT" else Stopped(message)
 
     def _validate(self) -> dict[str, Any] | None:
         evaluator = self._parts.evaluator
@@ -519,13 +511,18 @@ class Session:
             arrays,
             host,
             best=best.is_new,
-            # A checkpoint counts the lines of the logs: they go first.
-            before_commit=self._log.sync,
+            before_commit=self._before_commit,
         )
         best.is_new = False
         self._begins = False
         self._saved_step = self.clock.step
         self._last_save = time.monotonic()
+
+    def _before_commit(self) -> None:
+        """In the writer's thread."""
+        # A checkpoint counts the lines of the logs: they go first.
+        self._log.sync()
+        self._backend.publish_programs()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         host, parts = checkpoint.host, self._parts

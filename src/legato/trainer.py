@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import keras
 
-from legato import loop, storage
+from legato import backends, loop, storage
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import (
     FINAL,
@@ -135,6 +135,7 @@ class Trainer:
         self._config_yaml = config_yaml or _nested("trainer", dump_yaml(config))
         self._has_trained = False
         self._step = 0  # of the weights that the model holds
+        backends.current().keep_programs()
         self._parts = build_parts(task, config)
 
     @property

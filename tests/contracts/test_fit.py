@@ -442,7 +442,7 @@ def test_callbacks_may_come_and_go(tmp_path):
 
 def test_what_is_not_exact_is_refused_or_named(tmp_path, monkeypatch):
     fit(made(), tmp_path / "run", epochs=1)
-    monkeypatch.setattr("legato.identity._usable_cpus", lambda: 977)
+    monkeypatch.setattr("legato.machine.usable_cpus", lambda: 977)
     with pytest.raises(ExactnessError, match="977"):
         fit(made(), tmp_path / "run", exact="strict")
     with pytest.warns(legato.errors.ExactnessWarning, match="977"):

@@ -266,6 +266,12 @@ class Backend(abc.ABC):
         A sentence each, with the remedy.
         """
 
+    def keep_programs(self) -> None:  # noqa: B027 - few can
+        """Take what was compiled in other processes, and keep what is new."""
+
+    def publish_programs(self) -> None:  # noqa: B027
+        """Let processes that come have what this one compiled."""
+
     @abc.abstractmethod
     def fingerprint(self) -> dict[str, JSON]:
         """What can change bits: versions, devices, threads, flags."""

@@ -45,6 +45,8 @@ def main(spec_path: str) -> int:
     watch_calls(evidence)
     if spec["backend"]:
         os.environ["KERAS_BACKEND"] = spec["backend"]
+    if not spec["keeps_programs"]:
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     with Board(Path(spec["board"])) as board:
         try:
             _train(spec, evidence, board)

@@ -213,6 +213,8 @@ class Runs:
             "board": f"{stem}.board",
             "checkpoint_interval": every,
             "batches": batches,
+            # What is kept of it for others would be the same bits for sure.
+            "keeps_programs": self._number > 1,
             "path": sys.path,
         }
         stem.with_suffix(".json").write_text(json.dumps(spec))

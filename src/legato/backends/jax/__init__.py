@@ -14,7 +14,7 @@ import jax
 import keras
 import numpy as np
 
-from legato.backends.jax import ahead, gradient, loop
+from legato.backends.jax import ahead, gradient, loop, programs
 from legato.backends.jax.scope import StepScope
 from legato.backends.protocol import Backend
 from legato.types import JSON
@@ -31,6 +31,8 @@ class JaxBackend(Backend):
     # Not methods that call these: few frames should lie above the user's.
     compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]
     value_and_grad = staticmethod(gradient.value_and_grad)  # pyright: ignore[reportAssignmentType]
+    keep_programs = staticmethod(programs.keep)
+    publish_programs = staticmethod(programs.publish)
 
     def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
         values = list(map(ahead.value_of, variables))
