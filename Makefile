@@ -32,11 +32,13 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	set -e; for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/engine.py; \
 		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/fit.py; \
 		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/data.py; \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/checkpoints.py; \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/speed; \
 	done
 
 docs: $(VENV)/.dev
@@ -55,3 +57,8 @@ $(VENV)/.demo: $(INPUTS) | $(BIN)/python
 $(VENV)/.dev: $(INPUTS) | $(BIN)/python
 	$(PIP) -c constraints.txt -e '.[jax,digits,dev]' tensorflow-cpu torch
 	touch $@ $(VENV)/.demo
+
+# Others to be measured beside, which nothing else needs.
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) -c constraints.txt -e '.[bench]'
+	touch $@

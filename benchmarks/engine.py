@@ -3,7 +3,9 @@
 Every figure is a ratio of things measured in turns (A B A B) in one session,
 and the median of these: on a busy machine a time alone says little.
 
-    KERAS_BACKEND=torch python benchmarks/engine.py [speed|checkpoint|start ...]
+    KERAS_BACKEND=torch python benchmarks/engine.py [PART ...]
+
+The parts are `speed`, `checkpoint`, `start` and `imports`.
 """
 
 import argparse
@@ -374,7 +376,48 @@ def start(rounds: int) -> list[Row]:
     for name in list(times)[1:]:
         value, text = ratio(times, name, "bare Keras")
         rows.append(judged(f"{name} / bare Keras", text, value, at_most=1.1))
+    value, text = ratio(times, list(times)[2], "legato")
+    rows.append(judged("resumed / begun", text, value, at_most=0.7))
     return rows
+
+
+def imports(rounds: int) -> list[Row]:
+    """What importing legato takes, and its help."""
+    python = [sys.executable, "-c"]
+    command = "from legato.cli import main; main(['--help'])"
+    times = in_turns(
+        {
+            "import keras": lambda: seconds_of(*python, "import keras"),
+            "import keras, legato": lambda: seconds_of(
+                *python, "import keras, legato"
+            ),
+            "legato --help": lambda: seconds_of(*python, command),
+        },
+        rounds,
+    )
+    added = sorted(
+        a - b
+        for a, b in zip(
+            times["import keras, legato"], times["import keras"], strict=True
+        )
+    )
+    middle = statistics.median(added)
+    shown = f"{middle:.2f} s ({added[0]:.2f} to {added[-1]:.2f})"
+    each = {name: statistics.median(taken) for name, taken in times.items()}
+    taken = each["legato --help"]
+    return [
+        ("import keras", f"{each['import keras']:.2f} s", "", ""),
+        judged("import legato adds to it", shown, middle, at_most=0.15),
+        judged("legato --help", f"{taken:.2f} s", taken, at_most=0.3),
+    ]
+
+
+def seconds_of(*command: str) -> float:
+    """How long a command takes."""
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
+    return time.perf_counter() - began
 
 
 def run_script(name: str, *arguments: str) -> str:
@@ -475,7 +518,7 @@ def _rows_in(path: Path) -> list[Row]:
 def main() -> None:
     """Measures what is asked for, and prints a table."""
     parts = {"speed": (speed, 7), "checkpoint": (checkpoint, 10),
-             "start": (start, 9)}  # fmt: skip
+             "start": (start, 9), "imports": (imports, 9)}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--rounds", type=int, help="instead of the usual")

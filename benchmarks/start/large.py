@@ -1,0 +1,73 @@
+"""A model whose state, with Adam's, is 100 MB; and a run of it or of the MLP.
+
+    python large.py legato|fit mlp|large [CHECKPOINT_INTERVAL]
+
+trains for a while, and prints the most memory that the process had, in MB.
+"""
+
+import resource
+import sys
+import tempfile
+
+import keras
+import model
+import numpy as np
+
+BATCH = 16
+STEPS = 60
+_LAYERS, _WIDTH = 8, 1020
+
+
+def build_model() -> keras.Model:
+    """8.3 million weights in 18 variables: 100 MB with two moments of each."""
+    layers = [
+        keras.layers.Dense(_WIDTH, activation="relu") for _ in range(_LAYERS)
+    ]
+    return keras.Sequential(
+        [keras.Input((_WIDTH,)), *layers, keras.layers.Dense(10)]
+    )
+
+
+def make_data(steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise, of so many batches."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(steps * BATCH, _WIDTH)).astype("float32")
+    return x, rng.integers(0, 10, len(x)).astype("int32")
+
+
+def compiled(network: keras.Model) -> keras.Model:
+    """With Adam and one metric."""
+    network.compile(
+        optimizer=keras.optimizers.Adam(1e-4),
+        loss=model.build_loss(),
+        metrics=["accuracy"],
+    )
+    return network
+
+
+def main() -> None:
+    """Train, and tell the memory."""
+    way, name, *rest = sys.argv[1:]
+    arguments = {"verbose": 0, "shuffle": False}
+    if name == "large":
+        network, (x, y) = build_model(), make_data(STEPS)
+        arguments |= {"epochs": 2, "batch_size": BATCH}
+    else:
+        network, (x, y) = model.build_model(), model.make_data(32 * 1024)
+        arguments |= {"epochs": 3, "batch_size": model.BATCH}
+    compiled(network)
+    if way == "fit":
+        network.fit(x, y, **arguments)
+    else:
+        import legato
+
+        if rest:
+            arguments["checkpoint_interval"] = int(rest[0])
+        with tempfile.TemporaryDirectory() as run_dir:
+            legato.fit(network, x, y, run_dir=run_dir, **arguments)
+    # (Kilobytes on Linux.)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+if __name__ == "__main__":
+    main()
