@@ -29,6 +29,7 @@ LAYERS = [
         "backend_choice",
         "interrupts",
         "machine",
+        "phases",
     },
     {"state", "capture", "compat"},
     {"backends", "files", "workers"},

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from legato import backends
 from legato.config import TrainerConfig
 from legato.data import Chunk, InputChecks
 from legato.errors import ConfigError, LegatoWarning
+from legato.phases import Phases
 from legato.progress import ProgressReporter
 from legato.readings import Readings
 from legato.recovery import LossWatch
@@ -47,6 +47,7 @@ class Recorder:
         reporter: where progress goes.
         watch: looks at each loss.
         checks: looks at the inputs where a loss is bad.
+        phases: what the time was spent on.
 
     Attributes:
         best: the best value so far.
@@ -67,6 +68,7 @@ class Recorder:
         reporter: ProgressReporter,
         watch: LossWatch,
         checks: InputChecks,
+        phases: Phases,
     ) -> None:
         self.best = Best(config, directions)
         self._task = task
@@ -79,11 +81,17 @@ class Recorder:
         self._reporter = reporter
         self._watch = watch
         self._checks = checks
-        self._timed_from = time.perf_counter(), 0
+        self._phases = phases
+        self._timed_from = 0
 
     def start(self) -> None:
         """Training begins, or goes on, at the clock's step."""
-        self._timed_from = time.perf_counter(), self._clock.step
+        self._phases.restart()
+        self._timed_from = self._clock.step
+
+    def finish(self) -> None:
+        """Training ended: write what was not timed yet."""
+        self._write_timing()
 
     def begin_epoch(self) -> None:
         """Reset the sums and the metrics of the epoch."""
@@ -269,13 +277,27 @@ class Recorder:
     ) -> None:
         for step, values in summaries:
             self._log.write("train", step, values)
-        clock = self._clock
-        now = time.perf_counter()
-        since, step = self._timed_from
-        if clock.step > step:
-            rate = (clock.step - step) / (now - since)
-            self._log.write_timing(clock.step, {"steps_per_sec": rate})
-        self._timed_from = now, clock.step
+        self._write_timing_of_steps()
+
+    def _write_timing_of_steps(self) -> None:
+        """Unless it is written: at an epoch's end a summary may be due too."""
+        if self._clock.step > self._timed_from:
+            self._write_timing()
+
+    def _write_timing(self) -> None:
+        step = self._clock.step
+        phases = self._phases.take()
+        seconds, steps = sum(phases.values()), step - self._timed_from
+        self._log.write_timing(
+            step,
+            {
+                "steps_per_sec": steps / seconds,
+                "steps": steps,
+                "seconds": round(seconds, 6),
+                "phases": {k: round(v, 6) for k, v in phases.items()},
+            },
+        )
+        self._timed_from = step
 
     def catch_up(self) -> None:
         """Write what was put off until the device works."""
@@ -325,6 +347,7 @@ class Recorder:
         # (The first validation may be due in a later epoch.)
         if clock.validation_logs or self._schedule.validation_interval is None:
             self.best.warn_if_unknown(logs)
+        self._write_timing_of_steps()
 
 
 def _by_name(logs: Logs) -> Logs:

@@ -24,6 +24,7 @@ from legato.errors import (
 )
 from legato.interrupts import Interrupts
 from legato.parts import Parts
+from legato.phases import Phase, Phases
 from legato.program import choose_program, choose_seed, make_schedule
 from legato.progress import VERBOSE, make_reporter
 from legato.recorder import Recorder
@@ -97,6 +98,7 @@ class Session:
         self._begins = False
         self._references = references
         self._compiled = before.steps if before else None
+        self._phases = before._phases if before else Phases()
         self._store = CheckpointStore(
             run_dir,
             run_id=run_id,
@@ -208,6 +210,7 @@ class Session:
             # (Where each step is a call of its own, nothing need be kept.)
             readings=None if one_by_one else self._readings,
             one_by_one=one_by_one,
+            phases=self._phases,
         )
         self.steps.compiling = self.compiling
         self.steps.announce = self._reporter.message
@@ -220,7 +223,8 @@ class Session:
         """
         self._interrupts.compiling = self.clock.step == self._saved_step
         try:
-            yield
+            with self._phases.within(Phase.COMPILE):
+                yield
         finally:
             self._interrupts.compiling = False
 
@@ -263,6 +267,7 @@ class Session:
                 is_one_shot=parts.source.is_one_shot,
             ),
             checks=parts.checks,
+            phases=self._phases,
         )
         self._name_inexact_data()
         for why in self._log.inexact:
@@ -346,6 +351,7 @@ class Session:
             "save_is_due": self._save_is_due,
             "stop_requested": self._interrupts.is_asked,
             "callbacks_stop": lambda: bool(self._parts.whole.stop_training),
+            "phases": self._phases,
         }
 
     @contextlib.contextmanager
@@ -368,7 +374,9 @@ class Session:
         reason = "failed"
         try:
             yield
-            self._store.wait()
+            with self._phases.within(Phase.CHECKPOINT):
+                self._store.wait()
+            self._recorder.finish()
             reason = self._interrupts.reason or "done"
         except BaseException as error:
             if isinstance(error, BadLossError) and self._recover(error):

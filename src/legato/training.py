@@ -23,6 +23,7 @@ from legato.data import (
 from legato.errors import StepError
 from legato.evaluation import check_logs
 from legato.metrics import StepMetric, run_recorded
+from legato.phases import Phases
 from legato.readings import Readings
 from legato.state import layer_paths
 from legato.task import AttributeReads, Task, tracing
@@ -50,6 +51,7 @@ class TrainSteps:
         summary_interval: steps between summaries; 0 for none.
         readings: what summaries read.
         one_by_one: whether steps are asked for one by one.
+        phases: told what the time is spent on; None where nobody asks.
 
     Attributes:
         compiling: a context around what may compile for long.
@@ -77,6 +79,7 @@ class TrainSteps:
         summary_interval: int = 0,
         readings: Readings | None = None,
         one_by_one: bool = False,
+        phases: Phases | None = None,
     ) -> None:
         self.announce: Callable[[str], None] = lambda _: None
         self._checks = checks
@@ -95,6 +98,7 @@ class TrainSteps:
                 summary_interval, lambda: readings.variables
             )
         self._one_by_one = one_by_one
+        self._phases = phases
         self.log_names: list[str] = []
         self.traces = 0
         self._task = task
@@ -351,6 +355,7 @@ class TrainSteps:
         with self.compiling():
             logs = loop(step, chunk.num_batches, chunk.operands)
         self._called.add(shapes)
+        loop.phases = self._phases  # from now on: no call compiles
         return logs
 
     def begin(self, step: int, chunk: Chunk) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from legato.phases import Phase, Phases
 from legato.types import JSON
 
 LoopMode = Literal["fused", "stepwise", "compiled", "eager"]
@@ -65,6 +66,7 @@ class CompiledLoop(abc.ABC):
             asked to: those among the given ones that it writes. None if it
             cannot; see `kept_variables`.
         traces: how often user code has been traced, for tests.
+        phases: told what calls do; None where nobody asks.
     """
 
     read_only: list[keras.Variable]
@@ -74,6 +76,7 @@ class CompiledLoop(abc.ABC):
     max_steps: int | None = None
     kept: list[keras.Variable] | None = None
     traces: int
+    phases: Phases | None = None
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -94,6 +97,10 @@ class CompiledLoop(abc.ABC):
             shape `[steps or more, ...]`. Of a loop that keeps any variables:
             the logs, and the values of each, `[times or more, ...]`.
         """
+
+    def _enter(self, phase: Phase) -> None:
+        if self.phases is not None:
+            self.phases.enter(phase)
 
     @property
     def is_ahead(self) -> bool:

@@ -56,6 +56,8 @@ def show(
     ]
     if seldom:
         console.print(_each_time(profile, seldom, plain, budget, intervals))
+    if profile.phases:
+        console.print(_phases(profile, plain, is_unicode))
     for cost in profile.costs:
         if cost.detail:
             console.print(plain(f"{_label(cost)}: {cost.detail}."))
@@ -136,6 +138,28 @@ def _each_time(
             interval = intervals.get(cost.name)
             cells.append((interval and cost.setting(interval)) or "")
         table.add_row(*map(plain, cells))
+    return table
+
+
+def _phases(profile: "Profile", plain: "Plain", is_unicode: bool) -> "Table":
+    """What the loop's thread did with the time of a step."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    count = f"{profile.loop_steps:,} step{'s' * (profile.loop_steps != 1)}"
+    table.add_column(f"in the loop, {count}", overflow="fold")
+    for header in ("µs", "%"):
+        table.add_column(plain(header), justify="right", no_wrap=True)
+    table.add_column("")
+    whole = sum(profile.phases.values())
+    longest = max(profile.phases.values())
+    for name, taken in profile.phases.items():
+        cells = name, _number(taken), _number(100 * taken / whole)
+        bar = _bar(taken / longest, is_unicode) if taken else ""
+        table.add_row(*map(plain, (*cells, bar)))
+    cells = "a step of the loop", _number(whole), "100"
+    table.add_row(*map(plain, cells), style="bold")
     return table
 
 

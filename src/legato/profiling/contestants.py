@@ -305,7 +305,8 @@ class Saving:
         """Wait for what is being written."""
         self._store.close()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save, as training does."""
         self._step += 1
         variables = self._bench.named_variables()
         arrays = dict(
@@ -336,7 +337,7 @@ class Saving:
         bench = self._bench
         StepRun(bench, bench.configured, bench.chunk).prepare()
         began = now()
-        self._save()
+        self.save()
         taken = now() - began
         self._store.wait()
         return taken
@@ -349,7 +350,7 @@ class Saving:
     def begin(self) -> None:
         """Save, and do not wait."""
         self._store.wait()
-        self._save()
+        self.save()
 
     def is_written(self) -> bool:
         """Whether the last one is."""

@@ -33,6 +33,7 @@ from legato.profiling.estimates import (
     timed,
 )
 from legato.profiling.report import Cost, Kind, Profile
+from legato.profiling.where import Piece
 from legato.profiling.workbench import Workbench
 from legato.schedule import Schedule
 from legato.task import Task
@@ -40,7 +41,9 @@ from legato.types import flat_logs
 from legato.when import Every, When
 
 _MAX_ROUNDS = 100
+_LOOP_SHARE = 0.1  # of the time is for the loop
 _LEAST_SHARE = 1 / 3  # of the time is for measuring
+_MIN_LOOP_SECS = 0.5
 _MIN_SECS, _MAX_SECS = 0.005, 0.25  # of one measurement
 _MAX_PERIOD_SECS = 1.0  # between two updates of a metric, to be measured so
 
@@ -91,7 +94,8 @@ def measure(
         stack.callback(bench.restore)
         contestants = _Contestants(bench, folder, chosen, stack, say)
         # However long it took to compile: it would be in vain otherwise.
-        left = max(began + seconds - time.monotonic(), _LEAST_SHARE * seconds)
+        left = (1 - _LOOP_SHARE) * seconds + began - time.monotonic()
+        left = max(left, _LEAST_SHARE * seconds)
         contestants.set_time(left)
         say(f"measuring, for about {left:.0f} s")
         samples = take_turns(
@@ -100,8 +104,9 @@ def measure(
             told_until=time.monotonic() + seconds,
             max_rounds=_MAX_ROUNDS,
         )
+        piece = contestants.train(max(_LOOP_SHARE * seconds, _MIN_LOOP_SECS))
         return _Accounts(bench, contestants, samples).profile(
-            time.monotonic() - began
+            time.monotonic() - began, *piece
         )
 
 
@@ -207,7 +212,7 @@ class _Contestants:
         self.timed["summary", None] = books.measure_summary
         if self.validation is not None:
             self.timed["validation", None] = self.validation.measure
-        saving = Saving(
+        saving = self._saving = Saving(
             bench, folder, [called.runner for called in self.called], data
         )
         stack.callback(saving.close)
@@ -219,6 +224,15 @@ class _Contestants:
         for each in self.timed.values():
             each()
         self.writing.num_steps.clear()
+
+    def train(self, secs: float) -> tuple[int, dict[str, float]]:
+        """Train for so long, by the loop: see `Piece.measure`."""
+        bench = self._bench
+        if bench.parts.source.is_one_shot:
+            return 0, {}  # which is noted
+        piece = Piece(bench, [c.runner for c in self.called], self._saving)
+        with contextlib.closing(piece):
+            return piece.measure(secs)
 
     def set_time(self, secs: float) -> None:
         """Share out so many seconds."""
@@ -351,11 +365,15 @@ class _Accounts:
                 return samples["metric", metric]
         return self._bare
 
-    def profile(self, seconds: float) -> Profile:
+    def profile(
+        self, seconds: float, loop_steps: int, phases: dict[str, float]
+    ) -> Profile:
         """The profile.
 
         Args:
             seconds: that it took.
+            loop_steps: how many steps the loop trained.
+            phases: what it spent on each phase, in microseconds a step.
         """
         bench = self._bench
         self._account_metrics()
@@ -372,6 +390,8 @@ class _Accounts:
             seconds=seconds,
             bare=self._per_step,
             costs=self._costs,
+            loop_steps=loop_steps,
+            phases=phases,
             notes=bench.notes,
         )
 

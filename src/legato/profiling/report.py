@@ -132,6 +132,10 @@ class Profile:
         seconds: that all of it took, compilations included.
         bare: microseconds of a step without anything else.
         costs: what each part adds.
+        loop_steps: how many steps were trained by the loop itself, with all
+            that goes with it, for the phases; 0 where that could not be.
+        phases: what its thread did with the time, in microseconds a step, by
+            the names of `legato.phases.Phase`.
         notes: what could not be measured, and why.
     """
 
@@ -143,6 +147,8 @@ class Profile:
     seconds: float
     bare: Estimate
     costs: list[Cost]
+    loop_steps: int = 0
+    phases: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -227,5 +233,7 @@ class Profile:
             "low": self.bare.low,
             "high": self.bare.high,
             "costs": [cost.to_json() for cost in self.costs],
+            "loop_steps": self.loop_steps,
+            "phases": dict(self.phases),
             "notes": self.notes,
         }

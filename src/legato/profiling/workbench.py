@@ -16,6 +16,7 @@ from legato.data import Chunk, DataSource
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
 from legato.parts import build_parts
+from legato.phases import Phases
 from legato.program import choose_program, make_schedule
 from legato.progress import make_reporter
 from legato.readings import Readings
@@ -64,6 +65,7 @@ class Workbench:
         chunk: batches that stay on the device, for one call.
         log: the logs, in the folder.
         clock: of the recorder.
+        phases: what steps spend time on.
 
     Raises:
         ConfigError: the config trains nothing, or the task builds something
@@ -115,6 +117,7 @@ class Workbench:
         sinks = [name for name in config.sinks if name in BUILT_IN]
         self.log = RunLog(folder, sinks=sinks)
         self.clock = Clock()
+        self.phases = Phases()
 
     # -- steps --------------------------------------------------------------
 
@@ -193,6 +196,7 @@ class Workbench:
             capacity=program.capacity,
             compilation=program.compilation,
             max_steps=self.config.steps_per_loop,
+            phases=self.phases,
         )
         steps.trace()
         return steps
@@ -326,13 +330,17 @@ class Workbench:
 
     # -- books --------------------------------------------------------------
 
-    def make_recorder(self) -> Recorder:
-        """The books of the run."""
+    def make_recorder(self, clock: Clock | None = None) -> Recorder:
+        """The books of the run.
+
+        Args:
+            clock: where the run is; None for the one of the workbench.
+        """
         parts = self.parts
         metrics = {} if self.are_metrics_off else parts.metrics
         return Recorder(
             task=parts.task,
-            clock=self.clock,
+            clock=clock or self.clock,
             config=self.config,
             schedule=self.schedule,
             metrics=metrics,
@@ -350,6 +358,7 @@ class Workbench:
                 is_one_shot=parts.source.is_one_shot,
             ),
             checks=parts.checks,
+            phases=Phases(),  # what it writes, nobody reads
         )
 
     def make_evaluator(self, max_batches: int) -> Evaluator:

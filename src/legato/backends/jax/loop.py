@@ -35,6 +35,7 @@ from legato.backends.scope import (
 )
 from legato.compat import keras_tracing, keras_values
 from legato.errors import StepError
+from legato.phases import Phase
 
 _MAX_KEPT_BYTES = 4 << 20
 """A step that changes more gains nothing by being begun early."""
@@ -261,6 +262,7 @@ class JaxLoop(CompiledLoop):
         if self._begun is not None:
             self._ahead.pass_by()
             return None
+        self._enter(Phase.DEVICE)  # now and then for all the next steps
         return self._ahead.take(step, operands, index, stop)
 
     def begin(self, step: int, num_steps: int, operands: Any) -> None:
@@ -475,7 +477,9 @@ class JaxLoop(CompiledLoop):
         ) -> Any:  # fmt: skip
             rows, outputs = [], []
             if num_steps > 1:  # for one, the call does it, and quicker
+                self._enter(Phase.TRANSFER)
                 operands = jax.device_put(operands)
+                self._enter(Phase.LAUNCH)
             for index in range(num_steps):
                 numbers = np.array([index, step + index], np.int32)
                 updated, row, given = compiled(

@@ -25,6 +25,7 @@ from legato.backends.tensorflow.effects import find_effects
 from legato.backends.tensorflow.scope import StepScope
 from legato.compat import keras_tracing
 from legato.errors import StepError
+from legato.phases import Phase
 
 _PYTHON_VALUE = (
     "The step asks for the value of a tensor in Python (by `if`, `while`, "
@@ -167,7 +168,9 @@ class TensorFlowLoop(CompiledLoop):
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
         LOST.refuse(self.variables)
+        self._enter(Phase.TRANSFER)
         flat = [tf.constant(leaf) for leaf in keras.tree.flatten(operands)]
+        self._enter(Phase.DEVICE)
         try:
             return self._run(
                 tf.constant(step, tf.int32),
