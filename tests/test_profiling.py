@@ -21,6 +21,7 @@ import legato
 from legato import cli
 from legato.data import DataIterator
 from legato.errors import ConfigError
+from legato.phases import NAMES
 from legato.profiling import Cost, Estimate, Profile, chart, limits
 from legato.profiling.estimates import (
     differences,
@@ -273,6 +274,18 @@ def test_a_table_as_text():
     assert "metric accuracy" not in without.partition("each time")[2]
 
 
+def test_where_the_time_goes_as_text():
+    phases = {"plan": 1.0, "data": 0.0, "device": 299.0}
+    text = by_hand(loop_steps=1200, phases=phases).table()
+    rows = {row.strip().split("  ")[0]: row for row in text.splitlines()}
+    assert "in the loop, 1,200 steps" in rows
+    assert rows["device"].split()[1:] == ["299", "99.7", "█" * 24]
+    assert rows["plan"].split()[1:] == ["1.00", "0.33", "▏"]
+    assert rows["data"].split()[1:] == ["0.00", "0.00"]
+    assert rows["a step of the loop"].split()[-2:] == ["300", "100"]
+    assert "in the loop" not in by_hand().table()
+
+
 def test_one_round_and_no_costs():
     uncertain = cost("accuracy", "metric", 3.0, noise=float("inf"))
     text = by_hand(rounds=1, costs=[uncertain], notes=[]).table("1%")
@@ -521,6 +534,11 @@ def test_callbacks_and_data_are_told(temporary):
         assert profile[name].interval == interval
         assert profile[name].is_told and profile[name].us_per_step > 0
     assert not [each for each in profile.costs if each.kind == "metric"]
+    # All of it in the loop, where what is not waited for costs nothing.
+    assert 0 < profile.loop_steps < 100
+    assert profile.phases["delivery"] > 20_000
+    assert profile.phases["device"] + profile.phases["launch"] > 0
+    assert profile.phases["validation"] > 0
 
 
 def test_plug_in_sinks_are_not_made(temporary, monkeypatch):
@@ -575,6 +593,7 @@ def test_what_cannot_be_measured_is_said(temporary):
     # They are off, as the config says, and can be asked about all the same.
     assert profile["dear"].interval is None and profile["dear"].share == 0
     assert "data" not in [each.name for each in profile.costs]
+    assert (profile.loop_steps, profile.phases) == (0, {})
 
 
 @pytest.mark.parametrize(
@@ -624,6 +643,8 @@ def test_the_command(temporary, capsys):
     assert report["task"] == "Digits"
     names = [each["name"] for each in report["costs"]]
     assert names[:3] == ["accuracy", "logs", "data"]
+    assert report["loop_steps"] > 0
+    assert tuple(report["phases"]) == NAMES
     named = report["intervals"].keys() - {"accuracy"}  # if it can be told
     assert named == {"summaries", "validation", "checkpoints"}
     assert "legato: measuring" in err and "drawn: costs.png" in err
@@ -639,5 +660,6 @@ def test_the_command_as_text(temporary, capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"Digits on {keras.config.backend()}: ")
     assert "metric accuracy" in out and "checkpoint_interval:" in out
+    assert "a step of the loop" in out
     assert "\x1b" not in out
     assert list(temporary.iterdir()) == []

@@ -140,9 +140,9 @@ ratios, in brackets their quartiles. All train the same model from the same
 weights on the same batches in the same order, with Adam, and compute the same
 metrics; *loss* is the mean of the first epoch's, by which that is checked
 (dropout, in the MLP alone, draws other masks in each). Compilation and first
-epochs are not counted. legato is `legato.fit` as it comes, with a checkpoint
-and summaries at each epoch's end. The compute limit is the step by hand on
-batches that lie on the device.
+epochs are not counted. legato is `legato.fit` as it comes, with a summary every
+100 steps and a checkpoint at each epoch's end. The compute limit is the step by
+hand on batches that lie on the device.
 """
 
 _ABOUT_TORCH = """\

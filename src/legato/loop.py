@@ -13,7 +13,16 @@ import numpy as np
 
 from legato.data import Chunk, Feed, StoppedWaiting
 from legato.errors import WorkerError
-from legato.phases import Phase, Phases
+from legato.phases import (
+    CHECKPOINT,
+    DATA,
+    DELIVERY,
+    DEVICE,
+    LAUNCH,
+    PLAN,
+    VALIDATION,
+    Phases,
+)
 from legato.schedule import Schedule
 from legato.state import Clock
 from legato.types import Logs
@@ -160,8 +169,9 @@ def run(
     while True:
         # ORDER MATTERS from here to the end of the loop: a checkpoint must
         # hold either all or nothing of what belongs to a step.
-        _do_duties(clock, hooks, recorder, validate, phases)
-        phases.enter(Phase.PLAN)
+        if clock.duties:
+            _do_duties(clock, hooks, recorder, validate, phases)
+            phases.enter(PLAN)
         if clock.step > 0:  # else as in Keras: after one batch
             clock.stop_training = clock.stop_training or callbacks_stop()
         ended = clock.step >= schedule.train_steps or clock.stop_training
@@ -169,14 +179,14 @@ def run(
         stops = clock.finished or stop_requested()
         if stops or save_is_due() or schedule.checkpoint_is_due(clock.step):
             if saved_step != clock.step or clock.duties:
-                phases.enter(Phase.CHECKPOINT)
+                phases.enter(CHECKPOINT)
                 save()
-                phases.enter(Phase.PLAN)
+                phases.enter(PLAN)
             saved_step = None if clock.duties else clock.step
         if stops:
             return
         if not clock.epoch_begun:
-            phases.enter(Phase.DELIVERY)
+            phases.enter(DELIVERY)
             recorder.begin_epoch()
             hooks.on_epoch_begin(clock.epoch)
             clock.epoch_begun = True
@@ -187,7 +197,7 @@ def run(
 
         # In a hook that came before: as in Keras, after one batch.
         limit = 1 if callbacks_stop() else limits(clock.step)
-        phases.enter(Phase.DATA)
+        phases.enter(DATA)
         try:
             chunk = feed.take(pace.of(limit), limit)
         except StoppedWaiting:
@@ -200,32 +210,31 @@ def run(
         rows = kept = None
         if not is_skipped:
             if hooks.batch_hooks_active:
-                phases.enter(Phase.DELIVERY)
+                phases.enter(DELIVERY)
                 hooks.on_train_batch_begin(clock.step_in_epoch)
-            phases.enter(Phase.LAUNCH)
+            phases.enter(LAUNCH)
             began = time.perf_counter()
             logs = steps.run(clock.step, chunk)
-            phases.enter(Phase.DATA)
+            phases.enter(DATA)
             after = clock.step + chunk.num_batches
             feed.prefetch(
                 pace.of(limits(after)),
                 is_quiet=not hooks.batch_hooks_active
                 and not schedule.calls_back(after),
             )
-            phases.enter(Phase.LAUNCH)
+            phases.enter(LAUNCH)
             is_begun = pace.is_quick and _begin_next(
                 after, clock.epoch, schedule, steps, feed
             )
-            phases.enter(Phase.DELIVERY)
             recorder.catch_up()
-            phases.enter(Phase.DEVICE)
+            phases.enter(DEVICE)
             rows, kept = steps.rows(logs, chunk)
-            phases.enter(Phase.LAUNCH)
             pace.learn(chunk.num_batches, time.perf_counter() - began)
             if pace.is_quick and not is_begun:  # batches may have come by now
+                phases.enter(LAUNCH)
                 _begin_next(after, clock.epoch, schedule, steps, feed)
 
-        phases.enter(Phase.DELIVERY)
+        phases.enter(DELIVERY)
         clock.step += chunk.num_batches
         clock.step_in_epoch += chunk.num_batches
         if rows is not None:
@@ -236,7 +245,7 @@ def run(
                 )
         if schedule.summary_is_due(clock.step):
             recorder.summary()
-        phases.enter(Phase.PLAN)
+        phases.enter(PLAN)
         # As in Keras, a stop in mid-epoch still ends the epoch.
         clock.stop_training = callbacks_stop()
         epoch_ends = schedule.epoch_ends(clock.step) or clock.stop_training
@@ -260,14 +269,14 @@ def _do_duties(
     """Do what is due at this step, each thing whole or not at all."""
     while clock.duties:
         if clock.duties[0] == "validation":
-            phases.enter(Phase.VALIDATION)
+            phases.enter(VALIDATION)
             results = validate()
             if results is None:
                 return
-            phases.enter(Phase.DELIVERY)
+            phases.enter(DELIVERY)
             recorder.validation(results)
         else:
-            phases.enter(Phase.DELIVERY)
+            phases.enter(DELIVERY)
             logs = recorder.epoch_logs()
             hooks.on_epoch_end(clock.epoch, logs)
             recorder.epoch(logs)

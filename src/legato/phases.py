@@ -1,49 +1,58 @@
-"""Where the time of a loop goes."""
+"""Where the time of a loop goes.
 
-import enum
+A phase is what the training thread is doing; each instant belongs to one of
+them. What other threads do, and the device while it is not waited for, is
+none: it costs nothing.
+
+- `PLAN`: deciding what comes next; and all that is nothing else.
+- `DATA`: waiting for a chunk of batches, or making it in this thread (also one
+  ahead, while the device works).
+- `TRANSFER`: handing a chunk to the device. JAX does that in the call that
+  launches steps, and it is part of `LAUNCH` there (but for models whose steps
+  are a call each).
+- `COMPILE`: in the calls that trace and compile, with the steps that they run.
+- `LAUNCH`: in the call that sets the device to work, where it returns before
+  the work is done (JAX). What JAX runs within the call, as it may with a small
+  step on a CPU, is part of it.
+- `DEVICE`: waiting for the device, and fetching the logs of the steps. Where
+  the call returns only when the work is done (TensorFlow and PyTorch on a CPU),
+  all of the call.
+- `DELIVERY`: giving logs to the books, to callbacks and to summaries.
+- `VALIDATION`: a validation, all of it.
+- `CHECKPOINT`: what training waits for a checkpoint: copies, and a free buffer
+  to copy to. It is written by another thread.
+"""
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+NAMES = (
+    "plan",
+    "data",
+    "transfer",
+    "compile",
+    "launch",
+    "device",
+    "delivery",
+    "validation",
+    "checkpoint",
+)
+"""Of the phases, in the order of their numbers."""
 
-class Phase(enum.IntEnum):
-    """What the training thread is doing.
-
-    Each instant belongs to one of them. What other threads do, and the device
-    while it is not waited for, is no phase: it costs nothing.
-
-    Attributes:
-        PLAN: deciding what comes next; and all that is nothing else.
-        DATA: waiting for a chunk of batches, or making it in this thread
-            (also one ahead, while the device works).
-        TRANSFER: handing a chunk to the device. JAX does it in the call that
-            launches steps, and its share is part of `LAUNCH` there.
-        COMPILE: tracing and compiling, in the calls that do; and what steps
-            these run.
-        LAUNCH: the call that sets the device to work, where such a call
-            returns before the work is done (JAX). What JAX runs within the
-            call, as it may with a small step on a CPU, is part of it.
-        DEVICE: waiting for the device, and fetching the logs of the steps.
-            Where the call returns only when the work is done (TensorFlow and
-            PyTorch on a CPU), all of the call.
-        DELIVERY: giving logs to the books, to callbacks and to summaries.
-        VALIDATION: a validation, all of it.
-        CHECKPOINT: what training waits for a checkpoint: copies, and a free
-            buffer to copy to. It is written by another thread.
-    """
-
-    PLAN = 0
-    DATA = 1
-    TRANSFER = 2
-    COMPILE = 3
-    LAUNCH = 4
-    DEVICE = 5
-    DELIVERY = 6
-    VALIDATION = 7
-    CHECKPOINT = 8
-
-
-NAMES = tuple(phase.name.lower() for phase in Phase)
+# Plain numbers: a member of an enumeration takes longer to name than a phase
+# to end.
+(
+    PLAN,
+    DATA,
+    TRANSFER,
+    COMPILE,
+    LAUNCH,
+    DEVICE,
+    DELIVERY,
+    VALIDATION,
+    CHECKPOINT,
+) = range(len(NAMES))
 
 
 class Phases:
@@ -58,8 +67,8 @@ class Phases:
 
     def __init__(self, clock: Callable[[], int] = time.perf_counter_ns) -> None:
         self._clock = clock
-        self._spent = [0] * len(Phase)
-        self._phase: int = Phase.PLAN
+        self._spent = [0] * len(NAMES)
+        self._phase = PLAN
         self._since = clock()
 
     def enter(self, phase: int) -> None:
@@ -80,16 +89,15 @@ class Phases:
         finally:
             self.enter(before)
 
-    def restart(self) -> None:
-        """Forget what was: an interval begins."""
-        self.take()
-        self._phase = Phase.PLAN
-
-    def take(self) -> dict[str, float]:
-        """Seconds of each phase since this was asked last, by name."""
+    def read(self) -> list[int]:
+        """Nanoseconds of each phase so far."""
         self.enter(self._phase)
-        spent, self._spent = self._spent, [0] * len(Phase)
-        return {
-            name: nanoseconds / 1e9
-            for name, nanoseconds in zip(NAMES, spent, strict=True)
-        }
+        return list(self._spent)
+
+
+def between(before: list[int], after: list[int]) -> dict[str, float]:
+    """Seconds of each phase between two readings, by name."""
+    return {
+        name: (late - early) / 1e9
+        for name, early, late in zip(NAMES, before, after, strict=True)
+    }

@@ -13,7 +13,7 @@ from legato import backends
 from legato.config import TrainerConfig
 from legato.data import Chunk, InputChecks
 from legato.errors import ConfigError, LegatoWarning
-from legato.phases import Phases
+from legato.phases import DELIVERY, PLAN, Phases, between
 from legato.progress import ProgressReporter
 from legato.readings import Readings
 from legato.recovery import LossWatch
@@ -82,12 +82,12 @@ class Recorder:
         self._watch = watch
         self._checks = checks
         self._phases = phases
-        self._timed_from = 0
+        self._timed_from = 0, phases.read()
 
     def start(self) -> None:
         """Training begins, or goes on, at the clock's step."""
-        self._phases.restart()
-        self._timed_from = self._clock.step
+        self._phases.enter(PLAN)
+        self._timed_from = self._clock.step, self._phases.read()
 
     def finish(self) -> None:
         """Training ended: write what was not timed yet."""
@@ -281,13 +281,14 @@ class Recorder:
 
     def _write_timing_of_steps(self) -> None:
         """Unless it is written: at an epoch's end a summary may be due too."""
-        if self._clock.step > self._timed_from:
+        if self._clock.step > self._timed_from[0]:
             self._write_timing()
 
     def _write_timing(self) -> None:
-        step = self._clock.step
-        phases = self._phases.take()
-        seconds, steps = sum(phases.values()), step - self._timed_from
+        first, before = self._timed_from
+        self._timed_from = step, now = self._clock.step, self._phases.read()
+        phases = between(before, now)
+        seconds, steps = sum(phases.values()), step - first
         self._log.write_timing(
             step,
             {
@@ -297,11 +298,12 @@ class Recorder:
                 "phases": {k: round(v, 6) for k, v in phases.items()},
             },
         )
-        self._timed_from = step
 
     def catch_up(self) -> None:
         """Write what was put off until the device works."""
-        self._log.catch_up()
+        if self._log.is_behind:
+            with self._phases.within(DELIVERY):
+                self._log.catch_up()
 
     def validation(self, logs: dict[str, Any]) -> None:
         """Write the results of a validation and keep them for the epoch.

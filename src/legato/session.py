@@ -24,7 +24,7 @@ from legato.errors import (
 )
 from legato.interrupts import Interrupts
 from legato.parts import Parts
-from legato.phases import Phase, Phases
+from legato.phases import CHECKPOINT, COMPILE, Phases
 from legato.program import choose_program, choose_seed, make_schedule
 from legato.progress import VERBOSE, make_reporter
 from legato.recorder import Recorder
@@ -223,7 +223,7 @@ class Session:
         """
         self._interrupts.compiling = self.clock.step == self._saved_step
         try:
-            with self._phases.within(Phase.COMPILE):
+            with self._phases.within(COMPILE):
                 yield
         finally:
             self._interrupts.compiling = False
@@ -374,7 +374,7 @@ class Session:
         reason = "failed"
         try:
             yield
-            with self._phases.within(Phase.CHECKPOINT):
+            with self._phases.within(CHECKPOINT):
                 self._store.wait()
             self._recorder.finish()
             reason = self._interrupts.reason or "done"

@@ -11,6 +11,7 @@ import numpy as np
 from legato import backends
 from legato.backends import Compilation, CompiledLoop, Keeping, LoopMode
 from legato.by_shape import LoopsByShape
+from legato.compat.keras_trainable import TrainableFlags
 from legato.config import MAX_SHAPES
 from legato.data import (
     Chunk,
@@ -121,8 +122,7 @@ class TrainSteps:
         self._called: set[Shapes] = set()
         self._usual: Shapes | None = None
         self._variables: dict[int, keras.Variable] = {}
-        self._flags: list[keras.Variable | keras.layers.Layer] = []
-        self._trainable: list[bool] = []
+        self._trainable = TrainableFlags([])
         self._reads = AttributeReads()
 
     @property
@@ -266,8 +266,7 @@ class TrainSteps:
         self.traces += loop.traces
         self._loops.add(shapes, loop)
         self._variables |= variables
-        self._flags = [*self.variables, *self._layers()]
-        self._trainable = [each.trainable for each in self._flags]
+        self._trainable = TrainableFlags([*self.variables, *self._layers()])
 
     def _step(self, batch: Any, step: Any) -> dict[str, Any]:
         metrics = None
@@ -326,7 +325,7 @@ class TrainSteps:
         self._reads.check()
         if self._checks is not None:
             self._checks.check(chunk, step)
-        if self._trainable != [each.trainable for each in self._flags]:
+        if self._trainable.have_changed:
             # A callback froze or unfroze layers: the step is another one now.
             self._begin_anew()
             self.trace()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from legato.phases import Phase, Phases
+from legato.phases import Phases
 from legato.types import JSON
 
 LoopMode = Literal["fused", "stepwise", "compiled", "eager"]
@@ -98,7 +98,7 @@ class CompiledLoop(abc.ABC):
             the logs, and the values of each, `[times or more, ...]`.
         """
 
-    def _enter(self, phase: Phase) -> None:
+    def _enter(self, phase: int) -> None:
         if self.phases is not None:
             self.phases.enter(phase)
 

@@ -5,6 +5,8 @@ attribute. Without that attribute, Python asks the class where to find it.
 """
 
 import functools
+import itertools
+import operator
 from typing import Any, Protocol
 
 import keras
@@ -44,7 +46,14 @@ def let_wait(variables: list[keras.Variable], owner: Owner) -> None:
 
 def are_waiting(variables: list[keras.Variable]) -> bool:
     """Whether nobody asked for the value of any, and nobody set one."""
-    return not any(_ATTRIBUTE in vars(variable) for variable in variables)
+    # (Asked at each step; there may be a thousand.)
+    return not any(
+        map(
+            operator.contains,
+            map(vars, variables),
+            itertools.repeat(_ATTRIBUTE),
+        )
+    )
 
 
 def owner_of(variable: keras.Variable) -> Any:

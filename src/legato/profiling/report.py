@@ -135,7 +135,7 @@ class Profile:
         loop_steps: how many steps were trained by the loop itself, with all
             that goes with it, for the phases; 0 where that could not be.
         phases: what its thread did with the time, in microseconds a step, by
-            the names of `legato.phases.Phase`.
+            the names of `legato.phases`.
         notes: what could not be measured, and why.
     """
 

@@ -8,6 +8,7 @@ from typing import Any
 from legato import backends, loop, restoring
 from legato.callbacks import CallbackRunner
 from legato.data import Feed
+from legato.phases import between
 from legato.profiling.contestants import Saving
 from legato.profiling.workbench import Workbench
 from legato.state import Clock
@@ -77,9 +78,9 @@ class Piece:
         self._train()
         first, self._last = clock.step, bench.schedule.train_steps
         self._ends_at = time.monotonic() + secs
-        bench.phases.restart()
+        before = bench.phases.read()
         self._train()
-        spent = bench.phases.take()
+        spent = between(before, bench.phases.read())
         count = clock.step - first
         return count, {k: 1e6 * v / count for k, v in spent.items() if count}
 

@@ -358,7 +358,7 @@ class Workbench:
                 is_one_shot=parts.source.is_one_shot,
             ),
             checks=parts.checks,
-            phases=Phases(),  # what it writes, nobody reads
+            phases=self.phases,
         )
 
     def make_evaluator(self, max_batches: int) -> Evaluator:

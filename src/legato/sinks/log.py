@@ -177,6 +177,11 @@ class RunLog:
         ):
             self.catch_up()
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether something waits for `catch_up`."""
+        return bool(self._waiting)
+
     def catch_up(self) -> None:
         """Write what was put off: to be called while the device works.
 

@@ -22,6 +22,7 @@ import keras
 import numpy as np
 
 from legato.compat import keras_values
+from legato.phases import DEVICE, LAUNCH
 
 _FIRST_SIZE = 8
 """Steps in the first call after one that was in vain."""
@@ -87,6 +88,7 @@ class Ahead:
         updated: variables that the step writes.
         read_only: those that it reads only.
         seen: which of `updated` the single numbers are.
+        enter: is told the phases of a call, which begins by launching.
     """
 
     def __init__(
@@ -95,8 +97,10 @@ class Ahead:
         updated: Sequence[keras.Variable],
         read_only: Sequence[keras.Variable],
         seen: Sequence[int],
+        enter: Callable[[int], None],
     ) -> None:
         self._run = run
+        self._enter = enter
         self._updated = list(updated)
         self._read_only = list(read_only)
         self._columns = {id(updated[i]): k for k, i in enumerate(seen)}
@@ -189,8 +193,10 @@ class Ahead:
         return stretch
 
     def _await(self, stretch: _Stretch) -> None:
+        self._enter(DEVICE)
         stretch.rows = np.asarray(stretch.rows)
         stretch.seen = np.asarray(stretch.seen)
+        self._enter(LAUNCH)
 
     def _launch_next(self, last: _Stretch) -> None:
         """The device works on while the callbacks look at the last ones."""

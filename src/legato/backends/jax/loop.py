@@ -35,7 +35,7 @@ from legato.backends.scope import (
 )
 from legato.compat import keras_tracing, keras_values
 from legato.errors import StepError
-from legato.phases import Phase
+from legato.phases import LAUNCH, TRANSFER
 
 _MAX_KEPT_BYTES = 4 << 20
 """A step that changes more gains nothing by being begun early."""
@@ -262,7 +262,6 @@ class JaxLoop(CompiledLoop):
         if self._begun is not None:
             self._ahead.pass_by()
             return None
-        self._enter(Phase.DEVICE)  # now and then for all the next steps
         return self._ahead.take(step, operands, index, stop)
 
     def begin(self, step: int, num_steps: int, operands: Any) -> None:
@@ -423,7 +422,9 @@ class JaxLoop(CompiledLoop):
             )
             return new, rows, []
 
-        self._ahead = Ahead(run, self.updated, self.read_only, seen)
+        self._ahead = Ahead(
+            run, self.updated, self.read_only, seen, self._enter
+        )
         return call
 
     def _loop_of_loops(
@@ -477,9 +478,9 @@ class JaxLoop(CompiledLoop):
         ) -> Any:  # fmt: skip
             rows, outputs = [], []
             if num_steps > 1:  # for one, the call does it, and quicker
-                self._enter(Phase.TRANSFER)
+                self._enter(TRANSFER)
                 operands = jax.device_put(operands)
-                self._enter(Phase.LAUNCH)
+                self._enter(LAUNCH)
             for index in range(num_steps):
                 numbers = np.array([index, step + index], np.int32)
                 updated, row, given = compiled(

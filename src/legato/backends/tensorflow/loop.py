@@ -25,7 +25,7 @@ from legato.backends.tensorflow.effects import find_effects
 from legato.backends.tensorflow.scope import StepScope
 from legato.compat import keras_tracing
 from legato.errors import StepError
-from legato.phases import Phase
+from legato.phases import DEVICE, TRANSFER
 
 _PYTHON_VALUE = (
     "The step asks for the value of a tensor in Python (by `if`, `while`, "
@@ -168,9 +168,9 @@ class TensorFlowLoop(CompiledLoop):
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
         LOST.refuse(self.variables)
-        self._enter(Phase.TRANSFER)
+        self._enter(TRANSFER)
         flat = [tf.constant(leaf) for leaf in keras.tree.flatten(operands)]
-        self._enter(Phase.DEVICE)
+        self._enter(DEVICE)
         try:
             return self._run(
                 tf.constant(step, tf.int32),

@@ -31,7 +31,7 @@ from legato.backends.torch.scope import ExaminingScope, StepScope
 from legato.backends.torch.step import LOST, ExaminedStep, to_row
 from legato.compat import keras_tracing
 from legato.errors import StepError
-from legato.phases import Phase
+from legato.phases import DEVICE, TRANSFER
 
 if TYPE_CHECKING:
     from legato.backends.torch.program import StepProgram
@@ -149,11 +149,11 @@ class TorchLoop(CompiledLoop):
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
         LOST.refuse(self.variables)
-        self._enter(Phase.TRANSFER)
+        self._enter(TRANSFER)
         operands = to_tensors(
             keras.tree.map_structure(lambda a: a[:num_steps], operands)
         )
-        self._enter(Phase.DEVICE)
+        self._enter(DEVICE)
         at = torch.arange(
             step, step + num_steps, dtype=torch.int32, device=current_device()
         )
