@@ -10,7 +10,7 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from legato import backends, identity, restoring
+from legato import backends, identity, phases, restoring
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import Checkpoint, CheckpointStore
 from legato.compat.keras_seeds import set_random_seed
@@ -24,7 +24,6 @@ from legato.errors import (
 )
 from legato.interrupts import Interrupts
 from legato.parts import Parts
-from legato.phases import CHECKPOINT, COMPILE, Phases
 from legato.program import choose_program, choose_seed, make_schedule
 from legato.progress import VERBOSE, make_reporter
 from legato.recorder import Recorder
@@ -98,7 +97,7 @@ class Session:
         self._begins = False
         self._references = references
         self._compiled = before.steps if before else None
-        self._phases = before._phases if before else Phases()
+        self._phases = before._phases if before else phases.Phases()
         self._store = CheckpointStore(
             run_dir,
             run_id=run_id,
@@ -223,7 +222,7 @@ class Session:
         """
         self._interrupts.compiling = self.clock.step == self._saved_step
         try:
-            with self._phases.within(COMPILE):
+            with self._phases.within(phases.COMPILE):
                 yield
         finally:
             self._interrupts.compiling = False
@@ -374,7 +373,7 @@ class Session:
         reason = "failed"
         try:
             yield
-            with self._phases.within(CHECKPOINT):
+            with self._phases.within(phases.CHECKPOINT):
                 self._store.wait()
             self._recorder.finish()
             reason = self._interrupts.reason or "done"
@@ -521,19 +520,18 @@ class Session:
             best=best.is_new,
             before_commit=self._before_commit,
         )
-        best.is_new = False
-        self._begins = False
+        best.is_new = self._begins = False
         self._saved_step = self.clock.step
         self._last_save = time.monotonic()
 
     def _before_commit(self) -> None:
-        """In the writer's thread."""
-        # A checkpoint counts the lines of the logs: they go first.
+        """In the writer's thread; a checkpoint counts the logs' lines."""
         self._log.sync()
         self._backend.publish_programs()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         host, parts = checkpoint.host, self._parts
+        saved = host.get("identity")
         unknown = [
             path
             for path in checkpoint.arrays
@@ -547,19 +545,17 @@ class Session:
         override = self._config.resume == "override"
         # Metrics may be switched on or off: the identity told of it.
         lenient = ["metrics", *["optimizer"] * override]
-        audit = restoring.assign_arrays(
+        self.audit = restoring.assign_arrays(
             self._variables, checkpoint, lenient=lenient
         )
         if override:
             restoring.set_rates(
-                identity.rates_that_differ(
-                    host.get("identity"), self._identity
-                ),
+                identity.rates_that_differ(saved, self._identity),
                 parts.optimizers,
                 parts.initial_rates,
             )
         identity.reset_where_windows_differ(
-            parts.metrics, host.get("identity"), self._identity
+            parts.metrics, saved, self._identity
         )
         arrays = restoring.by_root(checkpoint.arrays)
 
@@ -568,7 +564,6 @@ class Session:
             status = AuditStatus.RESTORED if restored else AuditStatus.NEW
             self.audit.append(AuditEntry(part, "", status))
 
-        self.audit = audit
         take("clock", self.clock.load)
         take(
             "trainable",
