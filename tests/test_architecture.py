@@ -37,6 +37,7 @@ LAYERS = [
     {"loop", "readings"},
     {
         "task",
+        "optimizers",
         "compiled",
         "evaluation",
         "on_host",
@@ -56,7 +57,7 @@ LAYERS = [
         "recovery",
         "diff",
     },
-    {"session", "trainer", "experiment", "fitting"},
+    {"session", "trainer", "building", "experiment", "fitting"},
     {"tasks", "verify", "profiling", "testing"},
     {"cli", "__main__"},
     {"__init__"},

@@ -6,7 +6,7 @@ import pytest
 
 import legato
 from legato import experiment as experiments
-from legato.config import DataConfig
+from legato.config import DataConfig, dump_yaml, load_yaml, validate
 from legato.errors import ConfigError, DataError
 
 N = 12
@@ -159,3 +159,12 @@ def test_a_file_that_is_not_there(tmp_path):
     experiment = resolve(NPZ, tmp_path, "data.train.config.path=none.npz")
     with pytest.raises(DataError, match=r"none\.npz"):
         experiments.build_trainer(experiment, run_dir=tmp_path / "run")
+
+
+@pytest.mark.any_backend
+def test_batches_in_a_resolved_config_read_back(tmp_path):
+    spec = {"train": DataConfig(type="tests.test_data_config:Batches")}
+    experiment = legato.Experiment(task="a.b:C", data=spec)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(experiment))
+    assert validate(legato.Experiment, load_yaml(path), source="") == experiment

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from legato.version import __version__
 
 if TYPE_CHECKING:
-    from legato import errors, files, losses, metrics, summaries
+    from legato import (
+        errors,
+        files,
+        losses,
+        metrics,
+        optimizers,
+        summaries,
+    )
     from legato.backends import value_and_grad
     from legato.config import TrainerConfig
     from legato.data import (
@@ -53,6 +60,7 @@ __all__ = [
     "fit",
     "losses",
     "metrics",
+    "optimizers",
     "profile",
     "run_experiment",
     "summaries",
@@ -92,7 +100,14 @@ _LIGHT = {
     "TrainerConfig",
     "run_experiment",
 }
-_MODULES = {"errors", "files", "losses", "metrics", "summaries"}
+_MODULES = {
+    "errors",
+    "files",
+    "losses",
+    "metrics",
+    "optimizers",
+    "summaries",
+}
 _LIGHT_MODULES = {"errors", "files", "summaries"}
 
 

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from legato import backends, machine
+from legato.compat.keras_decay import exempt_from_decay
 from legato.config import TrainerConfig
 from legato.errors import RestoreError
 from legato.losses import WeightedSum
@@ -210,12 +211,16 @@ def _optimizer_config(optimizers: Optimizers) -> JSON:
     if isinstance(optimizers, dict):
         return {k: _optimizer_config(v) for k, v in optimizers.items()}
     name = type(optimizers).__name__
+    config: Any
     try:
         config = _without_names(optimizers.get_config())
     except NotImplementedError:
         # A schedule of the user's own, which `get_config` writes out.
         rate = getattr(optimizers, "_learning_rate", None)
         config = {"learning_rate": type(rate).__name__}
+    exempt = exempt_from_decay(optimizers)
+    if exempt:
+        config["exclude_from_weight_decay"] = exempt
     return {"class": name, **config}
 
 

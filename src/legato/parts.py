@@ -1,6 +1,8 @@
 """What a Task builds, checked before anything is trained."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -14,6 +16,7 @@ from legato.errors import ConfigError
 from legato.evaluation import Evaluator
 from legato.identity import describe_program
 from legato.metrics import check_metrics, directions
+from legato.optimizers import own_step_scales
 from legato.readings import Readings
 from legato.task import ModelGroup, OptimizerGroup, Optimizers, Task
 from legato.types import JSON, LogStyle
@@ -101,6 +104,30 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
     if task.order_seed is None:
         # Everything random that follows is a function of the seed.
         set_random_seed(config.seed)
+    with precision(config.precision):
+        return _build_parts(task, config)
+
+
+@contextlib.contextmanager
+def precision(name: str | None) -> Iterator[None]:
+    """While active, layers are made with this dtype policy.
+
+    Args:
+        name: "float32", "mixed_bfloat16" or "mixed_float16"; None leaves the
+            program's own.
+    """
+    if name is None:
+        yield
+        return
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _build_parts(task: Task, config: TrainerConfig) -> Parts:
     name = type(task).__name__
     model = task.build_model()
     models = list(model.values()) if isinstance(model, dict) else [model]
@@ -109,16 +136,7 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
             f"{name}.build_model returned {model!r}: it must return a "
             "keras.Model, or a dict of them."
         )
-    optimizer = task.build_optimizer()
-    optimizers = (
-        dict(optimizer) if isinstance(optimizer, dict) else {"": optimizer}
-    )
-    for each in optimizers.values():
-        if not isinstance(each, keras.optimizers.Optimizer):
-            raise ConfigError(
-                f"{name}.build_optimizer returned {optimizer!r}: it must "
-                "return a keras.optimizers.Optimizer, or a dict of them."
-            )
+    optimizer, optimizers = _build_optimizers(task, config)
     whole: Any = ModelGroup(model) if isinstance(model, dict) else model
     # Callbacks find the learning rate at `model.optimizer`.
     whole.optimizer = (
@@ -153,6 +171,31 @@ def build_parts(task: Task, config: TrainerConfig) -> Parts:
         program=describe_program(task, optimizer),
         initial_rates=_rates(optimizers),
     )
+
+
+def _build_optimizers(
+    task: Task, config: TrainerConfig
+) -> tuple[Optimizers, dict[str, keras.optimizers.Optimizer]]:
+    """What the config or the Task says, and the same by name."""
+    configured = task.configured_optimizer
+    optimizer = configured() if configured else task.build_optimizer()
+    optimizers = (
+        dict(optimizer) if isinstance(optimizer, dict) else {"": optimizer}
+    )
+    for name, each in optimizers.items():
+        if not isinstance(each, keras.optimizers.Optimizer):
+            raise ConfigError(
+                f"{type(task).__name__}.build_optimizer returned "
+                f"{optimizer!r}: it must return a keras.optimizers.Optimizer, "
+                "or a dict of them."
+            )
+        if not configured and own_step_scales(
+            type(task), config.precision, each
+        ):
+            optimizers[name] = keras.optimizers.LossScaleOptimizer(each)
+    if isinstance(optimizer, dict):
+        return dict(optimizers), optimizers
+    return optimizers[""], optimizers
 
 
 def _rates(

@@ -40,6 +40,8 @@ class Task:
             training, others with `TrainerConfig.check_numerics`.
         configured_inputs: what makes the data of a split, in the place of
             `build_inputs`, where a config says what they are.
+        configured_optimizer: what makes the optimizer, in the place of
+            `build_optimizer`, where a config says what it is.
     """
 
     loss = "loss"
@@ -50,6 +52,7 @@ class Task:
     configured_inputs: Mapping[str, Callable[[], Any]] = types.MappingProxyType(
         {}
     )
+    configured_optimizer: Callable[[], Optimizers] | None = None
 
     def __getattribute__(self, name: str) -> Any:
         value = object.__getattribute__(self, name)

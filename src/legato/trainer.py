@@ -31,7 +31,7 @@ from legato.errors import (
 from legato.evaluation import Evaluator
 from legato.interrupts import Interrupts
 from legato.metrics import HostMetric
-from legato.parts import build_parts
+from legato.parts import build_parts, precision
 from legato.progress import make_reporter
 from legato.restoring import assign_arrays
 from legato.run_directory import (
@@ -145,7 +145,7 @@ class Trainer:
 
     @property
     def optimizer(self) -> Optimizers:
-        """What `Task.build_optimizer` returned."""
+        """What `Task.build_optimizer` returned, or the config describes."""
         return self._parts.optimizer
 
     def train(self) -> keras.callbacks.History:
@@ -174,6 +174,7 @@ class Trainer:
         self._has_trained = True
         session = None
         with (
+            precision(self.config.precision),
             storage.RunLock(self.run_dir),
             Interrupts(max_seconds=self.config.max_seconds) as interrupts,
         ):
@@ -396,7 +397,8 @@ class Trainer:
         self, evaluator: Evaluator, stop_requested: Callable[[], bool]
     ) -> dict[str, Any] | None:
         callbacks = CallbackRunner([], model=self._parts.whole, params={})
-        return evaluator(callbacks, stop_requested, self._step)
+        with precision(self.config.precision):
+            return evaluator(callbacks, stop_requested, self._step)
 
     def _find_newest(self) -> Checkpoint | None:
         found = None
@@ -413,7 +415,8 @@ class Trainer:
 
     def _load(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:
         """Put in the model, and whatever else validation uses."""
-        evaluator.build()  # makes what is made lazily
+        with precision(self.config.precision):
+            evaluator.build()  # makes what is made lazily
         self._step = checkpoint.step
         parts = self._parts
         # In the order in which they were saved, which names depend on.

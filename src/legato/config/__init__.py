@@ -14,6 +14,13 @@ from legato.config.document import (
     parse_yaml,
 )
 from legato.config.duration import parse_duration
+from legato.config.experiment import (
+    CallbackSpec,
+    Experiment,
+    built_in,
+    built_in_names,
+    suggest,
+)
 from legato.config.model import (
     Config,
     config_hash,
@@ -23,17 +30,24 @@ from legato.config.model import (
     validate_mapping,
 )
 from legato.config.objects import OBJECT, Arguments, check_object
+from legato.config.optimizer import OptimizerConfig, ScheduleConfig
 from legato.config.trainer import MAX_SHAPES, TrainerConfig
 
 __all__ = [
     "MAX_SHAPES",
     "OBJECT",
     "Arguments",
+    "CallbackSpec",
     "Config",
     "DataConfig",
     "Document",
+    "Experiment",
+    "OptimizerConfig",
+    "ScheduleConfig",
     "TrainerConfig",
     "apply_overrides",
+    "built_in",
+    "built_in_names",
     "check_object",
     "config_hash",
     "dump_yaml",
@@ -41,6 +55,7 @@ __all__ = [
     "nearest",
     "parse_duration",
     "parse_yaml",
+    "suggest",
     "validate",
     "validate_mapping",
 ]

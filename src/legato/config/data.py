@@ -69,11 +69,7 @@ class DataConfig(Config):
                 f"type {self.type!r} gives single examples: say how many make "
                 "a batch (batch_size)"
             )
-        given = sorted(
-            name
-            for name in self.model_fields_set - {"type", "config", "batch_size"}
-            if getattr(self, name) is not None
-        )
+        given = sorted(self.changed() - {"type", "config"})
         if given:
             raise ValueError(
                 f"{', '.join(given)} say how batches are made of examples, and "

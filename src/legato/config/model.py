@@ -45,6 +45,18 @@ class Config(pydantic.BaseModel):
         # and their errors would lose their places (a test holds this).
         __init__.__pydantic_base_init__ = True
 
+    def changed(self) -> set[str]:
+        """The fields that do not have their default values.
+
+        (`model_fields_set` has those too that a resolved config wrote out.)
+        """
+        return {
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name)
+            != field.get_default(call_default_factory=True, validated_data={})
+        }
+
     def replace(self, **changes: Any) -> typing.Self:
         """Returns a copy with some fields changed, checked like a new one.
 

@@ -188,6 +188,9 @@ class TrainerConfig(Config):
             compiled, which takes time and memory for each; a batch of one
             more is an error. Eager steps on PyTorch are not compiled, and
             have no limit.
+        precision: of layers: "float32", or "mixed_bfloat16" or
+            "mixed_float16", in which they compute in half precision and keep
+            their weights in single; null (None) leaves the program's own.
         torch_compile: on PyTorch and TensorFlow, whether the steps are
             compiled (by `torch.compile`, by XLA): several times as fast, after
             a compilation of some seconds; "auto" compiles runs of 5,000 steps
@@ -262,6 +265,9 @@ class TrainerConfig(Config):
         int | None, _whole(1, ", or null (None) to let the engine choose")
     ] = None
     max_batch_shapes: Annotated[int, _whole(1)] = MAX_SHAPES
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] | None = (
+        None
+    )
     torch_compile: bool | Literal["auto"] = "auto"
     best_metric: str | None = None
     best_mode: Literal["min", "max", "auto"] = "auto"

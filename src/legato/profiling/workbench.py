@@ -15,7 +15,7 @@ from legato.config.sinks import BUILT_IN
 from legato.data import Chunk, DataSource
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
-from legato.parts import build_parts
+from legato.parts import build_parts, precision
 from legato.phases import Phases
 from legato.program import choose_program, make_schedule
 from legato.progress import make_reporter
@@ -123,6 +123,10 @@ class Workbench:
 
     def trace(self) -> None:
         """Trace the steps in all variants; no value changes."""
+        with precision(self.config.precision):
+            self._trace()
+
+    def _trace(self) -> None:
         metrics = self.metrics()
         base: Mapping[keras.metrics.Metric, When] | None = None
         try:
