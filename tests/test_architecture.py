@@ -47,6 +47,8 @@ LAYERS = [
         "identity",
         "program",
         "restoring",
+        "exactness",
+        "initial",
     },
     {
         "summaries",

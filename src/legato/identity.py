@@ -101,6 +101,20 @@ def make_identity(
     return json.loads(json.dumps(made, default=str))
 
 
+ORIGIN = "init_from"
+
+
+def keep_origin(saved: Any, present: dict[str, JSON]) -> None:
+    """What a run began with is read once, and remembered from there on.
+
+    Args:
+        saved: the identity in the checkpoint.
+        present: that of the program; completed.
+    """
+    if isinstance(saved, dict) and ORIGIN in saved:
+        present[ORIGIN] = saved[ORIGIN]
+
+
 def rates_that_differ(saved: Any, present: dict[str, Any]) -> set[str]:
     """The optimizers ("" for a single one) with another learning rate."""
     found = set()

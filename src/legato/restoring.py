@@ -20,7 +20,7 @@ from legato.errors import (
     RunDirError,
 )
 from legato.rng import get_host_state, set_host_state
-from legato.state import layer_paths
+from legato.state import average_paths, layer_paths
 from legato.types import JSON, AuditEntry, AuditStatus
 
 
@@ -111,6 +111,39 @@ def assign_arrays(
     return audit
 
 
+def model_arrays(
+    checkpoint: Checkpoint, weights: str = "model"
+) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint's model, by their paths.
+
+    Args:
+        checkpoint: which.
+        weights: "model" for its own; "average" for the averages that its
+            optimizer keeps, in the place of those that have one. (Before the
+            first update these are nothing yet, and its own are taken.)
+
+    Raises:
+        CheckpointError: its optimizer keeps no averages.
+    """
+    arrays = {
+        path: array
+        for path, array in checkpoint.arrays.items()
+        if path.startswith("model/")
+    }
+    if weights == "average":
+        averages = average_paths(checkpoint.arrays)
+        if not averages:
+            raise CheckpointError(
+                f"{checkpoint.path}: holds no averages of the weights: its "
+                "run's optimizer keeps none. Train with use_ema=True (in a "
+                "config: optimizer.ema_momentum), or take the model's own."
+            )
+        if checkpoint.step:
+            for path, place in averages.items():
+                arrays[path] = checkpoint.arrays[place]
+    return arrays
+
+
 class Held(NamedTuple):
     """Whose values the variables hold: of which step, and in words."""
 
@@ -119,6 +152,16 @@ class Held(NamedTuple):
 
     def __str__(self) -> str:
         return self.words or f"step {self.step}"
+
+
+def hold_valid(
+    variables: Mapping[str, keras.Variable], store: CheckpointStore, step: int
+) -> Held:
+    """After a failure: values in all variables, and word of whose."""
+    if backends.current().lost_variables(list(variables.values())):
+        # A device call had taken its inputs when it failed.
+        return assign_newest(variables, store)
+    return Held(step)
 
 
 def assign_newest(

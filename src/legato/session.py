@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +9,7 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from legato import backends, identity, phases, restoring
+from legato import backends, identity, initial, phases, restoring
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import Checkpoint, CheckpointStore
 from legato.compat.keras_seeds import set_random_seed
@@ -19,9 +18,8 @@ from legato.data import Feed, join_arrays, split_arrays
 from legato.errors import (
     BadLossError,
     CheckpointError,
-    ExactnessError,
-    ExactnessWarning,
 )
+from legato.exactness import Exactness
 from legato.interrupts import Interrupts
 from legato.parts import Parts
 from legato.program import choose_program, choose_seed, make_schedule
@@ -92,7 +90,7 @@ class Session:
         self._last_save = time.monotonic()
         self._variables: dict[str, keras.Variable] = {}
         self._inexact: list[str] = []
-        self._named: set[str] = set()
+        self._exactness = Exactness(config.exact)
         self._saved_step = 0
         self._begins = False
         self._references = references
@@ -183,6 +181,7 @@ class Session:
         saved: Any = None
         if self._checkpoint is not None:
             saved = self._checkpoint.host.get("identity")
+            identity.keep_origin(saved, self._identity)
             self._inexact = identity.compare(
                 saved, self._identity, override=config.resume == "override"
             )
@@ -211,6 +210,11 @@ class Session:
             one_by_one=one_by_one,
             phases=self._phases,
         )
+        if self._checkpoint is None and config.init_from is not None:
+            self.steps.build_model()  # optimizers are built of its values
+            self._identity[identity.ORIGIN] = initial.initialize(
+                parts.model, config.init_from, self._reporter.message
+            )
         self.steps.compiling = self.compiling
         self.steps.announce = self._reporter.message
 
@@ -268,11 +272,11 @@ class Session:
             checks=parts.checks,
             phases=self._phases,
         )
-        self._name_inexact_data()
+        self._exactness.name_parts(parts.source, parts.evaluator)
         for why in self._log.inexact:
-            self._name_inexact(why)
+            self._exactness.name(why)
         if unrepeatable := self._backend.unrepeatable():
-            self._name_inexact(
+            self._exactness.name(
                 "This run may differ from itself, killed or not: "
                 f"{'; '.join(unrepeatable)}"
             )
@@ -291,7 +295,7 @@ class Session:
             self._callbacks.on_train_begin(resuming=True)
             self._restore(checkpoint)
             if self._inexact:
-                self._name_inexact(
+                self._exactness.name(
                     f"Resumed at step {self.clock.step}, but not exactly "
                     f"(checkpoint -> program): {'; '.join(self._inexact)}"
                 )
@@ -308,31 +312,13 @@ class Session:
         self._log.rewind(None)
         if self._parts.task.order_seed is None:
             set_random_seed(self._config.seed)  # nothing before it counts
-        # A loss may go wrong before the first checkpoint is due.
-        self._begins = self._recovery.is_on
+        # Before one is due a loss may go wrong, or the weights' origin be lost.
+        self._begins = self._recovery.is_on or bool(self._config.init_from)
         self.clock.epoch = self._config.initial_epoch
         self._parts.whole.stop_training = False
         if self._parts.source.resuming is not None:
             self._reporter.message(self._parts.source.resuming)
         self._callbacks.on_train_begin(resuming=False)
-
-    def _name_inexact_data(self) -> None:
-        """Once; some reasons show only while data are drawn, or measured."""
-        for part in (self._parts.source, self._parts.evaluator):
-            why = part and part.inexact
-            if why is not None and why not in self._named:
-                self._named.add(why)
-                self._name_inexact(why)
-
-    def _name_inexact(self, message: str) -> None:
-        """What cannot be exact is named before training goes on."""
-        if self._config.exact == "strict":
-            raise ExactnessError(
-                f'{message}. exact="strict" refuses to go on; exact="warn" '
-                "would."
-            )
-        if self._config.exact == "warn":
-            warnings.warn(message, ExactnessWarning, stacklevel=4)
 
     # -- training -----------------------------------------------------------
 
@@ -452,10 +438,9 @@ class Session:
 
     def _leave_valid_variables(self, error: BaseException) -> None:
         """After a failure: values in all variables, and word of whose."""
-        self.held = restoring.Held(self.clock.step)
-        if self._backend.lost_variables(list(self._variables.values())):
-            # A device call had taken its inputs when it failed.
-            self.held = restoring.assign_newest(self._variables, self._store)
+        self.held = restoring.hold_valid(
+            self._variables, self._store, self.clock.step
+        )
         error.add_note(
             f"legato: the model's variables hold {self.held}. The same call "
             f"(run_dir={str(self._run_dir)!r}) goes on from the newest "
@@ -491,7 +476,8 @@ class Session:
 
     def _save(self) -> None:
         """Hand everything to the checkpoint writer."""
-        self._name_inexact_data()
+        parts = self._parts
+        self._exactness.name_parts(parts.source, parts.evaluator)
         arrays = self._read_arrays()
         callbacks, callback_arrays = self._callbacks.get_state()
         random, random_arrays = restoring.get_random_state()

@@ -183,6 +183,20 @@ def layer_paths(roots: Mapping[str, Any]) -> dict[str, keras.layers.Layer]:
     return walker.layers
 
 
+def average_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Where optimizers keep averages of a model's variables.
+
+    Args:
+        paths: as of `variable_paths`, of models and optimizers.
+
+    Returns:
+        The path of the average, by that of the model's variable.
+    """
+    found = (_AVERAGE.fullmatch(path) for path in paths)
+    return {match[1]: match[0] for match in found if match}
+
+
+_AVERAGE = re.compile(r"optimizer/(?:.*?/)?average/(model/.*)")
 _AUTOMATIC = re.compile(r"^(variable|keras_?variable)(_\d+)?$", re.IGNORECASE)
 
 

@@ -155,7 +155,7 @@ class TrainSteps:
             self._resident = self._backend.place(self._source.resident)
             operands = self._source.example(self._operand_capacity)
             self._usual = shapes_of(operands)
-            self._build_model()
+            self.build_model()
             expected = self._expected_variables()
         with tracing(self._reads):
             try:
@@ -198,7 +198,7 @@ class TrainSteps:
             with self.compiling():
                 self.trace(operands)
 
-    def _build_model(self) -> None:
+    def build_model(self) -> None:
         """A model that is built by its first call, is called in the abstract.
 
         The engine's own step asks for its variables before it calls it.

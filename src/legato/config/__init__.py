@@ -21,6 +21,7 @@ from legato.config.experiment import (
     built_in_names,
     suggest,
 )
+from legato.config.initial import InitConfig
 from legato.config.model import (
     Config,
     config_hash,
@@ -42,6 +43,7 @@ __all__ = [
     "DataConfig",
     "Document",
     "Experiment",
+    "InitConfig",
     "OptimizerConfig",
     "ScheduleConfig",
     "TrainerConfig",

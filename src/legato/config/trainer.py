@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from legato.config.duration import RULE, parse_duration, seconds_of
+from legato.config.initial import InitConfig, from_path
 from legato.config.model import Config
 from legato.config.sinks import check_names, require_known
 from legato.errors import ConfigError
@@ -156,6 +157,9 @@ class TrainerConfig(Config):
         steps_per_epoch: steps in an epoch, where that is not a pass over the
             data; the data go on from one epoch to the next.
         seed: the seed of everything random in the run.
+        init_from: weights that a run begins with, after `Task.initialize`: see
+            `InitConfig`; a path alone is enough. Read only where there is
+            nothing to resume. null (None) for none.
         validation_interval: steps between validations, or "epoch" for one
             after each epoch, or None for none.
         validation_freq: where `validation_interval` is "epoch": validate
@@ -233,6 +237,9 @@ class TrainerConfig(Config):
         int | None, _whole(1, ", or null (None) for a pass over the data")
     ] = None
     seed: Annotated[int, _whole(0)] = 0
+    init_from: Annotated[
+        InitConfig | None, pydantic.BeforeValidator(from_path)
+    ] = None
     validation_interval: Annotated[
         int | Literal["epoch"] | None,
         pydantic.PlainValidator(_check_validation_interval),

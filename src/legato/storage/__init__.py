@@ -27,6 +27,7 @@ from legato.storage.tensors import (
     TensorArena,
     TensorLayout,
     parse_tree,
+    read_safetensors,
     read_tensors,
     spec,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "read_directory",
     "read_file",
     "read_manifest",
+    "read_safetensors",
     "read_tensors",
     "remove_directory",
     "spec",

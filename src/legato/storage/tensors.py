@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from legato.errors import CheckpointError, DamagedError
+from legato.storage import strict_json
 
 # dtypes by their NumPy name, and what safetensors calls them. The rest goes as
 # plain bytes ("U8"); the manifest keeps the true name.
@@ -51,6 +52,8 @@ _DTYPES = {
     d.name: d
     for d in [*_EXTENDED, *map(np.dtype, [*_NATIVE, "complex64", "complex128"])]
 }
+
+_BY_NATIVE = {native: _DTYPES[key] for key, native in _NATIVE.items()}
 
 # Data begin at a multiple of this, so that no array needs an unaligned copy.
 _ALIGNMENT = 64
@@ -226,6 +229,48 @@ def read_tensors(
             f"{name}: its header does not list the arrays in the manifest"
         )
     return layout.views(buffer)
+
+
+def read_safetensors(buffer: bytes, *, name: str) -> dict[str, np.ndarray]:
+    """The arrays in a safetensors file of others, as views into it.
+
+    Such a file comes without a manifest, so its header has to be read. Nothing
+    that it claims is believed: all must lie within the file.
+
+    Args:
+        buffer: the bytes of the file.
+        name: the file, for the message.
+
+    Raises:
+        DamagedError: if it is not such a file.
+    """
+    length = int.from_bytes(buffer[:8], "little")
+    if len(buffer) < 8 or length > len(buffer) - 8:
+        raise DamagedError(f"{name}: not a safetensors file")
+    header = strict_json.loads(buffer[8 : 8 + length], name=name)
+    if not isinstance(header, dict):
+        raise DamagedError(f"{name}: its header is not an object")
+    body = memoryview(buffer)[8 + length :]
+    arrays = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        match entry:
+            case {
+                "dtype": str(native),
+                "shape": list(shape),
+                "data_offsets": [int(begin), int(end)],
+            } if native in _BY_NATIVE and all(
+                type(n) is int and n >= 0 for n in shape
+            ):
+                dtype = _BY_NATIVE[native]
+            case _:
+                raise DamagedError(f"{name}: the entry of {key!r} is damaged")
+        size = math.prod(shape) * dtype.itemsize
+        if not 0 <= begin <= end <= len(body) or end - begin != size:
+            raise DamagedError(f"{name}: the place of {key!r} is damaged")
+        arrays[key] = np.frombuffer(body[begin:end], dtype).reshape(shape)
+    return arrays
 
 
 def _native(array: np.ndarray) -> np.dtype:
