@@ -330,7 +330,8 @@ class FakeTrainer:
     def evaluate(self):
         return "evaluated", self
 
-    def evaluate_continuously(self):
+    def evaluate_continuously(self, timeout):
+        self.timeout = timeout
         return "watched", self
 
 
@@ -361,15 +362,22 @@ def test_run_experiment(project, monkeypatch):
     assert (done, trainer.made[1]) == ("evaluated", "there")
     done, trainer = run_experiment(endless, mode="continuous_eval")
     assert (done, trainer.made[1]) == ("watched", "there")
+    assert trainer.timeout is None
+    _, trainer = run_experiment(endless, mode="continuous_eval", timeout=3)
+    assert trainer.timeout == 3
+    (done, trainer), (also, _) = run_experiment(
+        experiment, "train_and_post_eval"
+    )
+    assert (done, also) == ("trained", "evaluated")
+    assert trainer.config.validation_interval is None
     assert (
         "length of the run is missing"
         in (problems_of(run_experiment, endless)[0])
     )
-    assert "got 'tarin'." in problems_of(run_experiment, endless, "tarin")[0]
-    assert (
-        "(not yet)"
-        in (problems_of(run_experiment, endless, "train_and_post_eval")[0])
-    )
+    (problem,) = problems_of(run_experiment, endless, "tarin")
+    assert problem.endswith("got 'tarin' - did you mean 'train'?")
+    with pytest.raises(ConfigError, match="timeout=3 is for mode="):
+        run_experiment(endless, timeout=3)
 
 
 def test_callbacks_are_made_only_to_train(project, monkeypatch):
@@ -384,5 +392,5 @@ def test_callbacks_are_made_only_to_train(project, monkeypatch):
     for mode in ("eval", "continuous_eval"):
         _, trainer = run_experiment(experiment, mode)
         assert trainer.made[2] == []
-    for mode in ("train", "train_and_eval"):
+    for mode in experiment_lib.TRAINING_MODES:
         assert "not_there" in problems_of(run_experiment, experiment, mode)[0]

@@ -26,6 +26,7 @@ from legato.config import (
     built_in_names,
     dump_yaml,
     load_yaml,
+    nearest,
     suggest,
     validate,
 )
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from legato.trainer import Trainer
 
 __all__ = [
+    "TRAINING_MODES",
     "CallbackSpec",
     "Experiment",
     "build_callbacks",
@@ -99,28 +101,38 @@ def run_experiment(
     summary_manager: "SummaryManagerInterface | None" = None,
     eval_summary_manager: "SummaryManagerInterface | None" = None,
     save_summary: bool = True,
+    timeout: float | None = None,
 ) -> Any:
     """Runs an experiment, or goes on with it.
 
     Args:
         experiment: what to run.
-        mode: "train_and_eval", "train" (no validation), "eval" (the newest
+        mode: "train_and_eval", "train" (no validation), "train_and_post_eval"
+            (what the run ends with is measured once), "eval" (the newest
             checkpoint on the validation data), or "continuous_eval" (each
-            checkpoint, while another process trains).
+            checkpoint, while another process trains, until that has ended).
         run_dir: the directory of the run; None takes the experiment's, or
             `runs/` and the task's name.
         summary_manager: writes the summaries of training; see `Trainer`.
         eval_summary_manager: writes what validation, or evaluation, measures.
         save_summary: False writes no summaries, neither by the run itself nor
             by these managers; `metrics.jsonl` stays.
+        timeout: of "continuous_eval": seconds without a new checkpoint after
+            which it ends; None waits for ever.
 
     Returns:
         What `Trainer.train`, `Trainer.evaluate` or
-        `Trainer.evaluate_continuously` returns.
+        `Trainer.evaluate_continuously` returns; of "train_and_post_eval" a
+        pair of what the first two return.
 
     Raises:
         ConfigError: if the mode is not known or the experiment is not valid.
     """
+    if timeout is not None and mode != "continuous_eval":
+        raise ConfigError(
+            f'timeout={timeout} is for mode="continuous_eval", and mode is '
+            f"{mode!r}. Leave it out."
+        )
     if not save_summary:
         kept = [name for name in experiment.trainer.sinks if name != _SUMMARIES]
         document = experiment._document
@@ -140,14 +152,17 @@ def run_experiment(
         case "eval":
             return trainer.evaluate()
         case "continuous_eval":
-            return trainer.evaluate_continuously()
+            return trainer.evaluate_continuously(timeout=timeout)
+        case "train_and_post_eval":
+            history = trainer.train()
+            return history, trainer.evaluate()
         case _:
             return trainer.train()
 
 
 _SUMMARIES = "tensorboard"
-_MODES = ("train_and_eval", "train", "eval", "continuous_eval")
-_LATER_MODES = ("train_and_post_eval",)
+TRAINING_MODES = ("train_and_eval", "train", "train_and_post_eval")
+_MODES = (*TRAINING_MODES, "eval", "continuous_eval")
 
 
 def build_trainer(
@@ -171,16 +186,17 @@ def build_trainer(
         ConfigError: if the mode is not known or the experiment is not valid.
     """
     if mode not in _MODES:
-        meant = " (not yet)" if mode in _LATER_MODES else ""
+        meant = nearest(mode, _MODES)
         raise ConfigError(
-            f"mode must be one of {', '.join(_MODES)}; got {mode!r}{meant}."
+            f"mode must be one of {', '.join(_MODES)}; got {mode!r}"
+            + (f" - did you mean {meant!r}?" if meant else ".")
         )
     from legato.trainer import Trainer
 
     config = experiment.trainer
-    if mode == "train":
+    if mode in ("train", "train_and_post_eval"):
         config = config.replace(validation_interval=None)
-    trains = mode in ("train", "train_and_eval")
+    trains = mode in TRAINING_MODES
     if trains:
         config.require_length()
         config.require_sinks()

@@ -377,6 +377,7 @@ class Best:
         self, config: TrainerConfig, directions: Mapping[str, str]
     ) -> None:
         self._name = config.best_metric
+        self._in_group = (self._name or "").replace(".", "/")
         self._less_is_better = False
         if self._name is not None:
             mode = config.best_mode
@@ -396,7 +397,7 @@ class Best:
 
     def consider(self, step: int, logs: Logs) -> None:
         """Take a value, if the log is among these."""
-        value = logs.get(self._name) if self._name else None
+        value = logs.get(self._name or "", logs.get(self._in_group))
         if not isinstance(value, float) or math.isnan(value):
             return
         better = (
@@ -409,7 +410,7 @@ class Best:
         """At an epoch's end: is the log that tells the best among the logs?"""
         if self.is_kept and self.step is None and not self._warned:
             self._warned = True
-            if self._name not in logs:
+            if self._name not in logs and self._in_group not in logs:
                 warnings.warn(
                     f"best_metric={self._name!r} is not among the logs of the "
                     f"epoch ({', '.join(logs)}): no best checkpoint is kept.",

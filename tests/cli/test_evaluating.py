@@ -484,3 +484,12 @@ def test_a_signal_before_the_first_result(project, number, flags):
     process.send_signal(number)
     _, err = finish(process, 75)
     assert f"legato: {number.name} before all was measured." in err
+
+
+def test_training_measures_at_its_end(project, capsys):
+    """Here of a run that has ended: nothing is trained any more."""
+    assert cli.main(["evaluate", "small.yaml"]) == 0
+    wanted = capsys.readouterr().out.splitlines()[2:]
+    flags = ["--mode", "train_and_post_eval", "--exact", "off"]
+    assert cli.main(["train", "small.yaml", *flags]) == 0
+    assert capsys.readouterr().out.splitlines() == wanted

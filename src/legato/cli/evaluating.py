@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from legato.cli import experiments
-from legato.cli.inspecting import finite, printable, read_config
+from legato.cli.inspecting import finite, printable, read_config, show_logs
 from legato.errors import ConfigError
 from legato.types import flat_logs
 
@@ -125,9 +125,7 @@ def _measure_one(args: argparse.Namespace, experiment: "Experiment") -> None:
     if args.json:
         _print_json(found, logs)
         return
-    about = {"checkpoint": found.path, "step": found.step}
-    for name, value in {**about, **logs}.items():
-        print(printable(f"{name} = {value}"))
+    show_logs({"checkpoint": found.path, "step": found.step}, logs)
 
 
 def _measure_all(args: argparse.Namespace, experiment: "Experiment") -> None:

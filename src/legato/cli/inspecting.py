@@ -406,6 +406,12 @@ def printable(text: str) -> str:
     )
 
 
+def show_logs(*logs: dict[str, Any]) -> None:
+    """Prints a line for each value."""
+    for name, value in (pair for each in logs for pair in each.items()):
+        print(printable(f"{name} = {value}"))
+
+
 def finite(value: Any) -> Any:
     """Replaces what JSON has no number for by its name."""
     if isinstance(value, dict):

@@ -6,6 +6,8 @@ import signal
 from typing import Any
 
 from legato.cli import experiments
+from legato.cli.inspecting import show_logs
+from legato.types import flat_logs
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -20,6 +22,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     experiments.add_arguments(parser)
     experiments.add_run_dir(parser)
+    parser.add_argument(
+        "--mode",
+        choices=["train_and_eval", "train", "train_and_post_eval"],
+        default="train_and_eval",
+        help=(
+            "validate as the config says (the default), never, or once at the "
+            "end; see legato evaluate for the rest"
+        ),
+    )
     parser.add_argument(
         "--max-time",
         metavar="T",
@@ -67,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
     experiments.prepare(args, experiment)
     with experiments.stoppable(
         (signal.SIGTERM, signal.SIGUSR1),
-        "before training began. Run it again.",
+        "outside of training. Run it again.",
     ):
-        run_experiment(experiment)
+        result = run_experiment(experiment, args.mode)
+    if args.mode == "train_and_post_eval":
+        show_logs(flat_logs(result[1]))
     return 0
 
 

@@ -201,8 +201,9 @@ class TrainerConfig(Config):
             or more, where the step allows it and gains by it. Chosen when a
             run begins, and kept. False makes PyTorch run Python in every
             step, for a debugger or for prints. JAX compiles always.
-        best_metric: the epoch log that tells the best checkpoint, as it
-            appears in the logs, such as "val_accuracy"; None keeps no best.
+        best_metric: the log that tells the best checkpoint, as it appears in
+            an epoch's logs, such as "val_accuracy", or in a group of them:
+            "val_coco/AP" or "val_coco.AP"; None keeps no best.
         best_mode: whether less ("min") or more ("max") of `best_metric` is
             better; "auto" goes by its name and its metric.
         exact: what to do about something that keeps resuming from being
