@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
+from legato import restoring
 from legato.compat.keras_names import fresh_names
 from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig, nearest
@@ -18,6 +19,7 @@ from legato.identity import describe_program
 from legato.metrics import check_metrics, directions
 from legato.optimizers import own_step_scales
 from legato.readings import Readings
+from legato.state import variable_paths
 from legato.task import ModelGroup, OptimizerGroup, Optimizers, Task
 from legato.types import JSON, LogStyle
 from legato.when import Every, When
@@ -78,6 +80,26 @@ class Parts:
             for optimizer in self.optimizers.values()
         )
 
+    @contextlib.contextmanager
+    def measured(self, weights: str) -> Iterator[None]:
+        """Around a validation: what it must leave as it is, and sees.
+
+        Args:
+            weights: "model" or "average"; see `TrainerConfig`.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(restoring.kept(self.shared_variables()))
+            if weights == "average":
+                averages = restoring.read_averages(self.model, self.optimizer)
+                stack.enter_context(self.replaced(averages))
+            yield
+
+    def replaced(
+        self, arrays: Mapping[str, np.ndarray]
+    ) -> contextlib.AbstractContextManager[None]:
+        """See `restoring.replaced`, of the model's variables."""
+        return restoring.replaced(variable_paths({"model": self.model}), arrays)
+
     def shared_variables(self) -> list[keras.Variable]:
         """Those of metrics that training and validation both use.
 
@@ -137,6 +159,7 @@ def _build_parts(task: Task, config: TrainerConfig) -> Parts:
             "keras.Model, or a dict of them."
         )
     optimizer, optimizers = _build_optimizers(task, config)
+    _check_averages(config, optimizers.values())
     whole: Any = ModelGroup(model) if isinstance(model, dict) else model
     # Callbacks find the learning rate at `model.optimizer`.
     whole.optimizer = (
@@ -196,6 +219,21 @@ def _build_optimizers(
     if isinstance(optimizer, dict):
         return dict(optimizers), optimizers
     return optimizers[""], optimizers
+
+
+def _check_averages(
+    config: TrainerConfig, optimizers: Iterable[keras.optimizers.Optimizer]
+) -> None:
+    """Whether there will be averages to validate."""
+    each: list[Any] = [getattr(o, "inner_optimizer", o) for o in optimizers]
+    if config.validation_weights == "average" and not any(
+        optimizer.use_ema for optimizer in each
+    ):
+        raise ConfigError(
+            'validation_weights="average": no optimizer keeps averages of the '
+            "weights. Make one with use_ema=True (in a config: "
+            'optimizer.ema_momentum), or leave "model".'
+        )
 
 
 def _rates(

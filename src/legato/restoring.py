@@ -15,12 +15,13 @@ from legato.checkpoint import Checkpoint, CheckpointStore
 from legato.compat import keras_tracing
 from legato.errors import (
     CheckpointError,
+    ConfigError,
     DamagedError,
     RestoreError,
     RunDirError,
 )
 from legato.rng import get_host_state, set_host_state
-from legato.state import average_paths, layer_paths
+from legato.state import average_paths, layer_paths, variable_paths
 from legato.types import JSON, AuditEntry, AuditStatus
 
 
@@ -119,8 +120,7 @@ def model_arrays(
     Args:
         checkpoint: which.
         weights: "model" for its own; "average" for the averages that its
-            optimizer keeps, in the place of those that have one. (Before the
-            first update these are nothing yet, and its own are taken.)
+            optimizer keeps, in the place of those that have one.
 
     Raises:
         CheckpointError: its optimizer keeps no averages.
@@ -131,17 +131,28 @@ def model_arrays(
         if path.startswith("model/")
     }
     if weights == "average":
-        averages = average_paths(checkpoint.arrays)
-        if not averages:
-            raise CheckpointError(
-                f"{checkpoint.path}: holds no averages of the weights: its "
-                "run's optimizer keeps none. Train with use_ema=True (in a "
-                "config: optimizer.ema_momentum), or take the model's own."
-            )
-        if checkpoint.step:
-            for path, place in averages.items():
-                arrays[path] = checkpoint.arrays[place]
+        arrays |= averages(checkpoint)
     return arrays
+
+
+def averages(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The averages in a checkpoint, by the paths of the model's variables.
+
+    None before the first update: then they are nothing yet.
+
+    Raises:
+        CheckpointError: its optimizer keeps no averages.
+    """
+    places = average_paths(checkpoint.arrays)
+    if not places:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds no averages of the weights: its run's "
+            "optimizer keeps none. Train with use_ema=True (in a config: "
+            "optimizer.ema_momentum), or take the model's own."
+        )
+    if checkpoint.step == 0:
+        return {}
+    return {path: checkpoint.arrays[at] for path, at in places.items()}
 
 
 class Held(NamedTuple):
@@ -270,6 +281,48 @@ def kept(variables: Sequence[keras.Variable]) -> Iterator[None]:
         yield
     finally:
         backend.write(variables, values)
+
+
+@contextlib.contextmanager
+def replaced(
+    variables: Mapping[str, keras.Variable], arrays: Mapping[str, np.ndarray]
+) -> Iterator[None]:
+    """What happens inside sees other values; afterwards all is as it was.
+
+    No checkpoint may be written inside. (A kill there loses nothing then.)
+
+    Args:
+        variables: by path.
+        arrays: the other values, by path; of some variables.
+    """
+    chosen = [variables[path] for path in arrays]
+    with kept(chosen):
+        backends.current().write(chosen, list(arrays.values()))
+        yield
+
+
+def read_averages(model: Any, optimizer: Any) -> dict[str, np.ndarray]:
+    """The averages that optimizers keep of a model's variables.
+
+    Args:
+        model: a model, or a dict of them.
+        optimizer: an optimizer, or a dict of them, that has been used.
+
+    Returns:
+        By the paths of the model's variables.
+
+    Raises:
+        ConfigError: no optimizer keeps any.
+    """
+    variables = variable_paths({"model": model, "optimizer": optimizer})
+    places = average_paths(variables)
+    if not places:
+        raise ConfigError(
+            'weights="average": no optimizer keeps averages of the weights. '
+            "Make one with use_ema=True (in a config: optimizer.ema_momentum)."
+        )
+    values = backends.current().read([variables[p] for p in places.values()])
+    return dict(zip(places, map(np.array, values), strict=True))
 
 
 def get_random_state() -> tuple[JSON, dict[str, np.ndarray]]:

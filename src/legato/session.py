@@ -427,7 +427,7 @@ class Session:
         evaluator = self._parts.evaluator
         assert evaluator is not None
         stop, step = self._interrupts.is_asked, self.clock.step
-        with restoring.kept(self._parts.shared_variables()):
+        with self._parts.measured(self._config.validation_weights):
             return evaluator(self._callbacks, stop, step)
 
     def _save_is_due(self) -> bool:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import keras
 
@@ -31,7 +31,7 @@ from legato.interrupts import Interrupts
 from legato.metrics import HostMetric
 from legato.parts import build_parts, precision
 from legato.progress import make_reporter
-from legato.restoring import assign_arrays
+from legato.restoring import assign_arrays, averages, read_averages
 from legato.run_directory import (
     CONFIG,
     is_run,
@@ -226,6 +226,7 @@ class Trainer:
         *,
         checkpoint: str | int | Checkpoint | None = None,
         metrics: Sequence[keras.metrics.Metric | HostMetric] | None = None,
+        weights: Literal["model", "average"] = "model",
     ) -> dict[str, Any]:
         """Measure the model on the validation split.
 
@@ -243,6 +244,8 @@ class Trainer:
             metrics: what to measure beside the step's own logs; also what
                 was never measured in training. Each is updated by
                 `Task.process_metrics`. None takes `build_metrics(False)`.
+            weights: "average" measures the averages that the optimizer keeps
+                (`use_ema=True`); the model has its own weights afterwards.
 
         Returns:
             The mean of each of `validation_step`'s logs, the metrics, and
@@ -251,7 +254,8 @@ class Trainer:
             images, texts or figures.
 
         Raises:
-            ConfigError: there is no validation split, or an argument is wrong.
+            ConfigError: there is no validation split, an argument is wrong, or
+                there are no averages.
             RunDirError: the run directory is not a run's.
             CheckpointError: there is no such checkpoint, or it is damaged.
             RestoreError: the checkpoint does not fit the model.
@@ -266,7 +270,8 @@ class Trainer:
             found = None if self._has_trained else self._find_newest()
         if found is not None:
             self._load(found, evaluator)
-        logs = self._measure(evaluator, lambda: False)
+        with self._averaged(weights, found):
+            logs = self._measure(evaluator, lambda: False)
         assert logs is not None  # nothing asks it to stop
         EvaluationSink(self._eval_summary_manager).write(self._step, logs)
         return logs
@@ -275,6 +280,7 @@ class Trainer:
         self,
         *,
         metrics: Sequence[keras.metrics.Metric | HostMetric] | None = None,
+        weights: Literal["model", "average"] = "model",
         timeout: float | None = None,
         on_result: Callable[[Checkpoint, dict[str, Any]], None] | None = None,
     ) -> dict[int | str, dict[str, Any]]:
@@ -288,6 +294,7 @@ class Trainer:
 
         Args:
             metrics: as for `evaluate`.
+            weights: as for `evaluate`.
             timeout: end when no new checkpoint came for so many seconds; None
                 waits for ever.
             on_result: called with each result and the checkpoint that it is
@@ -323,7 +330,8 @@ class Trainer:
                 # The first one waits for the compiler.
                 interrupts.compiling = not results
                 self._load(checkpoint, evaluator)
-                logs = self._measure(evaluator, interrupts.is_asked)
+                with self._averaged(weights, checkpoint):
+                    logs = self._measure(evaluator, interrupts.is_asked)
                 interrupts.compiling = False
                 if logs is None:
                     break
@@ -388,6 +396,23 @@ class Trainer:
         }
         given = {k: each for k, each in managers.items() if each is not None}
         return {"trainer": self, "task": self.task, **given}
+
+    def _averaged(
+        self, weights: str, checkpoint: Checkpoint | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Around measuring: the model has the weights that are asked for."""
+        if weights not in ("model", "average"):
+            raise ConfigError(
+                f'weights={weights!r}: it must be "model" or "average".'
+            )
+        if weights == "model":
+            return contextlib.nullcontext()
+        if checkpoint is not None:
+            return self._parts.replaced(averages(checkpoint))
+        parts = self._parts
+        if self._step == 0:  # as `averages` does
+            return contextlib.nullcontext()
+        return parts.replaced(read_averages(parts.model, parts.optimizer))
 
     def _measure(
         self, evaluator: Evaluator, stop_requested: Callable[[], bool]

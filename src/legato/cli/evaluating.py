@@ -66,6 +66,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="measure the averages of the weights that the optimizer keeps",
+    )
+    parser.add_argument(
         "--continuous",
         action="store_true",
         help="measure each checkpoint as it appears, until the run has ended",
@@ -121,7 +126,11 @@ def _measure_one(args: argparse.Namespace, experiment: "Experiment") -> None:
     # Before Keras is imported: what is missing is told at once.
     found = find_checkpoint(experiment.run_dir, args.checkpoint)
     trainer, metrics = _build(args, experiment, "eval")
-    logs = flat_logs(trainer.evaluate(checkpoint=found, metrics=metrics))
+    logs = flat_logs(
+        trainer.evaluate(
+            checkpoint=found, metrics=metrics, weights=_weights(args)
+        )
+    )
     if args.json:
         _print_json(found, logs)
         return
@@ -143,7 +152,10 @@ def _measure_all(args: argparse.Namespace, experiment: "Experiment") -> None:
 
     trainer, metrics = _build(args, experiment, "continuous_eval")
     results = trainer.evaluate_continuously(
-        metrics=metrics, timeout=args.timeout, on_result=show
+        metrics=metrics,
+        weights=_weights(args),
+        timeout=args.timeout,
+        on_result=show,
     )
     if FINAL not in results:
         print(
@@ -151,6 +163,10 @@ def _measure_all(args: argparse.Namespace, experiment: "Experiment") -> None:
             "run has not ended.",
             file=sys.stderr,
         )
+
+
+def _weights(args: argparse.Namespace) -> str:
+    return "average" if args.ema else "model"
 
 
 def _build(

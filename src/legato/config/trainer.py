@@ -167,6 +167,9 @@ class TrainerConfig(Config):
             validate after.
         validation_steps: batches in one validation; None takes the whole
             split.
+        validation_weights: what is validated: the model as it is ("model"), or
+            with the averages that its optimizer keeps ("average"), which
+            training does not see.
         checkpoint_interval: steps between checkpoints, or "epoch", or a
             duration such as "10min".
         keep_last: how many of the newest checkpoints are kept; None keeps
@@ -251,6 +254,7 @@ class TrainerConfig(Config):
     validation_steps: Annotated[
         int | None, _whole(1, ", or null (None) for the whole split")
     ] = None
+    validation_weights: Literal["model", "average"] = "model"
     checkpoint_interval: Annotated[
         int | str, pydantic.PlainValidator(_check_checkpoint_interval)
     ] = "epoch"
