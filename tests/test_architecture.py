@@ -59,7 +59,7 @@ LAYERS = [
         "recovery",
         "diff",
     },
-    {"session", "trainer", "building", "experiment", "fitting"},
+    {"session", "trainer", "building", "experiment", "exporting", "fitting"},
     {"tasks", "verify", "profiling", "testing"},
     {"cli", "__main__"},
     {"__init__"},

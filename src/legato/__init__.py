@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RandomAccessSource,
     )
     from legato.experiment import Experiment, run_experiment
+    from legato.exporting import export
     from legato.fitting import evaluate, fit
     from legato.metrics import HostMetric
     from legato.profiling import profile
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "errors",
     "evaluate",
+    "export",
     "files",
     "fit",
     "losses",
@@ -84,6 +86,7 @@ _HOMES = {
     "Trainer": "legato.trainer",
     "TrainerConfig": "legato.config",
     "evaluate": "legato.fitting",
+    "export": "legato.exporting",
     "fit": "legato.fitting",
     "profile": "legato.profiling",
     "run_experiment": "legato.experiment",

@@ -41,6 +41,7 @@ __all__ = [
     "CallbackSpec",
     "Experiment",
     "build_callbacks",
+    "build_model",
     "build_task",
     "build_trainer",
     "built_in_names",
@@ -163,6 +164,18 @@ def run_experiment(
 _SUMMARIES = "tensorboard"
 TRAINING_MODES = ("train_and_eval", "train", "train_and_post_eval")
 _MODES = (*TRAINING_MODES, "eval", "continuous_eval")
+
+
+def build_model(experiment: Experiment) -> Any:
+    """Makes the experiment's model, or a dict of them; no data are read.
+
+    Raises:
+        ConfigError: if the experiment is not valid.
+    """
+    from legato.parts import precision
+
+    with precision(experiment.trainer.precision):
+        return build_task(experiment).build_model()
 
 
 def build_trainer(

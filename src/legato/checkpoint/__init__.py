@@ -18,6 +18,7 @@ reads beside it.
 from legato.checkpoint.finding import (
     RunReader,
     check_which,
+    enclosing_run,
     find_checkpoint,
     watch_checkpoints,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointStore",
     "RunReader",
     "check_which",
+    "enclosing_run",
     "find_checkpoint",
     "load_checkpoint",
     "watch_checkpoints",

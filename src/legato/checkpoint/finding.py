@@ -66,7 +66,7 @@ def find_checkpoint(
         path = Path(os.path.abspath(path))
     if _is_run(path) or os.path.isdir(path / CHECKPOINTS):
         return RunReader(path).find(asked)
-    run = _enclosing_run(path)
+    run = enclosing_run(path)
     if not _is_there(path) and run is not None:
         # So that what is missing is told as for the run.
         step = parse_step(path.name)
@@ -417,8 +417,8 @@ def _is_run(path: Path) -> bool:
     return os.path.lexists(path / RUN)  # never raises
 
 
-def _enclosing_run(path: Path) -> Path | None:
-    """The run that a checkpoint's directory is named to be in."""
+def enclosing_run(path: Path) -> Path | None:
+    """The run that a checkpoint's directory is named to be in; None: none."""
     if parse_step(path.name) is not None and path.parent.name == CHECKPOINTS:
         run = path.parent.parent
     elif path.name in (BEST, FINAL):

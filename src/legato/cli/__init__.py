@@ -15,6 +15,7 @@ from legato import errors
 from legato.cli import (
     diffing,
     evaluating,
+    exporting,
     inspecting,
     profiling,
     training,
@@ -111,6 +112,7 @@ def _make_parser() -> argparse.ArgumentParser:
     for module in (
         training,
         evaluating,
+        exporting,
         verifying,
         profiling,
         inspecting,

@@ -7,14 +7,12 @@ imports is named by the command line or by the user's own CONFIG; by the
 
 import argparse
 import json
-import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from legato.cli import experiments
-from legato.cli.inspecting import finite, printable, read_config, show_logs
+from legato.cli import experiments, trusting
+from legato.cli.inspecting import finite, printable, show_logs
 from legato.errors import ConfigError
 from legato.types import flat_logs
 
@@ -48,7 +46,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         metavar="best|latest|STEP",
-        type=_parse_which,
+        type=trusting.parse_which,
         help=(
             "default: latest, which is what the run ended with, or its newest "
             "intact checkpoint"
@@ -86,11 +84,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="print a JSON object for each checkpoint",
     )
-    parser.add_argument(
-        "--trust-run-dir",
-        action="store_true",
-        help="import the code that the config.yaml in RUN_DIR names",
-    )
+    trusting.add_trust(parser)
     return parser
 
 
@@ -110,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             "give one of the two."
         )
     with experiments.stoppable(_SIGNALS, "before all was measured."):
-        experiment = _find_experiment(args)
+        experiment = trusting.find_experiment(args, "evaluate")
         if args.continuous:
             _measure_all(args, experiment)
         else:
@@ -188,71 +182,6 @@ def _print_json(checkpoint: "Checkpoint", logs: dict[str, Any]) -> None:
         "results": finite(logs),
     }
     print(json.dumps(record, allow_nan=False), flush=True)
-
-
-def _find_experiment(args: argparse.Namespace) -> "Experiment":
-    from legato.experiment import built_in_names
-    from legato.run_directory import CONFIG, RUN
-
-    run_dir = Path(args.config)
-    is_run = os.path.lexists(run_dir / RUN)
-    # A package may be called as a built-in experiment is.
-    if not is_run and not (
-        run_dir.is_dir() and args.config not in built_in_names()
-    ):
-        return experiments.find(args)
-    _check_run_dir(run_dir, args)
-    args.run_dir = args.config
-    args.config = str(run_dir / CONFIG)
-    return experiments.find(args)
-
-
-def _check_run_dir(run_dir: Path, args: argparse.Namespace) -> None:
-    """Refuses to import what a run directory names, unless it is trusted."""
-    from legato.run_directory import CONFIG, RUN
-
-    name_it = f"name the experiment: legato evaluate CONFIG --run-dir {run_dir}"
-    if args.run_dir is not None:
-        raise ConfigError(
-            f"--run-dir={args.run_dir}: {run_dir} is a run directory itself. "
-            "Give one of the two."
-        )
-    if not os.path.lexists(run_dir / RUN):
-        raise ConfigError(
-            f"{run_dir}: is not the directory of a run: it holds no {RUN}. "
-            f"Give one, or {name_it}."
-        )
-    config = read_config(run_dir / CONFIG)
-    if config is None:
-        raise ConfigError(
-            f"{run_dir}: holds no {CONFIG}, so what its run is made of cannot "
-            f"be told: {name_it}."
-        )
-    if "problem" not in config and "task" not in config:
-        raise ConfigError(
-            f"{run_dir / CONFIG} names no task: the run was made in Python, "
-            "by legato.fit or legato.Trainer, and only there its model can be "
-            'made again. Use legato.evaluate(model, ..., checkpoint="'
-            f'{run_dir}") for legato.fit, and Trainer(...).evaluate() for a '
-            f"Trainer; or {name_it}."
-        )
-    if not args.trust_run_dir:
-        task = printable(f"{config.get('task', 'what it names')!s:.80}")
-        raise ConfigError(
-            f"{run_dir}: to evaluate it, the code that its {CONFIG} names must "
-            f"be imported ({task}). If you trust whoever wrote it, add "
-            f"--trust-run-dir; or {name_it}."
-        )
-
-
-def _parse_which(text: str) -> str | int:
-    if text in ("best", "latest"):
-        return text
-    if text.isascii() and text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(
-        f"{text!r}: must be best, latest or a step, such as 100"
-    )
 
 
 def _parse_seconds(text: str) -> float:

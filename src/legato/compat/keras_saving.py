@@ -116,3 +116,19 @@ def _array(item: h5py.Dataset) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{item.name} holds {array.dtype}, not numbers")
     return array
+
+
+@contextlib.contextmanager
+def without_training(model: Any) -> Iterator[None]:
+    """Inside, a model is as if it had never been compiled.
+
+    Its optimizer's state, and what counts its loss, would be saved with it.
+    """
+    names = ("optimizer", "compiled", "_loss_tracker", "_compile_metrics")
+    taken = {name: vars(model)[name] for name in names if name in vars(model)}
+    vars(model).update(dict.fromkeys(taken) | {"compiled": False})
+    try:
+        yield
+    finally:
+        vars(model).pop("compiled")
+        vars(model).update(taken)
