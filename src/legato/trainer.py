@@ -24,7 +24,9 @@ from legato.config import TrainerConfig, dump_yaml
 from legato.errors import (
     CheckpointError,
     ConfigError,
+    Interrupted,
     LegatoWarning,
+    Stopped,
 )
 from legato.evaluation import Evaluator
 from legato.interrupts import Interrupts
@@ -340,11 +342,13 @@ class Trainer:
                 if not ended or checkpoint.step not in results:
                     sink.write(checkpoint.step, logs)
                 report(checkpoint, logs)
-        if interrupts.is_asked() and FINAL not in results:
-            raise interrupts.error(
-                f"stopped measuring {self.run_dir}; checkpoints measured: "
-                f"{len(results)}."
+        reason = interrupts.reason
+        if reason is not None and FINAL not in results:
+            message = (
+                f"{reason}: stopped measuring {self.run_dir}; checkpoints "
+                f"measured: {len(results)}."
             )
+            raise (Interrupted if reason == "SIGINT" else Stopped)(message)
         if not results:
             raise CheckpointError(
                 f"{self.run_dir}: no checkpoint came within timeout={timeout} "
