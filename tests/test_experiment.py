@@ -187,6 +187,29 @@ def test_all_problems_with_places(project):
     ]
 
 
+def test_new_sections_have_places_too(project):
+    path = write(
+        f"task: {project}:Mine\n"
+        "learning_rate: 0.1\n"
+        "trainer:\n"
+        "  init_from: {pth: x, checkpoint: newest}\n"
+    )
+    flags = ["trainer.init_from.weights=ema", "trainer.precison=float32"]
+    assert sorted(problems_of(resolve, path, flags)) == [
+        "config.yaml:2:1: learning_rate: not a known key - did you mean "
+        "'optimizer.learning_rate'? (got 0.1)",
+        "config.yaml:4:14: trainer.init_from.path: is required, and missing",
+        "config.yaml:4:15: trainer.init_from.pth: not a known key - did you "
+        "mean 'path'? (got 'x')",
+        'config.yaml:4:35: trainer.init_from.checkpoint: must be "best", '
+        "\"latest\", or the step of a checkpoint, such as 100 (got 'newest')",
+        "override 'trainer.init_from.weights=ema': trainer.init_from.weights: "
+        "must be one of 'model' or 'average' (got 'ema')",
+        "override 'trainer.precison=float32': trainer.precison: not a known "
+        "key - did you mean 'precision'? (got 'float32')",
+    ]
+
+
 def test_plain_data_only():
     (line,) = problems_of(
         lambda: Experiment(task="a:B", task_config={"x": object()})

@@ -181,6 +181,7 @@ def test_each_step_has_its_rate(tmp_path):
     )
     trainer.train()
     rates = [0, 0.05, 0.1, 0.1, 0.05, 0.05, 0, 0]
+    assert "boundaries:" in (tmp_path / "run/config.yaml").read_text()
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     # As they are after the step: those of the next update.

@@ -59,6 +59,8 @@ def probe(*arguments, cwd=None, **environment):
         (["--help"], 0, "Exit status: 0 done"),
         (["--version"], 0, "legato "),
         (["train", "--help"], 0, "key=value"),
+        (["train", "--help-config"], 0, "optimizer.schedule.warmup_steps"),
+        (["export", "--help"], 0, "--trust-run-dir"),
         (["inspect", "--help"], 0, "--json"),
         (["evaluate", "--help"], 0, "--trust-run-dir"),
         ([], 2, "usage: legato"),

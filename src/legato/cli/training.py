@@ -56,7 +56,25 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="print the resolved config and exit",
     )
+    parser.add_argument(
+        "--help-config",
+        action=_HelpConfig,
+        nargs=0,
+        help="show all that can stand in a config and exit",
+    )
     return parser
+
+
+class _HelpConfig(argparse.Action):
+    """As --help does: needs no other argument."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        # Late: `legato --help` needs none of this.
+        from legato.config import Experiment
+        from legato.config.reference import describe
+
+        print(describe(Experiment), end="")
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> int:

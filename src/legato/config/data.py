@@ -30,20 +30,22 @@ class DataConfig(Config):
             `legato.files`; or "package.module:function" of a function or
             class, which gives arrays or a dataset of single examples, or
             anything that `Task.build_inputs` may return.
-        config: keyword arguments for it; paths are relative to the working
+        config: keyword arguments for `type`; paths are relative to the working
             directory.
         select: of data that are a dict, such as those of an .npz file: the
             names of the parts that make a batch, in this order, such as
             [x, y]. None leaves the dict.
         batch_size: examples in a batch; None where `type` gives batches.
         shuffle: a new order in each epoch; by default in training alone.
-        seed: of the order; None takes the run's.
+        seed: the seed of the order; None takes the run's.
         drop_remainder: leave out a partial last batch.
         transform: "package.module:function", called with each example and a
             generator of random numbers: see `legato.RandomAccessSource`.
-        workers: how many threads or processes make batches.
-        processes: they are processes.
-        prefetch: batches that each of them makes ahead.
+        workers: how many threads or processes make batches; 0 makes them
+            where they are needed.
+        processes: make them processes, where threads would wait for each
+            other.
+        prefetch: batches that each worker makes ahead.
     """
 
     type: Annotated[str, pydantic.AfterValidator(_check_type)]

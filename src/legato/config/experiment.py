@@ -41,7 +41,7 @@ class CallbackSpec(Config):
     Attributes:
         type: the class: "package.module:Class", or the bare name of a class
             of `keras.callbacks`.
-        config: keyword arguments for it.
+        config: keyword arguments for the class.
     """
 
     type: Annotated[str, pydantic.AfterValidator(_check_callback)]
@@ -54,12 +54,12 @@ class Experiment(Config):
     Attributes:
         task: the task: "package.module:Class" (or a function that returns a
             task), or a built-in name such as "digits".
-        task_config: keyword arguments for it.
+        task_config: keyword arguments for the task.
         data: the data of "train" and of "validation", in the place of what
             the task's `build_inputs` gives for them.
-        optimizer: in the place of what the task's `build_optimizer` gives;
-            null leaves it to the task.
-        trainer: how it is trained.
+        optimizer: the optimizer, in the place of what the task's
+            `build_optimizer` gives; null leaves it to the task.
+        trainer: how the run goes: its length, cadences and policies.
         callbacks: Keras callbacks, in the order in which they are called.
         run_dir: the directory of the run; None is `runs/` and the name of the
             experiment.

@@ -60,7 +60,7 @@ class ScheduleConfig(Config):
             takes the rest of `trainer.train_steps`. Of exponential: updates
             in which the rate is multiplied by `decay_rate` once.
         final: the factor that cosine and polynomial end with, and stay at.
-        power: of polynomial; 1 is a straight line.
+        power: of polynomial: the exponent; 1 is a straight line.
         decay_rate: of exponential: the factor of each `steps` updates.
         staircase: of exponential: multiply once in `steps` updates, in place of
             a little at each.
@@ -158,8 +158,8 @@ class OptimizerConfig(Config):
         learning_rate: the rate, or the one that `schedule` multiplies; null
             takes the default of the class.
         schedule: how the rate changes; null for a constant one.
-        weight_decay: of the weights at each update, as a factor of the rate;
-            null takes the default of the class.
+        weight_decay: the share of each weight, times the rate, that is taken
+            away at each update; null takes the default of the class.
         exclude_from_weight_decay: regular expressions; a variable in whose
             name one is found, such as "bias" or "gamma", does not decay.
         clipnorm: the largest norm of the gradient of each variable.

@@ -157,9 +157,9 @@ class TrainerConfig(Config):
         steps_per_epoch: steps in an epoch, where that is not a pass over the
             data; the data go on from one epoch to the next.
         seed: the seed of everything random in the run.
-        init_from: weights that a run begins with, after `Task.initialize`: see
-            `InitConfig`; a path alone is enough. Read only where there is
-            nothing to resume. null (None) for none.
+        init_from: weights that a run begins with, after `Task.initialize`: a
+            path, or what is in `InitConfig`. Read only where there is nothing
+            to resume. null (None) for none.
         validation_interval: steps between validations, or "epoch" for one
             after each epoch, or None for none.
         validation_freq: where `validation_interval` is "epoch": validate
@@ -195,7 +195,7 @@ class TrainerConfig(Config):
             compiled, which takes time and memory for each; a batch of one
             more is an error. Eager steps on PyTorch are not compiled, and
             have no limit.
-        precision: of layers: "float32", or "mixed_bfloat16" or
+        precision: the precision of layers: "float32", or "mixed_bfloat16" or
             "mixed_float16", in which they compute in half precision and keep
             their weights in single; null (None) leaves the program's own.
         torch_compile: on PyTorch and TensorFlow, whether the steps are
