@@ -11,6 +11,7 @@ from legato import cli
 from legato.checkpoint import find_checkpoint
 from legato.config import TrainerConfig
 from legato.errors import CheckpointError, ConfigError
+from legato.restoring import averages, read_averages
 from legato.state import average_paths, variable_paths
 
 X = np.linspace(-1, 2, 16, dtype="float32").reshape(8, 2)
@@ -155,6 +156,36 @@ def test_where_averages_are():
         f"model/1_dense/{name}": f"{start}model/1_dense/{name}"
         for name in ("kernel", "bias")
     }
+
+
+def test_before_the_first_update_they_are_nothing_yet(tmp_path):
+    """Also where the loss scale puts that off, at a later step."""
+
+    class Scaled(Small):
+        def build_optimizer(self):
+            return keras.optimizers.LossScaleOptimizer(
+                super().build_optimizer(), initial_scale=1e39
+            )
+
+    trainer = make(tmp_path / "run", Scaled(), epochs=1, nonfinite_loss="warn")
+    first = {path: w.numpy() for path, w in paths_of(trainer).items()}
+    assert read_averages(trainer.model, built(trainer)) == {}
+    trainer.train()
+    checkpoint = find_checkpoint(tmp_path / "run", 2)
+    assert checkpoint.arrays["optimizer/inner_optimizer/iteration"] == 0
+    assert averages(checkpoint) == {}
+    found = trainer.evaluate(checkpoint=2, weights="average")
+    assert found["loss"] == pytest.approx(loss_of(first), rel=1e-5)
+
+
+def paths_of(trainer):
+    return variable_paths({"model": trainer.model})
+
+
+def built(trainer):
+    trainer.optimizer.build(trainer.model.trainable_variables)
+    trainer.optimizer.built = True
+    return trainer.optimizer
 
 
 def test_on_the_command_line(trained, tmp_path, capsys, monkeypatch):

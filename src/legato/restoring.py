@@ -138,7 +138,8 @@ def model_arrays(
 def averages(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """The averages in a checkpoint, by the paths of the model's variables.
 
-    None before the first update: then they are nothing yet.
+    None before the first update of their optimizer (which a
+    `LossScaleOptimizer` may put off): then they are nothing yet.
 
     Raises:
         CheckpointError: its optimizer keeps no averages.
@@ -150,9 +151,28 @@ def averages(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
             "optimizer keeps none. Train with use_ema=True (in a config: "
             "optimizer.ema_momentum), or take the model's own."
         )
-    if checkpoint.step == 0:
-        return {}
-    return {path: checkpoint.arrays[at] for path, at in places.items()}
+    return _begun(places, checkpoint.arrays)
+
+
+def _begun(
+    places: Mapping[str, str], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Those averages whose optimizer has made an update.
+
+    Args:
+        places: see `average_paths`.
+        arrays: by path.
+    """
+    return {
+        path: arrays[place]
+        for path, place in places.items()
+        if np.any(arrays[_counter(path, place)])
+    }
+
+
+def _counter(path: str, place: str) -> str:
+    """Where the optimizer counts the updates that are in an average."""
+    return f"{place.removesuffix(f'average/{path}')}iteration"
 
 
 class Held(NamedTuple):
@@ -321,8 +341,10 @@ def read_averages(model: Any, optimizer: Any) -> dict[str, np.ndarray]:
             'weights="average": no optimizer keeps averages of the weights. '
             "Make one with use_ema=True (in a config: optimizer.ema_momentum)."
         )
-    values = backends.current().read([variables[p] for p in places.values()])
-    return dict(zip(places, map(np.array, values), strict=True))
+    wanted = {*places.values(), *(_counter(*pair) for pair in places.items())}
+    chosen = [path for path in variables if path in wanted]
+    values = backends.current().read([variables[path] for path in chosen])
+    return _begun(places, dict(zip(chosen, map(np.array, values), strict=True)))
 
 
 def get_random_state() -> tuple[JSON, dict[str, np.ndarray]]:

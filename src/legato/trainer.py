@@ -414,8 +414,6 @@ class Trainer:
         if checkpoint is not None:
             return self._parts.replaced(averages(checkpoint))
         parts = self._parts
-        if self._step == 0:  # as `averages` does
-            return contextlib.nullcontext()
         return parts.replaced(read_averages(parts.model, parts.optimizer))
 
     def _measure(
