@@ -164,8 +164,11 @@ def test_before_the_first_update_they_are_nothing_yet(tmp_path):
     class Scaled(Small):
         def build_optimizer(self):
             return keras.optimizers.LossScaleOptimizer(
-                super().build_optimizer(), initial_scale=1e39
+                super().build_optimizer(), initial_scale=1e38
             )
+
+        def build_losses(self, *arguments):
+            return 1e4 * super().build_losses(*arguments)
 
     trainer = make(tmp_path / "run", Scaled(), epochs=1, nonfinite_loss="warn")
     first = {path: w.numpy() for path, w in paths_of(trainer).items()}
@@ -175,7 +178,7 @@ def test_before_the_first_update_they_are_nothing_yet(tmp_path):
     assert checkpoint.arrays["optimizer/inner_optimizer/iteration"] == 0
     assert averages(checkpoint) == {}
     found = trainer.evaluate(checkpoint=2, weights="average")
-    assert found["loss"] == pytest.approx(loss_of(first), rel=1e-5)
+    assert found["loss"] == pytest.approx(1e4 * loss_of(first), rel=1e-5)
 
 
 def paths_of(trainer):
