@@ -289,6 +289,8 @@ def test_what_does_not_fit(source, tmp_path):
         TrainerConfig(init_from={"path": "x", "weights": "ema"})
     with pytest.raises(ConfigError, match=r"init_from\.pth: not a known"):
         TrainerConfig(init_from={"pth": "x"})
+    own = source / "run/final"
+    fails(ConfigError, "is a checkpoint's own directory", own, checkpoint=3)
     assert TrainerConfig(init_from="x").init_from == InitConfig(path="x")
 
 

@@ -165,8 +165,8 @@ def _read_checkpoint(path: Path, config: InitConfig) -> _Found:
             "run or of a checkpoint, or a .keras, .weights.h5 or .safetensors "
             "file."
         )
-    is_run = (path / "run.json").exists()
-    found = find_checkpoint(path, config.checkpoint if is_run else None)
+    which = config.checkpoint
+    found = find_checkpoint(path, None if which == "latest" else which)
     arrays = model_arrays(found, config.weights)
     return _Found(
         arrays,

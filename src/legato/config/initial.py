@@ -36,7 +36,7 @@ class InitConfig(Config):
 
     path: Annotated[str, pydantic.Field(min_length=1)]
     checkpoint: Annotated[
-        int | Literal["best", "latest"] | None,
+        int | Literal["best", "latest"],
         pydantic.PlainValidator(_check_which),
     ] = "latest"
     weights: Literal["model", "average"] = "model"
