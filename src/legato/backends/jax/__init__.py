@@ -31,8 +31,12 @@ class JaxBackend(Backend):
     # Not methods that call these: few frames should lie above the user's.
     compile_loop = staticmethod(loop.compile_loop)  # pyright: ignore[reportAssignmentType]
     value_and_grad = staticmethod(gradient.value_and_grad)  # pyright: ignore[reportAssignmentType]
-    keep_programs = staticmethod(programs.keep)
-    publish_programs = staticmethod(programs.publish)
+
+    def keep_programs(self) -> None:
+        programs.keep()
+
+    def publish_programs(self) -> None:
+        programs.publish()
 
     def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
         values = list(map(ahead.value_of, variables))

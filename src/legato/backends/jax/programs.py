@@ -19,6 +19,7 @@ import secrets
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import filelock
 import jax
@@ -83,7 +84,7 @@ def keep() -> None:
     where there is no folder that is this user's alone.
     """
     global _programs
-    config = jax.config
+    config: Any = jax.config
     if (
         _programs is not None
         or config.jax_compilation_cache_dir
