@@ -28,24 +28,33 @@ from tests.processes import (
 
 def train_here(name: str, run_dir: Path, overrides: dict[str, Any]) -> None:
     """Train a scenario to the end, and leave its history behind."""
-    from tests.contracts.fit_scenarios import FIT_SCENARIOS
-    from tests.contracts.scenarios import SCENARIOS
-
     with warnings.catch_warnings():
         # Seen by whoever runs the tests; not what is tested here.
         warnings.simplefilter("ignore")
-        if name.startswith("fit/"):
-            scenario = FIT_SCENARIOS[name.removeprefix("fit/")]
-            history = scenario.train(run_dir, overrides)
+        kind, _, rest = name.rpartition("/")
+        if kind == "fit":
+            from tests.contracts.fit_scenarios import FIT_SCENARIOS
+
+            history = FIT_SCENARIOS[rest].train(run_dir, overrides)
         else:
             # The task is made before the seed is set, as a user's would be:
             # its own generators must have seeds.
-            trainer = SCENARIOS[name].trainer(
+            trainer = _scenario(kind, rest).trainer(
                 str(run_dir), **{"progress": "none", **overrides}
             )
             history = trainer.train()
     out = run_dir / "history.json"
     out.write_text(json.dumps([history.epoch, history.history]))
+
+
+def _scenario(kind: str, name: str) -> Any:
+    if kind == "garden":
+        from tests.contracts.garden import GARDEN
+
+        return GARDEN[name]
+    from tests.contracts.scenarios import SCENARIOS
+
+    return SCENARIOS[name]
 
 
 def _train(

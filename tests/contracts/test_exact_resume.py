@@ -10,6 +10,7 @@ import pytest
 from legato.checkpoint import CheckpointStore, load_checkpoint
 from tests.contracts import runs
 from tests.contracts.fit_scenarios import FIT_SCENARIOS, TWELVE
+from tests.contracts.garden import GARDEN
 from tests.contracts.scenarios import SCENARIOS
 
 # Every other set-up's in a checkpoint's write. `tests.soak.kills` kills more.
@@ -36,7 +37,12 @@ def undisturbed(shared_folder):
 
 
 @pytest.mark.parametrize(
-    "name", [*SCENARIOS, *(f"fit/{name}" for name in FIT_SCENARIOS)]
+    "name",
+    [
+        *SCENARIOS,
+        *(f"fit/{name}" for name in FIT_SCENARIOS),
+        *(f"garden/{name}" for name in GARDEN),
+    ],
 )
 def test_killed_at_random_instants(name, undisturbed, tmp_path):
     reference = undisturbed(name)

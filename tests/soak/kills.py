@@ -123,6 +123,7 @@ def main() -> int:
 
 def _kill_all(kills: int, seed: int, minutes: float) -> None:
     from tests.contracts.fit_scenarios import FIT_SCENARIOS
+    from tests.contracts.garden import GARDEN
     from tests.contracts.scenarios import SCENARIOS
 
     backend = os.environ["KERAS_BACKEND"]
@@ -131,7 +132,11 @@ def _kill_all(kills: int, seed: int, minutes: float) -> None:
         for each in read_records()
     }
     until = time.monotonic() + 60 * minutes
-    for name in [*SCENARIOS, *(f"fit/{name}" for name in FIT_SCENARIOS)]:
+    for name in [
+        *SCENARIOS,
+        *(f"fit/{name}" for name in FIT_SCENARIOS),
+        *(f"garden/{name}" for name in GARDEN),
+    ]:
         if (backend, name, seed, kills) in done:
             continue
         if time.monotonic() > until:

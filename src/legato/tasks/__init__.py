@@ -1,1 +1,13 @@
-"""Tasks that come with legato, each with an experiment (a YAML file)."""
+"""Tasks that come with legato, and experiments of them (YAML files)."""
+
+from legato.tasks.classification import ImageClassificationTask
+from legato.tasks.digits import Digits
+from legato.tasks.retinanet import RetinaNetTask
+from legato.tasks.segmentation import SemanticSegmentationTask
+
+__all__ = [
+    "Digits",
+    "ImageClassificationTask",
+    "RetinaNetTask",
+    "SemanticSegmentationTask",
+]

@@ -60,11 +60,8 @@ class Digits(Task):
 
     def build_inputs(self, split: str) -> DataSource:
         """Features `[batch, 64]` in [0, 1], labels `[batch]`."""
-        images, labels = _load_digits()
-        held_out = np.arange(len(images)) % _VALIDATION_SHARE == 0
-        chosen = held_out if split == "validation" else ~held_out
         return ArraySource(
-            (images[chosen], labels[chosen]),
+            load_digits(split),
             batch_size=self.batch_size,
             shuffle=split == "train",
         )
@@ -81,14 +78,49 @@ class Digits(Task):
         return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
 
 
-def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The digits of a split.
+
+    Args:
+        split: "train" or "validation", which is every fifth image.
+
+    Returns:
+        Images, float32 `[digits, 64]` from 0 (paper) to 1 (ink), and the
+        digits that they show, int32 `[digits]`.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits as load
     except ModuleNotFoundError as error:
         raise ConfigError(
             "The digits come with scikit-learn, which is not installed: "
             'pip install "legato[digits]"'
         ) from error
     # (What it returns depends on its arguments, which no checker follows.)
-    images, labels = cast("Any", load_digits(return_X_y=True))
-    return (images / 16.0).astype("float32"), labels.astype("int32")
+    images, labels = cast("Any", load(return_X_y=True))
+    held_out = np.arange(len(images)) % _VALIDATION_SHARE == 0
+    chosen = held_out if split == "validation" else ~held_out
+    images = (images[chosen] / 16.0).astype("float32")
+    return images, labels[chosen].astype("int32")
+
+
+def digit_images(split: str, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Those of `load_digits` as images.
+
+    Args:
+        split: "train" or "validation".
+        size: height and width, in pixels; a multiple of 8.
+
+    Returns:
+        Images, float32 `[digits, size, size, 1]`, and the digits.
+
+    Raises:
+        ConfigError: scikit-learn is not installed, or `size` is no multiple.
+    """
+    if size < 8 or size % 8:
+        raise ConfigError(f"size={size}: it must be a multiple of 8.")
+    images, labels = load_digits(split)
+    larger = np.ones((1, size // 8, size // 8, 1), "float32")
+    return np.kron(images.reshape(-1, 8, 8, 1), larger), labels
