@@ -19,7 +19,7 @@ from PIL import Image
 import legato
 from legato.experiment import resolve, run_experiment
 
-COLOURS = 96  # so that textures take little space
+COLOURS = 224  # so that textures take little space
 
 
 def save(pictures: Any, path: Path) -> None:

@@ -38,6 +38,8 @@ class ImageClassificationTask(Task):
         rotation: and turned by at most this share of a full turn.
         zoom: and made larger or smaller by at most this share.
         flip: and mirrored, half of them.
+        fill: what is beyond the edges of a moved image: "reflect", "constant"
+            (0), "nearest" or "wrap".
         mixup: images are blended in pairs, with shares from a symmetric Beta
             distribution of this parameter; 0 for not at all.
         label_smoothing: the share of a label that is spread over all classes.
@@ -59,6 +61,7 @@ class ImageClassificationTask(Task):
         rotation: float = 0.03,
         zoom: float = 0.1,
         flip: bool = False,
+        fill: str = "reflect",
         mixup: float = 0.0,
         label_smoothing: float = 0.1,
         dropout: float = 0.2,
@@ -76,6 +79,7 @@ class ImageClassificationTask(Task):
         self.rotation = rotation
         self.zoom = zoom
         self.flip = flip
+        self.fill = fill
         # (A layer that is made before a run sets its seed needs its own.)
         self.mix_up = layers.MixUp(mixup, seed=0) if mixup else None
         self.dropout = dropout
@@ -96,15 +100,16 @@ class ImageClassificationTask(Task):
     def build_augmentation(self) -> list[keras.layers.Layer]:
         """Layers that change images in training, and only then."""
         made = []
+        beyond = {"fill_mode": self.fill}
         if self.flip:
             made.append(layers.RandomFlip("horizontal"))
         if self.rotation:
-            made.append(layers.RandomRotation(self.rotation))
+            made.append(layers.RandomRotation(self.rotation, **beyond))
         if self.translation:
-            share = self.translation
-            made.append(layers.RandomTranslation(share, share))
+            shares = self.translation, self.translation
+            made.append(layers.RandomTranslation(*shares, **beyond))
         if self.zoom:
-            made.append(layers.RandomZoom(self.zoom))
+            made.append(layers.RandomZoom(self.zoom, **beyond))
         return made
 
     def build_network(self) -> keras.Model:

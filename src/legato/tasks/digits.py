@@ -18,10 +18,11 @@ _VALIDATION_SHARE = 5  # every fifth image
 
 
 class Digits(Task):
-    """A two-layer network with dropout and batch normalisation.
+    """A two-layer network with noise, dropout and batch normalisation.
 
     Args:
         hidden_units: width of the hidden layer.
+        noise: standard deviation of what is added to pixels in training.
         dropout: share of hidden units that are dropped.
         learning_rate: of Adam.
         batch_size: images in a training batch.
@@ -30,11 +31,13 @@ class Digits(Task):
     def __init__(
         self,
         hidden_units: int = 256,
+        noise: float = 0.15,
         dropout: float = 0.4,
         learning_rate: float = 1e-3,
         batch_size: int = 64,
     ) -> None:
         self.hidden_units = hidden_units
+        self.noise = noise
         self.dropout = dropout
         self.learning_rate = learning_rate
         self.batch_size = batch_size
@@ -47,6 +50,7 @@ class Digits(Task):
         return keras.Sequential(
             [
                 keras.layers.Input((64,)),
+                keras.layers.GaussianNoise(self.noise),
                 keras.layers.Dense(self.hidden_units, activation="relu"),
                 keras.layers.BatchNormalization(),
                 keras.layers.Dropout(self.dropout),
