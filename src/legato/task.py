@@ -141,6 +141,14 @@ class Task:
         del training
         return []
 
+    def build_callbacks(self) -> Sequence[keras.callbacks.Callback]:
+        """Make the callbacks that belong to the task, such as an annealing.
+
+        Returns:
+            Callbacks, called before those that the `Trainer` is given.
+        """
+        return []
+
     def describe(self) -> dict[str, JSON]:
         """What tells this task from another, beside its attributes and code.
 

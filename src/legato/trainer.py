@@ -63,7 +63,8 @@ class Trainer:
         task: what is learned.
         run_dir: where everything is written; resumed if a run is there.
         config: how the run is driven.
-        callbacks: Keras callbacks; their state is saved and restored.
+        callbacks: Keras callbacks, called after those of the Task; their
+            state is saved and restored.
         summary_manager: writes the summaries of training; None is the run's
             own, in `run_dir/summaries/train`, if `config.sinks` has
             "tensorboard".
@@ -123,7 +124,6 @@ class Trainer:
         self.config = config
         self.run_dir = Path(run_dir)
         self.audit: list[AuditEntry] = []
-        self._callbacks = callbacks
         check_managers(
             self.run_dir,
             SUMMARIES,
@@ -137,6 +137,7 @@ class Trainer:
         self._step = 0  # of the weights that the model holds
         backends.current().keep_programs()
         self._parts = build_parts(task, config)
+        self._callbacks = [*task.build_callbacks(), *callbacks]
 
     @property
     def model(self) -> Any:

@@ -11,6 +11,8 @@ from legato.tasks import (
     ImageClassificationTask,
     RetinaNetTask,
     SemanticSegmentationTask,
+    SketchRNNTask,
+    strokes,
 )
 from tests.contracts.scenarios import Scenario
 
@@ -123,6 +125,34 @@ class Detection(RetinaNetTask):
         )
 
 
+class Sketches(SketchRNNTask):
+    """Lines, with all that is random, and callbacks with counters."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            4,
+            encoder_units=3,
+            decoder_units=4,
+            latent_size=2,
+            mixtures=2,
+            kl_rate=0.9,
+            decay=0.9,
+            shown=2,
+        )
+
+    def build_inputs(self, split: str) -> Any:
+        random, count = _random(split)
+        drawings = [
+            np.column_stack([random.normal(size=(n, 2)), np.arange(n) == n - 1])
+            for n in random.integers(1, 5, count)
+        ]
+        return legato.ArraySource(
+            strokes.padded(drawings, 4, 1.0),
+            batch_size=8,
+            shuffle=split == "train",
+        )
+
+
 def _scenario(make_task: Any, best_metric: str) -> Scenario:
     # No two of these cadences are multiples.
     config = {
@@ -141,4 +171,5 @@ GARDEN = {
     "classification": _scenario(Classification, "val_accuracy"),
     "segmentation": _scenario(Segmentation, "val_mean_iou"),
     "detection": _scenario(Detection, "val_AP50"),
+    "sketches": _scenario(Sketches, "val_kl"),
 }

@@ -600,3 +600,30 @@ def test_modes_are_chosen_by_the_program(tmp_path):
         )
         steps.trace()
         assert steps.mode == mode
+
+
+class Named(keras.callbacks.Callback):
+    def __init__(self, name, calls):
+        super().__init__()
+        self.name = name
+        self.calls = calls
+
+    def on_train_begin(self, logs=None):
+        self.calls.append(self.name)
+
+
+def test_callbacks_of_the_task_come_before_the_others(tmp_path):
+    calls = []
+
+    class Own(Classifier):
+        def build_callbacks(self):
+            return [Named("task's", calls)]
+
+    config = legato.TrainerConfig(
+        train_steps=1, validation_interval=None, exact="off", progress="none"
+    )
+    given = [Named("given", calls)]
+    legato.Trainer(
+        Own(), run_dir=tmp_path / "run", config=config, callbacks=given
+    ).train()
+    assert calls == ["task's", "given"]

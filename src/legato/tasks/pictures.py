@@ -67,15 +67,9 @@ def with_boxes(
     Raises:
         ConfigError: Pillow is not installed.
     """
-    try:
-        from PIL import Image, ImageDraw
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "Pictures of boxes need Pillow, which is not installed: pip "
-            "install 'legato[plot]'. (Or draw none: shown=0.)"
-        ) from error
-    drawn = Image.fromarray(enlarged(image[None], times)[0])
-    pen = ImageDraw.Draw(drawn)
+    image_module, draw_module = _pillow()
+    drawn = image_module.fromarray(enlarged(image[None], times)[0])
+    pen = draw_module.Draw(drawn)
     for box, index, text in zip(boxes, classes, texts, strict=True):
         left, top, right, bottom = (round(float(x) * times) for x in box)
         colour = colour_of(int(index))
@@ -118,3 +112,46 @@ def confusions(counts: np.ndarray, names: Sequence[str]) -> Any:
         count = str(counts[row, column])
         axes.text(column, row, count, ha="center", va="center", color=colour)
     return figure
+
+
+def sketches(drawings: np.ndarray, size: int = 96) -> np.ndarray:
+    """Drawings side by side, each in a square.
+
+    Args:
+        drawings: in "stroke-5", `[n, points, 5]`: see `legato.tasks.strokes`.
+        size: of a square, in pixels.
+
+    Returns:
+        uint8 `[size, n * size, 3]`, black on white.
+
+    Raises:
+        ConfigError: Pillow is not installed.
+    """
+    image_module, draw_module = _pillow()
+    sheet = image_module.new("RGB", (size * len(drawings), size), "white")
+    pen = draw_module.Draw(sheet)
+    for column, drawing in enumerate(drawings):
+        ends = np.flatnonzero(drawing[:, 4] > 0)
+        points = drawing[: ends[0] if len(ends) else len(drawing)]
+        places = np.cumsum(points[:, :2], axis=0)
+        low, high = places.min(axis=0), places.max(axis=0)
+        scale = (size - 16) / max(*(high - low), 1e-6)
+        middle = np.array([column * size + size / 2, size / 2])
+        places = (places - (low + high) / 2) * scale + middle
+        for at in range(1, len(points)):
+            if points[at - 1, 3] == 0:  # the pen was not lifted before
+                line = (*places[at - 1].tolist(), *places[at].tolist())
+                pen.line(line, fill="black", width=2)
+    return np.asarray(sheet)
+
+
+def _pillow() -> tuple[Any, Any]:
+    """Pillow's modules `Image` and `ImageDraw`."""
+    try:
+        from PIL import Image, ImageDraw
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "The pictures of this task need Pillow, which is not installed: "
+            "pip install 'legato[plot]'. (Or draw none: shown=0.)"
+        ) from error
+    return Image, ImageDraw
