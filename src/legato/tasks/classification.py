@@ -100,16 +100,17 @@ class ImageClassificationTask(Task):
     def build_augmentation(self) -> list[keras.layers.Layer]:
         """Layers that change images in training, and only then."""
         made = []
-        beyond = {"fill_mode": self.fill}
         if self.flip:
             made.append(layers.RandomFlip("horizontal"))
         if self.rotation:
-            made.append(layers.RandomRotation(self.rotation, **beyond))
+            made.append(
+                layers.RandomRotation(self.rotation, fill_mode=self.fill)
+            )
         if self.translation:
             shares = self.translation, self.translation
-            made.append(layers.RandomTranslation(*shares, **beyond))
+            made.append(layers.RandomTranslation(*shares, fill_mode=self.fill))
         if self.zoom:
-            made.append(layers.RandomZoom(self.zoom, **beyond))
+            made.append(layers.RandomZoom(self.zoom, fill_mode=self.fill))
         return made
 
     def build_network(self) -> keras.Model:

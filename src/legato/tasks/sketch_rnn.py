@@ -342,5 +342,6 @@ class RateDecay(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Sets the rate of this batch."""
         rest = (self.first - self.last) * self.decay**self.batches
-        self.model.optimizer.learning_rate = self.last + rest
+        model: Any = self.model
+        model.optimizer.learning_rate = self.last + rest
         self.batches += 1
