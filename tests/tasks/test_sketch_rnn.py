@@ -102,7 +102,8 @@ def test_the_density_is_that_of_the_formula():
     random = np.random.default_rng(0)
     outputs = random.normal(size=(2, 4, 21)).astype("float32")  # 3 mixtures
     moves = random.normal(size=(2, 4, 2)).astype("float32")
-    found = on_host(sketch_rnn.mixture_log_density(outputs, moves, 3))
+    given = map(keras.ops.convert_to_tensor, (outputs, moves))
+    found = on_host(sketch_rnn.mixture_log_density(*given, 3))
     logits, mx, my, sx, sy, r = np.split(outputs[..., :18].astype(float), 6, -1)
     sx, sy, r = np.exp(sx), np.exp(sy), 0.999 * np.tanh(r)
     x, y = (moves[..., :1] - mx) / sx, (moves[..., 1:] - my) / sy
