@@ -140,7 +140,7 @@ def test_a_file_in_the_working_directory_beats_a_built_in(project):
     [
         ("digts", "digts: there is no such experiment. CONFIG is a YAML file"),
         ("digts", " - did you mean 'digits'?"),
-        ("zzz", "; built in are digits"),
+        ("zzz", "; built in are classification, detection, digits, "),
         ("gone.yaml", "gone.yaml: there is no such file."),
         ("no/where", "no/where: there is no such file."),
         ("gone:experiment", "gone:experiment: there is no module 'gone'."),
