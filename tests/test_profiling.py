@@ -502,21 +502,25 @@ def test_callbacks_and_data_are_told(temporary):
     log = temporary / "log.csv"
     log.write_text("of another run\n")
     sleeper = Sleeper()
+
+    class OfItsOwn(Small):
+        def build_callbacks(self):
+            return [AtEpochs()]
+
     callbacks = [
-        sleeper,
-        [AtEpochs()],
+        [sleeper],
         keras.callbacks.CSVLogger("log.csv"),
         keras.callbacks.ModelCheckpoint("best.keras", save_best_only=True),
     ]
     profile = legato.profile(
-        Small(source=SlowSource),
+        OfItsOwn(source=SlowSource),
         config=config(train_metrics_interval=0),
         callbacks=callbacks,
         seconds=6,
     )
     assert (sleeper.calls, sleeper.seen) == (0, [])
-    assert callbacks[2].filename == "log.csv"
-    assert callbacks[3].filepath == "best.keras"
+    assert callbacks[1].filename == "log.csv"
+    assert callbacks[2].filepath == "best.keras"
     assert log.read_text() == "of another run\n"
     assert list(temporary.iterdir()) == [log]
 

@@ -12,6 +12,7 @@ import keras
 
 from legato import backends, loop, storage
 from legato.callbacks import CallbackRunner
+from legato.callbacks.entries import flatten
 from legato.checkpoint import (
     FINAL,
     Checkpoint,
@@ -137,7 +138,8 @@ class Trainer:
         self._step = 0  # of the weights that the model holds
         backends.current().keep_programs()
         self._parts = build_parts(task, config)
-        self._callbacks = [*task.build_callbacks(), *callbacks]
+        own = flatten(task.build_callbacks(), "build_callbacks")
+        self._callbacks = [*own, *callbacks]
 
     @property
     def model(self) -> Any:

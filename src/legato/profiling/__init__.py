@@ -48,7 +48,8 @@ def profile(
     Args:
         task: whose training is measured.
         config: how it would be trained: its length, metrics and intervals.
-        callbacks: Keras callbacks, which are measured one at a time.
+        callbacks: Keras callbacks, which are measured one at a time, as are
+            those of the Task.
         seconds: about how long to take. Compilations, and one round of
             measuring, take what they take.
         say: is told how it goes.

@@ -89,6 +89,7 @@ def measure(
         stack.callback(bench.log.close)
         stack.enter_context(_kept_model(bench.parts.whole))
         task.initialize(bench.parts.model)
+        chosen = [*flatten(task.build_callbacks(), "build_callbacks"), *chosen]
         bench.trace()
         bench.remember()
         stack.callback(bench.restore)
