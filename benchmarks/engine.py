@@ -345,15 +345,22 @@ def checkpoint(saves: int) -> list[Row]:
 def start(rounds: int) -> list[Row]:
     """From the start of a process to its first completed step."""
     with tempfile.TemporaryDirectory() as directory:
-        resumed = Path(directory, "resumed")
+        resumed, fresh_run = (Path(directory, n) for n in ("resumed", "fresh"))
+        # What is kept of a process that was there before is part of resuming.
+        kept, no_cache = (Path(directory, n) for n in ("kept", "no-cache"))
         examples, steps = str(START_EXAMPLES), str(RESUME_AT)
-        run_script("with_legato.py", examples, str(resumed), steps)
+        run_script("with_legato.py", examples, str(resumed), steps, cache=kept)
 
         def fresh() -> float:
-            run_dir = Path(directory, "fresh")
-            shutil.rmtree(run_dir, ignore_errors=True)
+            for folder in (fresh_run, no_cache):
+                shutil.rmtree(folder, ignore_errors=True)
             return until_first_step(
-                "with_legato.py", examples, str(run_dir), steps, "first"
+                "with_legato.py",
+                examples,
+                str(fresh_run),
+                steps,
+                "first",
+                cache=no_cache,
             )
 
         contestants = {
@@ -365,6 +372,7 @@ def start(rounds: int) -> list[Row]:
                 str(resumed),
                 str(2 * RESUME_AT),
                 "first",
+                cache=kept,
             ),
         }
         in_turns(contestants, 1)  # to warm up
@@ -420,20 +428,24 @@ def seconds_of(*command: str) -> float:
     return time.perf_counter() - began
 
 
-def run_script(name: str, *arguments: str) -> str:
+def run_script(name: str, *arguments: str, cache: Path | None = None) -> str:
     """Runs a script of `start/` and returns what it printed."""
     command = [sys.executable, str(HERE / "start" / name), *arguments]
     # Compiled once, as installed packages are.
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    if cache is not None:
+        env["XDG_CACHE_HOME"] = str(cache)
     return subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=env
     ).stdout
 
 
-def until_first_step(name: str, *arguments: str) -> float:
+def until_first_step(
+    name: str, *arguments: str, cache: Path | None = None
+) -> float:
     """Seconds from the start of a script to its first step."""
     began = time.monotonic()  # the same clock in all processes
-    return float(run_script(name, *arguments)) - began
+    return float(run_script(name, *arguments, cache=cache)) - began
 
 
 # -- the report -------------------------------------------------------------
