@@ -46,11 +46,16 @@ def shared_folder():
     return Path(os.environ[SHARED])
 
 
-# Where bits are compared, steps are compiled as users' are. Elsewhere XLA need
-# not optimise what runs a few times: a third of the time of these tests.
-# (Nor where time is measured.)
-_AS_USERS = ("backends", "contracts", "test_profiling.py")
-_NO_BITS = ("test_bad_input.py", "test_fit_parity.py")
+# Where results are compared to a tolerance, XLA need not optimise what runs a
+# few times: a third of the time of these tests. Elsewhere steps are compiled as
+# users' are: bits are compared, also with those of other processes, or times.
+_TO_A_TOLERANCE = {
+    "metrics",
+    "tasks",
+    "test_bad_input.py",
+    "test_fit_parity.py",
+    "test_losses.py",
+}
 
 
 def pytest_runtest_setup(item):
@@ -58,9 +63,9 @@ def pytest_runtest_setup(item):
     if os.environ["KERAS_BACKEND"] == "jax":
         import jax
 
-        path = item.path.relative_to(Path(__file__).parent)
-        matters = path.parts[0] in _AS_USERS and path.name not in _NO_BITS
-        jax.config.update("jax_disable_most_optimizations", not matters)
+        parts = item.path.relative_to(Path(__file__).parent).parts
+        is_loose = not _TO_A_TOLERANCE.isdisjoint(parts)
+        jax.config.update("jax_disable_most_optimizations", is_loose)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,69 +1,70 @@
 """What was compiled in one process is there in the next."""
 
+import atexit
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
+import keras
+import numpy as np
 import pytest
+from tests.processes import Forked
 
+import legato
 from legato.backends.jax import programs
 
-SCRIPT = """
-import json, sys
-import jax, keras
-import numpy as np
-import legato
-
-counts = {}
-def count(event, **more):
-    name = event.rpartition("/")[2]
-    counts[name] = counts.get(name, 0) + 1
-jax.monitoring.register_event_listener(count)
 
 class Say(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         print("epoch", flush=True)
 
-keras.utils.set_random_seed(0)
-model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-model.compile("sgd", "mse")
-x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
-legato.fit(model, x, x[:, :3], epochs=int(sys.argv[2]), batch_size=8,
-           run_dir=sys.argv[1], checkpoint_interval=2, verbose=0,
-           callbacks=[Say()])
-print(json.dumps(counts), flush=True)
-"""
+
+def train(run_dir, epochs, options):
+    """In a process of its own; tells how often what was compiled was there."""
+    for name, value in options.items():
+        jax.config.update(name, value)
+    counts = {}
+
+    def count(event, **more):
+        name = event.rpartition("/")[2]
+        counts[name] = counts.get(name, 0) + 1
+
+    jax.monitoring.register_event_listener(count)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    legato.fit(
+        model,
+        x,
+        x[:, :3],
+        epochs=epochs,
+        batch_size=8,
+        run_dir=run_dir,
+        checkpoint_interval=2,
+        verbose=0,
+        callbacks=[Say()],
+    )
+    print(json.dumps(counts), flush=True)
+    atexit._run_exitfuncs()  # which a forked process leaves out
 
 
 @pytest.fixture
 def start(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-
-    def start(name, epochs=3, **more):
-        environment = {
-            **os.environ,
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
-            **more,
-        }
-        return subprocess.Popen(
-            [sys.executable, script, tmp_path / name, str(epochs)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def start(name, epochs=3, **options):
+        environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        run_dir = tmp_path / name
+        return Forked(train, run_dir, epochs, options, env=environment)
 
     return start
 
 
 def counts_of(process):
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    out, err = process.communicate()
+    assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
 
 
@@ -82,7 +83,7 @@ def test_the_next_process_compiles_nothing_again(start, tmp_path):
     again = counts_of(start("again"))
     assert again.get("cache_misses", 0) == 0
     assert again["cache_hits"] >= first["cache_misses"]
-    alone = counts_of(start("alone", JAX_ENABLE_COMPILATION_CACHE="0"))
+    alone = counts_of(start("alone", jax_enable_compilation_cache=False))
     assert "cache_hits" not in alone
     finals = {
         Path(tmp_path, name, "final", "state.safetensors").read_bytes()
@@ -93,7 +94,7 @@ def test_the_next_process_compiles_nothing_again(start, tmp_path):
 
 def test_one_that_is_killed_leaves_whole_files_only(start, tmp_path):
     process = start("run", epochs=10**6)
-    assert process.stdout.readline() == "epoch\n"
+    assert process.read_line() == "epoch"
     folder = shared_folder(tmp_path)
     until = time.monotonic() + 60
     while not list(folder.glob("*-cache")):
@@ -101,7 +102,7 @@ def test_one_that_is_killed_leaves_whole_files_only(start, tmp_path):
         time.sleep(0.05)
     (own,) = folder.glob("process-*[!k]")
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert own.exists()
     kept = {p.name for p in folder.glob("*-cache")}
     # As if it had been killed in the midst of one.
@@ -168,5 +169,5 @@ def refuse(*arguments):
 
 def test_where_the_user_keeps_it_it_stays(start, tmp_path):
     elsewhere = tmp_path / "elsewhere"
-    counts_of(start("run", JAX_COMPILATION_CACHE_DIR=str(elsewhere)))
+    counts_of(start("run", jax_compilation_cache_dir=str(elsewhere)))
     assert not (tmp_path / "cache" / "legato").exists()
