@@ -26,6 +26,13 @@ class FirstStep(keras.callbacks.Callback):
 
     is_told = False
 
+    def get_state(self):
+        """Nothing: each process tells it."""
+        return {}
+
+    def set_state(self, state):
+        """See `get_state`."""
+
     def on_train_batch_end(self, batch, logs=None):
         """The first step is done."""
         if not self.is_told:
