@@ -9,9 +9,9 @@ import pytest
 
 import legato
 from legato import storage
-from legato.data import DataIterator
 from legato.phases import COMPILE, DATA, DEVICE, LAUNCH, NAMES, Phases, between
 from tests.linear import Linear
+from tests.slow_source import SlowSource
 
 STEPS = 12
 SLEEP = 0.05
@@ -62,28 +62,8 @@ def test_a_phase_within_another():
     assert (spent["compile"], spent["launch"]) == (3, 1)
 
 
-class SlowIterator(DataIterator):
-    def __init__(self, iterator):
-        self._iterator = iterator
-
-    def next_chunk(self, max_batches):
-        chunk = self._iterator.next_chunk(max_batches)
-        time.sleep(SLEEP * chunk.num_batches)
-        return chunk
-
-    def get_state(self):
-        return self._iterator.get_state()
-
-    def set_state(self, state):
-        self._iterator.set_state(state)
-
-    def close(self):
-        self._iterator.close()
-
-
-class SlowSource(legato.ArraySource):
-    def iterate(self, *, seed, capacity):
-        return SlowIterator(super().iterate(seed=seed, capacity=capacity))
+class Slow(SlowSource):
+    secs = SLEEP
 
 
 class Timed(Linear):
@@ -99,7 +79,7 @@ class Timed(Linear):
 
     def build_inputs(self, split):
         x = np.ones((2 * STEPS, 2), "float32")
-        kind = SlowSource if split == self.slow else legato.ArraySource
+        kind = Slow if split == self.slow else legato.ArraySource
         return kind((x, x[:, :1]), batch_size=4)
 
     def build_losses(self, labels, model_outputs, aux_losses=None):

@@ -19,7 +19,6 @@ from rich.console import Console
 
 import legato
 from legato import cli
-from legato.data import DataIterator
 from legato.errors import ConfigError
 from legato.phases import NAMES
 from legato.profiling import Cost, Estimate, Profile, chart, limits
@@ -31,6 +30,7 @@ from legato.profiling.estimates import (
 )
 from legato.profiling.measuring import interval_of, validation_interval
 from legato.schedule import Schedule
+from tests.slow_source import SlowSource
 
 EXAMPLES, BATCH = 200, 16  # 12 batches and a partial one
 
@@ -355,32 +355,6 @@ class Dear(keras.metrics.Metric):
 
     def result(self):
         return self.total
-
-
-class Slow(DataIterator):
-    """Takes 10 ms to draw a batch."""
-
-    def __init__(self, iterator):
-        self._iterator = iterator
-
-    def next_chunk(self, max_batches):
-        chunk = self._iterator.next_chunk(max_batches)
-        time.sleep(0.01 * chunk.num_batches)
-        return chunk
-
-    def get_state(self):
-        return self._iterator.get_state()
-
-    def set_state(self, state):
-        self._iterator.set_state(state)
-
-    def close(self):
-        self._iterator.close()
-
-
-class SlowSource(legato.ArraySource):
-    def iterate(self, *, seed, capacity):
-        return Slow(super().iterate(seed=seed, capacity=capacity))
 
 
 class Small(legato.Task):

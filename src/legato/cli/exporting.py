@@ -30,15 +30,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         ),
     )
     experiments.add_run_dir(parser)
-    parser.add_argument(
-        "--checkpoint",
-        metavar="best|latest|STEP",
-        type=trusting.parse_which,
-        help=(
-            "default: latest, which is what the run ended with, or its newest "
-            "intact checkpoint"
-        ),
-    )
+    trusting.add_checkpoint(parser)
     parser.add_argument(
         "--ema",
         action="store_true",

@@ -34,6 +34,19 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that says which checkpoint of a run is meant."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="best|latest|STEP",
+        type=_parse_which,
+        help=(
+            "default: latest, which is what the run ended with, or its newest "
+            "intact checkpoint"
+        ),
+    )
+
+
 def find_experiment(args: argparse.Namespace, verb: str) -> "Experiment":
     """Finds the experiment of CONFIG, or of RUN_DIR if that is trusted.
 
@@ -96,7 +109,7 @@ def _check_run_dir(run_dir: Path, args: argparse.Namespace, verb: str) -> None:
         )
 
 
-def parse_which(text: str) -> str | int:
+def _parse_which(text: str) -> str | int:
     """Parses best, latest or a step."""
     if text in ("best", "latest"):
         return text

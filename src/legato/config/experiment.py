@@ -8,7 +8,7 @@ import pydantic
 from legato.config.data import DataConfig
 from legato.config.document import Document, parse_yaml
 from legato.config.model import Config, nearest
-from legato.config.objects import Arguments, check_object
+from legato.config.objects import Arguments, check_class, check_object
 from legato.config.optimizer import OptimizerConfig
 from legato.config.trainer import TrainerConfig
 
@@ -25,14 +25,7 @@ def _check_task(value: str) -> str:
 
 
 def _check_callback(value: str) -> str:
-    if ":" in value:
-        return check_object(value)
-    if not value.isidentifier():
-        raise ValueError(
-            'must be "package.module:Class", or the name of a class of '
-            'keras.callbacks such as "EarlyStopping"'
-        )
-    return value
+    return check_class(value, "keras.callbacks", "EarlyStopping")
 
 
 class CallbackSpec(Config):

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import pydantic
 
 from legato.config.model import Config
-from legato.config.objects import Arguments, check_object
+from legato.config.objects import Arguments, check_class, check_object
 from legato.errors import ConfigError
 
 _Positive = Annotated[float, pydantic.Field(gt=0)]
@@ -34,14 +34,7 @@ def _check_shape(value: str) -> str:
 
 
 def _check_optimizer(value: str) -> str:
-    if ":" in value:
-        return check_object(value)
-    if not value.isidentifier():
-        raise ValueError(
-            'must be "package.module:Class", or the name of a class of '
-            'keras.optimizers such as "AdamW"'
-        )
-    return value
+    return check_class(value, "keras.optimizers", "AdamW")
 
 
 class ScheduleConfig(Config):

@@ -148,11 +148,12 @@ def _lock_of(folder: Path) -> Path:
 
 def _remove_abandoned(shared: Path) -> None:
     """Remove the folders of processes that were killed."""
-    for folder in shared.glob(f"{_PREFIX}*[!k]"):
-        lock = filelock.FileLock(_lock_of(folder), timeout=0)
+    # (By their locks: a folder whose lock is gone may be in use.)
+    for path in shared.glob(f"{_PREFIX}*.lock"):
+        lock = filelock.FileLock(path, timeout=0)
         with contextlib.suppress(filelock.Timeout):
             lock.acquire()
-            _remove(folder, lock)
+            _remove(path.with_suffix(""), lock)
 
 
 def _remove(folder: Path, lock: filelock.FileLock) -> None:
