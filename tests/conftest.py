@@ -46,15 +46,17 @@ def shared_folder():
     return Path(os.environ[SHARED])
 
 
-# Where results are compared to a tolerance, XLA need not optimise what runs a
-# few times: a third of the time of these tests. Elsewhere steps are compiled as
-# users' are: bits are compared, also with those of other processes, or times.
-_TO_A_TOLERANCE = {
-    "metrics",
-    "tasks",
-    "test_bad_input.py",
-    "test_fit_parity.py",
-    "test_losses.py",
+# XLA need not optimise what the tests' own process runs a few times: a third of
+# their time. Here it does, as for users: these compare with other processes, or
+# with what others compute, or measure times. (Processes that tests start are
+# users' in any case.)
+_AS_USERS_COMPILE = {
+    "test_across_backends.py",
+    "test_phases.py",
+    "test_profiling.py",
+    "test_programs.py",
+    "test_summaries_in_calls.py",
+    "test_unrolled.py",
 }
 
 
@@ -63,37 +65,47 @@ def pytest_runtest_setup(item):
     if os.environ["KERAS_BACKEND"] == "jax":
         import jax
 
-        parts = item.path.relative_to(Path(__file__).parent).parts
-        is_loose = not _TO_A_TOLERANCE.isdisjoint(parts)
-        jax.config.update("jax_disable_most_optimizations", is_loose)
+        quickly = item.path.name not in _AS_USERS_COMPILE
+        jax.config.update("jax_disable_most_optimizations", quickly)
+
+
+# What knows no backend is the same on every one, and is tried on this alone:
+# PyTorch compiles nothing, and its tests are the quickest.
+_ENOUGH = "torch"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave single tests that know no backend to the first."""
-    if os.environ["KERAS_BACKEND"] == "jax":
+    """Leave single tests that know no backend to one."""
+    if os.environ["KERAS_BACKEND"] == _ENOUGH:
         return
     once = [each for each in items if each.get_closest_marker("any_backend")]
     config.hook.pytest_deselected(items=once)
     items[:] = [each for each in items if each not in once]
 
 
-# What knows no backend is the same on every one: once is enough.
+# The same for whole modules.
 collect_ignore = (
     []
-    if os.environ["KERAS_BACKEND"] == "jax"
+    if os.environ["KERAS_BACKEND"] == _ENOUGH
     else [
+        "callbacks/test_adapters.py",
         "cli/test_cli.py",
+        "cli/test_evaluating.py",
         "data/test_attributes.py",
         "data/test_buckets.py",
+        "data/test_costs.py",
         "data/test_holding.py",
         "data/test_hugging_face.py",
         "data/test_iterables.py",
+        "data/test_random_access.py",
         "data/test_resuming.py",
+        "data/test_table.py",
         "data/test_tf_state.py",
         "diff",
         "files",
         "metrics/test_adapters.py",
         "metrics/test_coco.py",
+        "soak",
         "storage",
         "test_architecture.py",
         "test_checkpoint.py",

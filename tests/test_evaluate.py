@@ -367,6 +367,7 @@ def test_results_are_shown_as_the_config_says(trained, capsys):
     assert len(lines) == 5 and "validation at step 4" in lines[0]
 
 
+@pytest.mark.any_backend
 def test_checkpoints_appear_and_vanish_while_it_measures(trained, tmp_path):
     """A writer that keeps one checkpoint, and is quicker than the reader."""
     run_dir = tmp_path / "run"

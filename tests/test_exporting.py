@@ -107,6 +107,7 @@ def held(model):
     return [keras.ops.convert_to_numpy(w).tobytes() for w in model.weights]
 
 
+@pytest.mark.any_backend
 def test_plain_keras_in_another_process_has_the_same_outputs(folder, capsys):
     """As those that evaluation measures; at a step, with averages, in half."""
     asked = {

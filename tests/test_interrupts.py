@@ -120,9 +120,9 @@ def start(run_dir, config):
 
 def test_a_stopped_run_goes_on_exactly(tmp_path):
     config = {
-        "train_steps": 900,
-        "validation_interval": 30,
-        "checkpoint_interval": 60,
+        "train_steps": 300,
+        "validation_interval": 10,
+        "checkpoint_interval": 20,
         "keep_last": None,
         "progress": "none",
     }
@@ -131,7 +131,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
             process = start(tmp_path / run_dir, config)
             if number < stops:
                 # (At first it has nothing to be waited for.)
-                saved = f"checkpoints/step_{300 * number:08d}"
+                saved = f"checkpoints/step_{100 * number:08d}"
                 while number and not (tmp_path / run_dir / saved).exists():
                     time.sleep(0.01)
                 time.sleep(0.07 if number else 0.9)

@@ -241,6 +241,7 @@ def test_another_schedule_is_another_run(tmp_path):
         build(tmp_path, spec, "trainer.train_steps=9").train()
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "precision", ["float32", "mixed_bfloat16", "mixed_float16"]
 )

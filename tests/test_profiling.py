@@ -308,6 +308,7 @@ def test_colours_where_there_are_any_and_ascii_where_there_is_no_more():
     assert "200 us" in text and "#" * 24 in text
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["costs.png", "costs.svg", "costs.pdf"])
 def test_a_picture(tmp_path, name):
     path = tmp_path / name
@@ -472,6 +473,7 @@ def test_metrics_are_told_apart(temporary):
     assert "validation" not in kinds and "callback" not in kinds
 
 
+@pytest.mark.any_backend
 def test_callbacks_and_data_are_told(temporary):
     log = temporary / "log.csv"
     log.write_text("of another run\n")
@@ -552,6 +554,7 @@ class OneShot(legato.ArraySource):
         return iterator
 
 
+@pytest.mark.any_backend
 def test_what_cannot_be_measured_is_said(temporary):
     task = TakesApart(
         [keras.metrics.SparseCategoricalAccuracy(name="accuracy"), Dear()],

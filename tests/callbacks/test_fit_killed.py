@@ -30,6 +30,7 @@ def whole(tmp_path_factory):
     return get
 
 
+@pytest.mark.any_backend
 def test_tensorboard(tmp_path, whole):
     pytest.importorskip("tensorflow")
     theirs, expected = whole("boards")
@@ -93,6 +94,7 @@ def test_callbacks_that_change_the_model(tmp_path, whole, scenario):
         assert result["history"]["seen"] == [1.0, 2.0, 3.0]  # stopped early
 
 
+@pytest.mark.any_backend
 def test_tensorboard_at_each_batch(tmp_path, whole):
     pytest.importorskip("tensorflow")
     theirs, expected = whole("batches")

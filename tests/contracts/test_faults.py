@@ -117,6 +117,7 @@ def saved(run_dir):
     }
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("fault", sorted({*FAULTS} - {"none"}))
 def test_nothing_can_be_written_for_a_while(fault, shared_folder, tmp_path):
     whole = shared_folder / "without_fault"
@@ -209,6 +210,7 @@ def test_a_data_worker_fails(make, error, said, tmp_path):
     assert train("failed") == train("whole")
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("how", ["raises", "is killed", "hangs"])
 def test_a_worker_of_ours_fails(how, tmp_path):
     def train(name, dataset):
@@ -307,6 +309,7 @@ def resume_with_other_threads(run_dir, exact):
     return 0
 
 
+@pytest.mark.any_backend
 def test_other_threads_are_named(tmp_path):
     made = compiled()()
     run_dir = tmp_path / "run"

@@ -174,6 +174,7 @@ def train_and_wait(run_dir, told, kwargs, split, hooks):
     Path(run_dir, "history.json").write_text(repr(history.history))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("kwargs", "split", "hooks"),
     [

@@ -127,6 +127,7 @@ def test_what_is_refused_before_anything_is_made(tmp_path):
     assert not run_dir.exists()
 
 
+@pytest.mark.any_backend
 def test_other_sinks_on_resume_are_named(tmp_path):
     make(tmp_path, train_steps=6).train()
     with pytest.warns(ExactnessWarning, match=r"config\.sinks.*csv"):
@@ -161,6 +162,7 @@ def test_summaries_can_be_switched_off(tmp_path):
     assert "tensorboard" not in config
 
 
+@pytest.mark.any_backend
 def test_evaluation_gives_its_results_with_the_steps_of_checkpoints(tmp_path):
     run_dir = tmp_path / "run"
     make(run_dir, checkpoint_interval=4).train()
@@ -258,6 +260,7 @@ def test_a_callback_may_hold_the_manager(tmp_path):
     assert np.isfinite(trainer.evaluate()["loss"])
 
 
+@pytest.mark.any_backend
 def test_one_manager_for_two_runs_and_for_a_run_made_longer(tmp_path):
     board = tmp_path / "board"
     managers = {"summary_manager": legato.SummaryManager(board)}

@@ -41,6 +41,7 @@ def test_what_the_users_code_raises_is_named():
     assert 'raise OSError("the disk is gone")' in text
 
 
+@pytest.mark.any_backend
 def test_training_stops_with_all_saved_and_goes_on(tmp_path):
     fails = [True]
 
@@ -222,6 +223,7 @@ def grain_source(workers=1, function=None):
     )
 
 
+@pytest.mark.any_backend
 def test_another_number_of_grains_workers_is_refused():
     _, states = read_with_states(grain_source(1), 2)
     iterator = grain_source(2).iterate(seed=5, capacity=1)
@@ -231,6 +233,7 @@ def test_another_number_of_grains_workers_is_refused():
     iterator.close()
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "function, words", [("fail", "is bad"), ("die", "terminated unexpectedly")]
 )

@@ -154,6 +154,7 @@ class Fails(Kept):
         return 1 // 0
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("where", ["update", "result"])
 def test_an_error_ends_validation_with_its_own_traceback(where, tmp_path):
     before = threading.active_count()
@@ -394,6 +395,7 @@ class Odd(Classifier):
             metric.update_state(labels, lambda: outputs)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("task", "error", "words"),
     [
@@ -512,6 +514,7 @@ class Hangs(Signals):
         time.sleep(2.5)
 
 
+@pytest.mark.any_backend
 def test_a_signal_is_honoured_while_a_metric_hangs(tmp_path):
     began = time.perf_counter()
     trainer = make(tmp_path / "run", Measuring(Hangs(1)))
@@ -571,6 +574,7 @@ class UsesKeras(Kept):
         time.sleep(0.002)
 
 
+@pytest.mark.any_backend
 def test_keras_works_in_them_as_elsewhere(tmp_path):
     trainer = make(tmp_path / "run", SlowStep(UsesKeras()))
     trainer.train()
@@ -587,12 +591,14 @@ class Lists(Kept):
         }
 
 
+@pytest.mark.any_backend
 def test_lists_of_numbers_are_logs_and_others_are_not(tmp_path):
     history = make(tmp_path / "run", Measuring(Lists())).train().history
     assert history["val_row"] == [[1.0, 2.0], [1.0, 2.0]]
     assert "val_names" not in history and "val_matrix" not in history
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("progress", ["plain", "rich"])
 def test_matrices_are_not_shown(tmp_path, progress, capsys):
     metrics = [legato.metrics.ConfusionMatrix(3), Lists()]

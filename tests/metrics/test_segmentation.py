@@ -226,6 +226,7 @@ def test_by_name():
     )
 
 
+@pytest.mark.any_backend
 def test_above_what_a_float32_counts():
     metric = ConfusionMatrix(2, "labels")
     labels = np.zeros((1, 2**24 + 3), "uint8")

@@ -1,6 +1,7 @@
 """Kills every scenario many times, on a backend, and counts what differs.
 
     KERAS_BACKEND=jax python -m tests.soak.kills --kills 9
+    KERAS_BACKEND=jax python -m tests.soak.kills --kills 5 --seed 3 garden/
     python -m tests.soak.kills --table
 
 What is done is kept in a file, a line for each scenario and seed: begun again
@@ -104,6 +105,9 @@ def table(records: list[dict[str, Any]]) -> str:
 def main() -> int:
     """Kills what was not killed yet; prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "prefix", nargs="?", default="", help="of the names of scenarios"
+    )
     parser.add_argument("--kills", type=int, default=9, help="of each scenario")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -115,13 +119,18 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.table:
         os.environ.setdefault("KERAS_BACKEND", "jax")
-        _kill_all(arguments.kills, arguments.seed, arguments.minutes)
+        _kill_all(
+            arguments.prefix,
+            arguments.kills,
+            arguments.seed,
+            arguments.minutes,
+        )
     records = read_records()
     print(table(records))
     return 1 if any(each["differ"] or each["lost"] for each in records) else 0
 
 
-def _kill_all(kills: int, seed: int, minutes: float) -> None:
+def _kill_all(prefix: str, kills: int, seed: int, minutes: float) -> None:
     from tests.contracts.fit_scenarios import FIT_SCENARIOS
     from tests.contracts.garden import GARDEN
     from tests.contracts.scenarios import SCENARIOS
@@ -132,12 +141,14 @@ def _kill_all(kills: int, seed: int, minutes: float) -> None:
         for each in read_records()
     }
     until = time.monotonic() + 60 * minutes
-    for name in [
+    names = [
         *SCENARIOS,
         *(f"fit/{name}" for name in FIT_SCENARIOS),
         *(f"garden/{name}" for name in GARDEN),
-    ]:
-        if (backend, name, seed, kills) in done:
+    ]
+    for name in names:
+        is_done = (backend, name, seed, kills) in done
+        if is_done or not name.startswith(prefix):
             continue
         if time.monotonic() > until:
             return
