@@ -254,11 +254,13 @@ def test_tasks_that_gain(task, mode):
     assert np.isfinite(run(loop, 4)).all()
 
 
-def test_embeddings_and_attention_gain():
+# Without dropout Keras computes attention by other operations.
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_embeddings_and_attention_gain(dropout):
     keras.utils.set_random_seed(0)
     tokens = keras.Input((6,), dtype="int32")
     x = layers.Embedding(11, 8)(tokens)
-    x = x + layers.MultiHeadAttention(2, 4, dropout=0.1)(x, x)
+    x = x + layers.MultiHeadAttention(2, 4, dropout=dropout)(x, x)
     x = layers.Dense(3)(layers.LayerNormalization()(x)[:, 0])
     model = keras.Model(tokens, x)
     optimizer = keras.optimizers.AdamW(0.01)
