@@ -199,3 +199,41 @@ def test_on_the_command_line(trained, tmp_path, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     wanted = make(trained).evaluate(checkpoint=4, weights="average")
     assert (found["results"], found["step"]) == (wanted, 4)
+
+
+def test_evaluate_takes_averages_too(tmp_path):
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    network.compile("sgd", "mse")
+    with pytest.raises(ConfigError, match="no optimizer keeps averages"):
+        legato.evaluate(network, (X, Y), weights="average")
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
+    network.compile(optimizer, "mse")
+    legato.fit(
+        network,
+        X,
+        Y,
+        batch_size=4,
+        epochs=3,
+        run_dir=tmp_path,
+        checkpoint_interval=2,
+        keep_last=None,
+        verbose=0,
+    )
+    before = [w.tobytes() for w in network.get_weights()]
+    arrays = find_checkpoint(tmp_path, 4).arrays
+    found = legato.evaluate(
+        network, (X, Y), checkpoint=tmp_path, which=4, weights="average"
+    )
+    assert found["loss"] == pytest.approx(
+        loss_of(arrays, "optimizer/average/"), rel=1e-5
+    )
+    own = legato.evaluate(network, (X, Y), checkpoint=tmp_path, which=4)
+    assert own["loss"] == pytest.approx(loss_of(arrays), rel=1e-5)
+    assert [w.tobytes() for w in network.get_weights()] == before
+    # Of the model as it is: at the run's end it holds its averages.
+    now = legato.evaluate(network, (X, Y), weights="average")
+    assert now["loss"] == pytest.approx(
+        legato.evaluate(network, (X, Y))["loss"], rel=1e-6
+    )
+    with pytest.raises(ConfigError, match="weights='mean'"):
+        legato.evaluate(network, (X, Y), weights="mean")

@@ -10,7 +10,12 @@ import numpy as np
 
 from legato.checkpoint import Checkpoint, find_checkpoint
 from legato.errors import ConfigError, RestoreError
-from legato.restoring import model_arrays, read_averages, replaced
+from legato.restoring import (
+    check_weights,
+    model_arrays,
+    read_averages,
+    replaced,
+)
 from legato.state import variable_paths
 
 FORMATS = {"keras": ".keras", "weights": ".weights.h5"}
@@ -70,10 +75,7 @@ def export(
                 f"The model {name or each.name!r} is not built, so that it has "
                 "no weights yet. Begin it with keras.Input, or call it once."
             )
-    if weights not in ("model", "average"):
-        raise ConfigError(
-            f'weights={weights!r}: it must be "model" or "average".'
-        )
+    check_weights(weights)
     paths = {name: _place(Path(path), name) for name in models}
     for file in paths.values():
         if not overwrite and os.path.lexists(file):

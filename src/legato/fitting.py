@@ -18,7 +18,14 @@ from legato.config import MAX_SHAPES, TrainerConfig
 from legato.data import DataSource, fit_source, split_validation
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
-from legato.restoring import assign_arrays, kept
+from legato.restoring import (
+    assign_arrays,
+    averages,
+    check_weights,
+    kept,
+    read_averages,
+    replaced,
+)
 from legato.state import variable_paths
 from legato.trainer import Trainer
 
@@ -182,6 +189,7 @@ def evaluate(
     metrics: ValidationMetrics = "compiled",
     checkpoint: str | os.PathLike[str] | None = None,
     which: str | int | None = None,
+    weights: Literal["model", "average"] = "model",
     batch_size: int | None = None,
     steps: int | None = None,
     callbacks: Any = None,
@@ -198,6 +206,8 @@ def evaluate(
             measures the model as it is.
         which: in a run directory: "latest" (the default), "best", or the
             number of a step.
+        weights: "average" measures the averages that the optimizer keeps
+            (`use_ema=True`), of the checkpoint or of the model as it is.
         batch_size: examples in a batch, for arrays; 32 by default.
         steps: batches to measure; None for all.
         callbacks: Keras callbacks; their `on_test_*` hooks are called.
@@ -207,9 +217,11 @@ def evaluate(
         groups of them too, as dicts, and images, texts or figures.
 
     Raises:
-        ConfigError: the arguments do not go together.
+        ConfigError: the arguments do not go together, or the model's optimizer
+            keeps no averages.
         DataError: the data are wrong.
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        CheckpointError: there is no such checkpoint, it is damaged, or holds
+            no averages.
         RestoreError: the checkpoint does not fit the model.
     """
     if not isinstance(model, keras.Model):
@@ -219,6 +231,7 @@ def evaluate(
             f"metrics={metrics!r} and the model is not compiled: there is "
             "nothing to measure. Give metrics=[...], or compile the model."
         )
+    check_weights(weights)
     source = _validation_source(data, batch_size, steps)
     if source is None:
         raise ConfigError("data=None: give the data to measure the model on.")
@@ -238,9 +251,21 @@ def evaluate(
         max_batches=steps,
     )
     hooks = CallbackRunner(callbacks or [], model=model, params={})
-    with kept(model.weights if checkpoint is not None else []):
-        if checkpoint is not None:
-            _load_weights(model, find_checkpoint(checkpoint, which))
+    found = None
+    if checkpoint is not None:
+        found = find_checkpoint(checkpoint, which)
+    with contextlib.ExitStack() as stack:
+        if found is not None:
+            stack.enter_context(kept(model.weights))
+            _load_weights(model, found)
+        if weights == "average":
+            arrays = (
+                read_averages(model, model.optimizer)
+                if found is None
+                else averages(found)
+            )
+            named = variable_paths({"model": model})
+            stack.enter_context(replaced(named, arrays))
         logs = evaluator(hooks, lambda: False)
     assert logs is not None  # nothing asks it to stop
     return logs

@@ -135,6 +135,18 @@ def model_arrays(
     return arrays
 
 
+def check_weights(weights: Any) -> None:
+    """Refuse what is neither the model's own weights nor their averages.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if weights not in ("model", "average"):
+        raise ConfigError(
+            f'weights={weights!r}: it must be "model" or "average".'
+        )
+
+
 def averages(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """The averages in a checkpoint, by the paths of the model's variables.
 

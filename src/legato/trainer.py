@@ -34,7 +34,12 @@ from legato.interrupts import Interrupts
 from legato.metrics import HostMetric
 from legato.parts import build_parts, precision
 from legato.progress import make_reporter
-from legato.restoring import assign_arrays, averages, read_averages
+from legato.restoring import (
+    assign_arrays,
+    averages,
+    check_weights,
+    read_averages,
+)
 from legato.run_directory import (
     CONFIG,
     is_run,
@@ -408,10 +413,7 @@ class Trainer:
         self, weights: str, checkpoint: Checkpoint | None
     ) -> contextlib.AbstractContextManager[None]:
         """Around measuring: the model has the weights that are asked for."""
-        if weights not in ("model", "average"):
-            raise ConfigError(
-                f'weights={weights!r}: it must be "model" or "average".'
-            )
+        check_weights(weights)
         if weights == "model":
             return contextlib.nullcontext()
         if checkpoint is not None:
