@@ -15,6 +15,7 @@ from legato.diff.checkpoints import compare_checkpoints
 from legato.storage import strict_json
 from tests.processes import (
     Side,
+    compile_quickly,
     compiled_by,
     context,
     keep_compiled,
@@ -58,27 +59,42 @@ def _scenario(kind: str, name: str) -> Any:
 
 
 def _train(
-    name: str, run_dir: str, overrides: dict[str, Any], compiled: str | None
+    name: str,
+    run_dir: str,
+    overrides: dict[str, Any],
+    compiled: str | None,
+    quickly: bool,
 ) -> None:
     """The child."""
     keep_compiled(compiled)
+    if quickly:
+        compile_quickly()
     if not name.startswith("fit/"):
         use_several_threads()
     train_here(name, Path(run_dir), overrides)
 
 
-def start(name: str, run_dir: Path, *, side: Side, **overrides: Any) -> Any:
+def start(
+    name: str,
+    run_dir: Path,
+    *,
+    side: Side,
+    quickly: bool = False,
+    **overrides: Any,
+) -> Any:
     """Begin to train a scenario in a new process.
 
     Args:
         name: of the scenario.
         run_dir: where it trains.
         side: of the comparison that the run is for.
+        quickly: whether to compile quickly, and not as for users.
         **overrides: of the scenario's config.
     """
     # A user's process does not begin with pytest's random state either.
     process = context().Process(
-        target=_train, args=(name, str(run_dir), overrides, compiled_by(side))
+        target=_train,
+        args=(name, str(run_dir), overrides, compiled_by(side), quickly),
     )
     process.start()
     return process
@@ -122,7 +138,7 @@ def train_with_kills(
         until: the run's last step.
         seed: of the instants.
         side: of the comparison that the run is for.
-        **overrides: of the scenario's config.
+        **overrides: of the scenario's config, and more for `start`.
 
     Returns:
         At which step each was killed, for the test's report.

@@ -130,8 +130,8 @@ def compare(ours, theirs, rtol=1e-5, atol=1e-6):
 def test_it_trains_as_keras_does(kind, tmp_path):
     ours, theirs = check(kind, tmp_path, (Everything, Epochs))
     # And what comes after `fit` works.
-    if kind == "adversaries":
-        return  # what is predicted, or measured, is not defined
+    if kind not in ("sequential", "several_outputs", "masked", "own_step"):
+        return
     x = ours.data["x"]
     results = [
         made.model.evaluate(x, made.data.get("y"), return_dict=True, verbose=0)
@@ -146,6 +146,7 @@ def test_it_trains_as_keras_does(kind, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -173,6 +174,7 @@ def test_averages_are_swapped_in(tmp_path):
     )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("hook", ["on_train_batch_begin", "on_train_batch_end",
     "on_epoch_begin", "on_epoch_end", "on_test_begin", "on_test_end",
     "on_train_begin"])  # fmt: skip

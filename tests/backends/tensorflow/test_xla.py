@@ -309,7 +309,10 @@ def weights(trainer):
 # (Where weights are spoilt by gigantic gradients, last bits are all there is.)
 SPOILT = {"recovering"}
 # The steps of other scenarios once more.
-ALIKE = {"averages", "board", "metric_cadence", "scheduled", "subset"}
+ALIKE = {
+    *("averages", "board", "gan", "metric_cadence", "nested", "regularized"),
+    *("scheduled", "subset"),
+}
 
 
 @pytest.mark.parametrize("name", sorted({*SCENARIOS} - SPOILT - ALIKE))
