@@ -48,8 +48,8 @@ def shared_folder():
 
 # XLA need not optimise what the tests' own process runs a few times: a third of
 # their time. Here it does, as for users: these compare with other processes, or
-# with what others compute, or measure times. (Processes that tests start are
-# users' in any case.)
+# with what others compute, or measure times. (Processes that tests start say so
+# themselves.)
 _AS_USERS_COMPILE = {
     "test_across_backends.py",
     "test_phases.py",
