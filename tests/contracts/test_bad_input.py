@@ -523,7 +523,6 @@ train(Plain(), sys.argv[1], [keras.callbacks.LambdaCallback(on_epoch_end=wait)],
 """
 
 
-@pytest.mark.any_backend
 def test_a_directory_that_another_process_is_using(tmp_path):
     root = Path(__file__).parents[2]
     with subprocess.Popen(
