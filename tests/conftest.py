@@ -62,11 +62,9 @@ _AS_USERS_COMPILE = {
 
 def pytest_runtest_setup(item):
     """Choose how well what the test compiles is optimised."""
-    if os.environ["KERAS_BACKEND"] == "jax":
-        import jax
+    from tests.processes import compile_quickly
 
-        quickly = item.path.name not in _AS_USERS_COMPILE
-        jax.config.update("jax_disable_most_optimizations", quickly)
+    compile_quickly(item.path.name not in _AS_USERS_COMPILE)
 
 
 # What knows no backend is the same on every one, and is tried on this alone:

@@ -156,12 +156,12 @@ def keep_compiled(folder: str | None) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def compile_quickly() -> None:
-    """Let XLA optimise little: a third of the time of a small run."""
+def compile_quickly(quickly: bool) -> None:
+    """Let XLA optimise little, which saves a third of a small run; or all."""
     if os.environ["KERAS_BACKEND"] == "jax":
         import jax
 
-        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 def use_several_threads() -> None:

@@ -18,14 +18,7 @@ from legato.config import MAX_SHAPES, TrainerConfig
 from legato.data import DataSource, fit_source, split_validation
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
-from legato.restoring import (
-    assign_arrays,
-    averages,
-    check_weights,
-    kept,
-    read_averages,
-    replaced,
-)
+from legato.restoring import assign_arrays, averaged, check_weights, kept
 from legato.state import variable_paths
 from legato.trainer import Trainer
 
@@ -258,14 +251,7 @@ def evaluate(
         if found is not None:
             stack.enter_context(kept(model.weights))
             _load_weights(model, found)
-        if weights == "average":
-            arrays = (
-                read_averages(model, model.optimizer)
-                if found is None
-                else averages(found)
-            )
-            named = variable_paths({"model": model})
-            stack.enter_context(replaced(named, arrays))
+        stack.enter_context(averaged(weights, model, model.optimizer, found))
         logs = evaluator(hooks, lambda: False)
     assert logs is not None  # nothing asks it to stop
     return logs

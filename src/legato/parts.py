@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 from legato import restoring
+from legato.checkpoint import Checkpoint
 from legato.compat.keras_names import fresh_names
 from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig, nearest
@@ -19,7 +20,6 @@ from legato.identity import describe_program
 from legato.metrics import check_metrics, directions
 from legato.optimizers import own_step_scales
 from legato.readings import Readings
-from legato.state import variable_paths
 from legato.task import ModelGroup, OptimizerGroup, Optimizers, Task
 from legato.types import JSON, LogStyle
 from legato.when import Every, When
@@ -87,18 +87,16 @@ class Parts:
         Args:
             weights: "model" or "average"; see `TrainerConfig`.
         """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(restoring.kept(self.shared_variables()))
-            if weights == "average":
-                averages = restoring.read_averages(self.model, self.optimizer)
-                stack.enter_context(self.replaced(averages))
+        with restoring.kept(self.shared_variables()), self.averaged(weights):
             yield
 
-    def replaced(
-        self, arrays: Mapping[str, np.ndarray]
+    def averaged(
+        self, weights: str, checkpoint: Checkpoint | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        """See `restoring.replaced`, of the model's variables."""
-        return restoring.replaced(variable_paths({"model": self.model}), arrays)
+        """See `restoring.averaged`."""
+        return restoring.averaged(
+            weights, self.model, self.optimizer, checkpoint
+        )
 
     def shared_variables(self) -> list[keras.Variable]:
         """Those of metrics that training and validation both use.

@@ -359,6 +359,34 @@ def read_averages(model: Any, optimizer: Any) -> dict[str, np.ndarray]:
     return _begun(places, dict(zip(chosen, map(np.array, values), strict=True)))
 
 
+def averaged(
+    weights: str,
+    model: Any,
+    optimizer: Any,
+    checkpoint: Checkpoint | None = None,
+) -> contextlib.AbstractContextManager[None]:
+    """Around measuring: the model has the weights that are asked for.
+
+    Args:
+        weights: "model" for its own; "average" for averages of them.
+        model: a model, or a dict of them.
+        optimizer: theirs, likewise.
+        checkpoint: whose averages; None takes the optimizer's.
+
+    Raises:
+        CheckpointError: the checkpoint holds no averages.
+        ConfigError: `weights` is neither, or no optimizer keeps averages.
+    """
+    check_weights(weights)
+    if weights == "model":
+        return contextlib.nullcontext()
+    if checkpoint is None:
+        arrays = read_averages(model, optimizer)
+    else:
+        arrays = averages(checkpoint)
+    return replaced(variable_paths({"model": model}), arrays)
+
+
 def get_random_state() -> tuple[JSON, dict[str, np.ndarray]]:
     """Every global generator: Python's, NumPy's, Keras's, the backend's."""
     backend = backends.current()

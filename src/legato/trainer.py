@@ -34,12 +34,7 @@ from legato.interrupts import Interrupts
 from legato.metrics import HostMetric
 from legato.parts import build_parts, precision
 from legato.progress import make_reporter
-from legato.restoring import (
-    assign_arrays,
-    averages,
-    check_weights,
-    read_averages,
-)
+from legato.restoring import assign_arrays
 from legato.run_directory import (
     CONFIG,
     is_run,
@@ -280,7 +275,7 @@ class Trainer:
             found = None if self._has_trained else self._find_newest()
         if found is not None:
             self._load(found, evaluator)
-        with self._averaged(weights, found):
+        with self._parts.averaged(weights, found):
             logs = self._measure(evaluator, lambda: False)
         assert logs is not None  # nothing asks it to stop
         EvaluationSink(self._eval_summary_manager).write(self._step, logs)
@@ -340,7 +335,7 @@ class Trainer:
                 # The first one waits for the compiler.
                 interrupts.compiling = not results
                 self._load(checkpoint, evaluator)
-                with self._averaged(weights, checkpoint):
+                with self._parts.averaged(weights, checkpoint):
                     logs = self._measure(evaluator, interrupts.is_asked)
                 interrupts.compiling = False
                 if logs is None:
@@ -408,18 +403,6 @@ class Trainer:
         }
         given = {k: each for k, each in managers.items() if each is not None}
         return {"trainer": self, "task": self.task, **given}
-
-    def _averaged(
-        self, weights: str, checkpoint: Checkpoint | None
-    ) -> contextlib.AbstractContextManager[None]:
-        """Around measuring: the model has the weights that are asked for."""
-        check_weights(weights)
-        if weights == "model":
-            return contextlib.nullcontext()
-        if checkpoint is not None:
-            return self._parts.replaced(averages(checkpoint))
-        parts = self._parts
-        return parts.replaced(read_averages(parts.model, parts.optimizer))
 
     def _measure(
         self, evaluator: Evaluator, stop_requested: Callable[[], bool]

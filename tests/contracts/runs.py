@@ -67,8 +67,7 @@ def _train(
 ) -> None:
     """The child."""
     keep_compiled(compiled)
-    if quickly:
-        compile_quickly()
+    compile_quickly(quickly)
     if not name.startswith("fit/"):
         use_several_threads()
     train_here(name, Path(run_dir), overrides)

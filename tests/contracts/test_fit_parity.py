@@ -130,8 +130,8 @@ def compare(ours, theirs, rtol=1e-5, atol=1e-6):
 def test_it_trains_as_keras_does(kind, tmp_path):
     ours, theirs = check(kind, tmp_path, (Everything, Epochs))
     # And what comes after `fit` works.
-    if kind not in ("sequential", "several_outputs", "masked", "own_step"):
-        return
+    if kind == "adversaries":
+        return  # what is predicted, or measured, is not defined
     x = ours.data["x"]
     results = [
         made.model.evaluate(x, made.data.get("y"), return_dict=True, verbose=0)
