@@ -41,7 +41,7 @@ WARM = 2
 STEPS = {
     "jax": {"MLP": 2048, "LSTM": 256, "transformer": 128},
     "tensorflow": {"MLP": 1024, "LSTM": 128, "transformer": 128},
-    "torch": {"MLP": 256, "LSTM": 32, "transformer": 64},
+    "torch": {"MLP": 1024, "LSTM": 32, "transformer": 64},
 }
 """In an epoch: a tenth of a second or more of them, for what happens at its
 end not to count."""

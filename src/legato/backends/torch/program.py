@@ -24,17 +24,22 @@ from legato.compat import keras_tracing
 from legato.errors import LegatoWarning, StepError
 
 
-@torch.library.custom_op("legato::own", mutates_args=())
-def _own(value: torch.Tensor) -> torch.Tensor:
-    """A copy that the compiler must make.
+# A copy that the compiler must make: Inductor (2.13) drops a clone of an input
+# also where the input is changed in place later on, and the clone is read after
+# that. (Registered like this and not by `custom_op`, whose wrapping takes longer
+# than the copy of a small tensor.)
+_OPERATORS = torch.library.Library("legato", "DEF")
+_OPERATORS.define("own(Tensor value) -> Tensor")
+_OPERATORS.impl("own", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("legato::own", torch.empty_like)
 
-    Inductor (2.13) drops a clone of an input also where the input is changed
-    in place later on, and the clone is read after that.
-    """
-    return value.clone()
 
-
-_own.register_fake(torch.empty_like)
+# Shapes and types are those that it was compiled for: nobody needs to look again
+# at each step, which takes a fifth of the time of a small one.
+_OPTIONS = {
+    "size_asserts": False,
+    "guard_filter_fn": lambda guards: [False] * len(guards),
+}
 
 
 class StepProgram:
@@ -50,7 +55,9 @@ class StepProgram:
         self, graph: torch.fx.GraphModule, variables: list[keras.Variable]
     ) -> None:
         self._variables = variables
-        self._compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+        self._compiled = torch.compile(
+            graph, fullgraph=True, dynamic=False, options=_OPTIONS
+        )
 
     def __call__(
         self,
@@ -95,10 +102,7 @@ def capture(
     try:
         with kept_random_state(), torch.no_grad():
             graph = record(step, variables, values, resident, operands, at)
-            for node in graph.graph.nodes:
-                if node.target is torch.ops.aten.clone.default:
-                    node.target, node.kwargs = torch.ops.legato.own.default, {}
-            graph.recompile()
+            _keep_copies_of_inputs(graph)
             program = StepProgram(graph, variables)
             # Compiles it now: before step 0 there is still a choice.
             before = [values[id(v)].to("cpu", copy=True) for v in step.updated]
@@ -171,6 +175,26 @@ def record(
         return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
             [values[id(v)] for v in variables], resident, operands, at
         )
+
+
+def _keep_copies_of_inputs(graph: torch.fx.GraphModule) -> None:
+    """Make the compiler keep them: see `_OPERATORS`. It may drop all others."""
+    nodes = list(graph.graph.nodes)
+    inputs = {_memory(node) for node in nodes if node.op == "placeholder"}
+    for node in nodes:
+        if (
+            node.target is torch.ops.aten.clone.default
+            and _memory(node.args[0]) in {*inputs, None}
+        ):
+            node.target, node.kwargs = torch.ops.legato.own.default, {}
+    graph.recompile()
+
+
+def _memory(node: torch.fx.Node) -> int | None:
+    """Which memory its value lies in, whatever view it is; None: not known."""
+    value = node.meta.get("val")
+    known = isinstance(value, torch.Tensor)
+    return value.untyped_storage()._cdata if known else None
 
 
 def _reason(error: Exception) -> str:
