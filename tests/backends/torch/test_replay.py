@@ -293,6 +293,37 @@ def test_a_metric_that_is_not_due_is_cut_out(tmp_path, monkeypatch):
     assert none - 16 < sizes[()] <= none
 
 
+def test_what_goes_to_the_host_is_the_same(tmp_path, replayed, monkeypatch):
+    class Seen(legato.HostMetric):
+        def reset_state(self):
+            pass
+
+        def update_state(self, labels, outputs):
+            seen[-1].append((labels.tobytes(), outputs.tobytes()))
+
+        def result(self):
+            return {}
+
+    class Watched(Classifier):
+        def build_metrics(self, training):
+            return [] if training else [Seen()]
+
+    seen = []
+    for after in (2, 10**6):
+        seen.append([])
+        monkeypatch.setattr(replay, "AFTER_STEPS", after)
+        replayed.clear()
+        legato.Trainer(
+            Watched(),
+            run_dir=tmp_path / str(after),
+            config=legato.TrainerConfig(
+                train_steps=16, validation_interval=2, progress="none"
+            ),
+        ).train()
+        assert bool(replayed) == (after == 2)
+    assert seen[0] == seen[1] and len(seen[0]) > 10
+
+
 @pytest.mark.parametrize("compiles", ["auto", False])
 def test_it_can_be_turned_off(compiles, tmp_path, replayed):
     legato.Trainer(

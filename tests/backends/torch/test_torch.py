@@ -13,7 +13,7 @@ from tests.contracts.scenarios import Classifier
 
 import legato
 from legato import backends
-from legato.backends.torch import arrays
+from legato.backends.torch import arrays, program
 from legato.errors import LegatoWarning, StepError
 
 
@@ -346,6 +346,60 @@ def test_a_compiled_step_computes_what_the_eager_one_does(tmp_path):
     assert losses[True].keys() == losses[False].keys()
     for name, values in losses[False].items():
         assert losses[True][name] == pytest.approx(values, rel=1e-5), name
+
+
+class Ranked(Classifier):
+    """Its metric alone sorts."""
+
+    def build_metrics(self, training):
+        return [keras.metrics.SparseTopKCategoricalAccuracy(k=2, name="top")]
+
+
+def test_a_metric_that_is_not_due_is_not_computed(tmp_path, monkeypatch):
+    sorts = []
+
+    def counted(graph):
+        names = [str(node.target) for node in graph.graph.nodes]
+
+        def run(*arguments):
+            sorts.append(names.count("aten.topk.default"))
+            return graph(*arguments)
+
+        return run
+
+    monkeypatch.setattr(program, "_compiled", counted)
+    short(
+        tmp_path,
+        Ranked(),
+        train_steps=9,
+        train_metrics_interval=4,
+        steps_per_loop=3,
+        torch_compile=True,
+    )
+    # (Each was tried before; the last batch of an epoch has its own two.)
+    tried = [1, 0]
+    assert sorts[:2] == tried
+    assert sorts[-9:].count(1) == 2
+    assert len(sorts) == 9 + 2 * len(tried)
+
+
+def test_compiled_weights_do_not_depend_on_when_metrics_are_due(tmp_path):
+    weights = {}
+    for interval in (0, 1, 3):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        trainer = short(
+            tmp_path / str(interval),
+            Ranked(),
+            train_steps=14,
+            train_metrics_interval=interval,
+            torch_compile=True,
+        )
+        counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        # For two shapes of batches; and without the metric, where that helps.
+        assert counted == (4 if interval == 3 else 2)
+        weights[interval] = [host(v).tobytes() for v in trainer.model.variables]
+    assert weights[0] == weights[1] == weights[3]
 
 
 class Noisy(Classifier):

@@ -113,7 +113,7 @@ def compile_loop(
 
         required = mode is not None or compilation == "always"
         program = capture(found, resident, first, required=required)
-    replays = outputs is None and program is None and compilation != "never"
+    replays = program is None and compilation != "never"
     return TorchLoop(
         found,
         resident,
@@ -162,14 +162,12 @@ class TorchLoop(CompiledLoop):
         try:
             with torch.no_grad():
                 if self._program is not None:
-                    return self._program(
-                        values, self._resident, operands, at.unbind()
-                    )
+                    return self._program(values, operands, at)
                 replayer = self._replayer
                 replay = replayer and replayer.ready()
                 if replay:
-                    return replay(values, operands, at)
-                rows, outputs = [], None
+                    return self._returned(replay(values, operands, at))
+                returned: list[list[torch.Tensor]] = []
                 fetch, run = self._step.fetch, self._step.run
                 with keras_tracing.traced_step(plain_cond), scoped_modules():
                     for index, now in enumerate(at.unbind()):
@@ -178,26 +176,32 @@ class TorchLoop(CompiledLoop):
                         with trial or contextlib.nullcontext(), scope:
                             batch = fetch(self._resident, operands, index)
                             logs, outputs = split_outputs(run(batch, now))
-                            rows.append(to_row(logs))
+                            returned.append([to_row(logs), *(outputs or ())])
                         self._check_variables(scope)
                         scope.commit()
                         if replayer and trial:
                             one = slice(index, index + 1)
                             replayer.finish(
                                 trial,
-                                rows[-1],
+                                returned[-1],
                                 keras.tree.map_structure(
                                     operator.itemgetter(one), operands
                                 ),
                                 at[one],
                             )
-                if outputs is None:
-                    return rows
-                return rows, [output[None] for output in outputs]
+                return self._returned(returned)
         except BaseException:
             # It ended in the midst of a step.
             LOST.add(self.updated)
             raise
+
+    def _returned(self, steps: list[list[torch.Tensor]]) -> Any:
+        """What a call returns, from the rows of its steps and their outputs."""
+        rows = [row for row, *_ in steps]
+        if self.max_steps is None:
+            return rows
+        ((_, *outputs),) = steps
+        return rows, [output[None] for output in outputs]
 
     def _check_variables(self, scope: StepScope) -> None:
         if len(scope.read) <= len(self._known):

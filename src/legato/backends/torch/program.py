@@ -8,75 +8,116 @@ it compile again.
 
 import re
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import keras
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from legato.backends.torch.arrays import current_device
-from legato.backends.torch.conditional import merging_cond
-from legato.backends.torch.modules import scoped_modules
 from legato.backends.torch.randomness import kept_random_state
-from legato.backends.torch.step import ExaminedStep, to_row
-from legato.compat import keras_tracing
+from legato.backends.torch.recording import Recording
+from legato.backends.torch.step import ExaminedStep
 from legato.errors import LegatoWarning, StepError
-
 
 # A copy that the compiler must make: Inductor (2.13) drops a clone of an input
 # also where the input is changed in place later on, and the clone is read after
-# that. (Registered like this and not by `custom_op`, whose wrapping takes longer
-# than the copy of a small tensor.)
+# that. (Registered like this and not by `custom_op`, whose wrapping takes
+# longer than the copy of a small tensor.)
 _OPERATORS = torch.library.Library("legato", "DEF")
 _OPERATORS.define("own(Tensor value) -> Tensor")
 _OPERATORS.impl("own", torch.clone, "CompositeExplicitAutograd")
 torch.library.register_fake("legato::own", torch.empty_like)
 
 
-# Shapes and types are those that it was compiled for: nobody needs to look again
-# at each step, which takes a fifth of the time of a small one.
+# Shapes and types are those that it was compiled for: nobody needs to look
+# again at each step, which takes a fifth of the time of a small one.
 _OPTIONS = {
     "size_asserts": False,
     "guard_filter_fn": lambda guards: [False] * len(guards),
 }
 
 
+Values = dict[int, torch.Tensor]
+
+
 class StepProgram:
     """A captured step, compiled when it is first called.
 
+    Where conditionals depend on the step's index alone, as those of metrics
+    that are not due at each step, there is a second program without what
+    they guard, for the steps at which nothing of it is due. (Not one for each
+    combination: to compile one takes seconds.)
+
     Args:
-        graph: takes `(values, resident, operands, at)`; `operands` hold one
-            batch.
+        recording: of the step.
         variables: whose values it takes, in order.
+        resident: see `Fetch`.
     """
 
     def __init__(
-        self, graph: torch.fx.GraphModule, variables: list[keras.Variable]
-    ) -> None:
-        self._variables = variables
-        self._compiled = torch.compile(
-            graph, fullgraph=True, dynamic=False, options=_OPTIONS
-        )
-
-    def __call__(
         self,
-        values: dict[int, torch.Tensor],
+        recording: Recording,
+        variables: list[keras.Variable],
         resident: Any,
-        operands: Any,
-        at: Sequence[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """Run a step for each of `at`; the logs of each, float32 `[names]`."""
-        arguments = [values[id(v)] for v in self._variables]
-        rows = []
+    ) -> None:
+        self._recording = recording
+        self._variables = variables
+        self._resident = tree_leaves(resident)
+        _keep_copies_of_inputs(recording.graph)
+        self._whole = _compiled(recording.whole())
+        self._without = None
+        try:
+            (decided,) = recording.decisions(recording.at[None])
+        except NotImplementedError:
+            return
+        if decided:
+            self._without = _compiled(recording.run((False,) * len(decided)))
+
+    def try_all(self, values: Values, operands: Any) -> None:
+        """Compile everything, and run it once; values change.
+
+        Args:
+            values: memory of the variables, by id.
+            operands: of one batch.
+        """
+        given = [*self._given(values), *tree_leaves(operands)]
         # Keras's SGD hands its learning rate over as a number.
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
-            for index, now in enumerate(at):
-                batch = keras.tree.map_structure(
-                    lambda x, i=index: x[i : i + 1], operands
-                )
-                rows.append(self._compiled(arguments, resident, batch, now))
-        return rows
+            for program in (self._whole, self._without):
+                if program is not None:
+                    program(*given, self._recording.at)
+
+    def _given(self, values: Values) -> list[torch.Tensor]:
+        return [values[id(v)] for v in self._variables] + self._resident
+
+    def __call__(
+        self, values: Values, operands: Any, at: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Run a step for each of `at`; the logs of each, float32 `[names]`.
+
+        Args:
+            values: memory of the variables, by id.
+            operands: of as many batches.
+            at: the index of each step, int32 `[steps]`.
+        """
+        given, leaves = self._given(values), tree_leaves(operands)
+        programs = [self._whole] * len(at)
+        if self._without is not None:
+            programs = [
+                self._whole if any(decided) else self._without
+                for decided in self._recording.decisions(at)
+            ]
+        return [
+            program(*given, *(x[i : i + 1] for x in leaves), now)[0]
+            for i, (program, now) in enumerate(
+                zip(programs, at.unbind(), strict=True)
+            )
+        ]
+
+
+def _compiled(graph: torch.fx.GraphModule) -> Any:
+    return torch.compile(graph, fullgraph=True, dynamic=False, options=_OPTIONS)
 
 
 def capture(
@@ -101,13 +142,14 @@ def capture(
     at = torch.zeros((), dtype=torch.int32, device=current_device())
     try:
         with kept_random_state(), torch.no_grad():
-            graph = record(step, variables, values, resident, operands, at)
-            _keep_copies_of_inputs(graph)
-            program = StepProgram(graph, variables)
+            recording = Recording(
+                step, variables, values, resident, operands, at
+            )
+            program = StepProgram(recording, variables, resident)
             # Compiles it now: before step 0 there is still a choice.
             before = [values[id(v)].to("cpu", copy=True) for v in step.updated]
             try:
-                program(values, resident, operands, [at])
+                program.try_all(values, operands)
             finally:
                 for variable, value in zip(step.updated, before, strict=True):
                     values[id(variable)].copy_(value)
@@ -134,60 +176,15 @@ def capture(
     return program
 
 
-def record(
-    step: ExaminedStep,
-    variables: Sequence[keras.Variable],
-    values: dict[int, torch.Tensor],
-    resident: Any,
-    operands: Any,
-    at: torch.Tensor,
-    cond: Any = merging_cond,
-) -> torch.fx.GraphModule:
-    """What the step does to tensors; it runs as Python, on none with values.
-
-    Args:
-        step: the step.
-        variables: all that it uses.
-        values: memory of these, by id.
-        resident: see `Fetch`.
-        operands: of one batch.
-        at: the index of a step.
-        cond: in place of `keras.ops.cond`.
-
-    Returns:
-        Takes the values of the variables, resident, operands and `at`;
-        returns the logs, float32 `[names]`.
-    """
-
-    def run(
-        values: list[torch.Tensor], resident: Any, operands: Any, at: Any
-    ) -> Any:
-        given = dict(zip(map(id, variables), values, strict=True))
-        scope = step.new_scope(given)
-        with scope:
-            row = to_row(step.run(step.fetch(resident, operands, 0), at))
-        scope.commit()
-        if len(given) > len(variables):
-            raise NotImplementedError("it uses other variables each time")
-        return row
-
-    with keras_tracing.traced_step(cond), scoped_modules():
-        return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
-            [values[id(v)] for v in variables], resident, operands, at
-        )
-
-
-def _keep_copies_of_inputs(graph: torch.fx.GraphModule) -> None:
+def _keep_copies_of_inputs(graph: torch.fx.Graph) -> None:
     """Make the compiler keep them: see `_OPERATORS`. It may drop all others."""
-    nodes = list(graph.graph.nodes)
+    nodes = list(graph.nodes)
     inputs = {_memory(node) for node in nodes if node.op == "placeholder"}
     for node in nodes:
-        if (
-            node.target is torch.ops.aten.clone.default
-            and _memory(node.args[0]) in {*inputs, None}
-        ):
+        if node.target is torch.ops.aten.clone.default and _memory(
+            node.args[0]
+        ) in {*inputs, None}:
             node.target, node.kwargs = torch.ops.legato.own.default, {}
-    graph.recompile()
 
 
 def _memory(node: torch.fx.Node) -> int | None:

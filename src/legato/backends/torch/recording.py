@@ -12,11 +12,17 @@ from typing import Any
 import keras
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.experimental.proxy_tensor import (
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+)
 
+from legato.backends.scope import split_outputs
 from legato.backends.torch.conditional import Branch, merging_cond
-from legato.backends.torch.program import record
-from legato.backends.torch.step import ExaminedStep
+from legato.backends.torch.modules import scoped_modules
+from legato.backends.torch.step import ExaminedStep, to_row
+from legato.compat import keras_tracing
 
 
 class Recording:
@@ -29,6 +35,9 @@ class Recording:
         resident: see `Fetch`.
         operands: of one batch.
         at: the index of a step, an int32 scalar.
+
+    Attributes:
+        at: as given.
 
     Raises:
         Exception: it cannot be recorded: Python needs the value of a tensor.
@@ -54,17 +63,32 @@ class Recording:
             step, variables, values, resident, operands, at, cond
         )
         self._conditionals = conditionals
-        self._decide = self._make_decide(at)
+        self.at = at
+        self._decide: GraphModule | None = None
         self._runs: dict[tuple[bool, ...], GraphModule] = {}
+
+    @property
+    def graph(self) -> Graph:
+        """All operations, both branches of conditionals among them."""
+        return self._module.graph
+
+    def whole(self) -> GraphModule:
+        """All of them, whatever is decided; arguments as those of `run`."""
+        return self._cut(())
 
     def decisions(self, at: torch.Tensor) -> list[tuple[bool, ...]]:
         """How each step's conditionals go.
 
         Args:
             at: the index of each step, int32 `[steps]`.
+
+        Raises:
+            NotImplementedError: that depends on more than the index.
         """
-        if self._decide is None:
+        if not self._conditionals:
             return [()] * len(at)
+        if self._decide is None:
+            self._decide = self._make_decide()
         columns = [column.tolist() for column in self._decide(at)]
         return list(zip(*columns, strict=True))
 
@@ -73,16 +97,15 @@ class Recording:
 
         Returns:
             Takes the values of the variables and the leaves of `resident` and
-            `operands`, and `at`; returns the logs, float32 `[names]`.
+            `operands`, and `at`; returns the logs, float32 `[names]`, and
+            the step's outputs.
         """
         if decided not in self._runs:
             self._runs[decided] = self._cut(decided)
         return self._runs[decided]
 
-    def _make_decide(self, at: torch.Tensor) -> GraphModule | None:
+    def _make_decide(self) -> GraphModule:
         """Computes all conditions, of many steps at once."""
-        if not self._conditionals:
-            return None
         nodes = list(self._module.graph.nodes)
         given = [n for n in nodes if n.op == "placeholder"][-1]
         wanted = {given}
@@ -98,7 +121,7 @@ class Recording:
         graph.output([copies[c.pred] for c in self._conditionals])
         decide = GraphModule({}, graph)
         # Elementwise they are, or else they cannot be asked at once.
-        steps = torch.arange(3, dtype=at.dtype, device=at.device)
+        steps = torch.arange(3, dtype=self.at.dtype, device=self.at.device)
         for column in decide(steps):
             if column.shape != steps.shape:
                 raise NotImplementedError("a condition is no scalar")
@@ -106,10 +129,13 @@ class Recording:
 
     def _cut(self, decided: tuple[bool, ...]) -> GraphModule:
         graph, copies = Graph(), {}
-        (output,) = self._module.graph.output_node().all_input_nodes
+        outputs: Any = self._module.graph.output_node().args[0]
         graph.graph_copy(self._module.graph, copies)
-        graph.output(copies[output])
-        for conditional, taken in zip(self._conditionals, decided, strict=True):
+        graph.output([copies[output] for output in outputs])
+        # (Those that are not decided stay: they select.)
+        for conditional, taken in zip(
+            self._conditionals, decided, strict=bool(decided)
+        ):
             for node in conditional.select:
                 if node.target is torch.ops.aten.where.self:
                     copy = copies[node]
@@ -122,6 +148,52 @@ class Recording:
                     del copies[node]
         graph.eliminate_dead_code()
         return GraphModule(self._module, graph)
+
+
+def record(
+    step: ExaminedStep,
+    variables: Sequence[keras.Variable],
+    values: dict[int, torch.Tensor],
+    resident: Any,
+    operands: Any,
+    at: torch.Tensor,
+    cond: Any,
+) -> GraphModule:
+    """What the step does to tensors; it runs as Python, on none with values.
+
+    Args:
+        step: the step.
+        variables: all that it uses.
+        values: memory of these, by id.
+        resident: see `Fetch`.
+        operands: of one batch.
+        at: the index of a step.
+        cond: in place of `keras.ops.cond`.
+
+    Returns:
+        Takes the values of the variables, resident, operands and `at`;
+        returns the logs, float32 `[names]`, and the step's outputs.
+    """
+
+    def run(
+        values: list[torch.Tensor], resident: Any, operands: Any, at: Any
+    ) -> Any:
+        given = dict(zip(map(id, variables), values, strict=True))
+        scope = step.new_scope(given)
+        with scope:
+            logs, outputs = split_outputs(
+                step.run(step.fetch(resident, operands, 0), at)
+            )
+            row = to_row(logs)
+        scope.commit()
+        if len(given) > len(variables):
+            raise NotImplementedError("it uses other variables each time")
+        return [row, *(outputs or ())]
+
+    with keras_tracing.traced_step(cond), scoped_modules():
+        return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
+            [values[id(v)] for v in variables], resident, operands, at
+        )
 
 
 @dataclasses.dataclass

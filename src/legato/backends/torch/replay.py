@@ -83,7 +83,7 @@ class Replayer:
     def finish(
         self,
         trial: "Trial",
-        row: torch.Tensor,
+        returned: list[torch.Tensor],
         operands: Any,
         at: torch.Tensor,
     ) -> None:
@@ -91,7 +91,7 @@ class Replayer:
 
         Args:
             trial: of the step.
-            row: its logs, float32 `[names]`.
+            returned: its logs, float32 `[names]`, and its outputs.
             operands: of its batch.
             at: its index, int32 `[1]`.
         """
@@ -113,8 +113,8 @@ class Replayer:
                 trial.put_back()
                 (again,) = replay(trial.values, operands, at)
             is_same = _are_same(
-                [row, *after, *_tensors(random_after)],
-                [again, *changed, *_tensors(get_random_state())],
+                [*returned, *after, *_tensors(random_after)],
+                [*again, *changed, *_tensors(get_random_state())],
             )
             if not is_same:
                 raise NotImplementedError("the replay differs")
@@ -220,13 +220,16 @@ class Replay:
 
     def __call__(
         self, values: Values, operands: Any, at: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Run a step for each of `at`; the logs of each, float32 `[names]`.
+    ) -> list[list[torch.Tensor]]:
+        """Run a step for each of `at`.
 
         Args:
             values: memory of the variables.
             operands: of as many batches.
             at: the index of each step, int32 `[steps]`.
+
+        Returns:
+            For each step its logs, float32 `[names]`, and its outputs.
         """
         given = [values[id(v)] for v in self._variables] + self._resident
         leaves = tree_leaves(operands)
