@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from legato.backends.torch.arrays import current_device
 from legato.backends.torch.randomness import kept_random_state
-from legato.backends.torch.recording import Recording
+from legato.backends.torch.recording import Recording, memory_of
 from legato.backends.torch.step import ExaminedStep
 from legato.errors import LegatoWarning, StepError
 
@@ -179,19 +179,11 @@ def capture(
 def _keep_copies_of_inputs(graph: torch.fx.Graph) -> None:
     """Make the compiler keep them: see `_OPERATORS`. It may drop all others."""
     nodes = list(graph.nodes)
-    inputs = {_memory(node) for node in nodes if node.op == "placeholder"}
+    inputs = {memory_of(node) for node in nodes if node.op == "placeholder"}
     for node in nodes:
-        if node.target is torch.ops.aten.clone.default and _memory(
-            node.args[0]
-        ) in {*inputs, None}:
+        copied = node.target is torch.ops.aten.clone.default
+        if copied and memory_of(node.args[0]) in {*inputs, None}:
             node.target, node.kwargs = torch.ops.legato.own.default, {}
-
-
-def _memory(node: torch.fx.Node) -> int | None:
-    """Which memory its value lies in, whatever view it is; None: not known."""
-    value = node.meta.get("val")
-    known = isinstance(value, torch.Tensor)
-    return value.untyped_storage()._cdata if known else None
 
 
 def _reason(error: Exception) -> str:

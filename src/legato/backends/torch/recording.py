@@ -5,6 +5,7 @@ is known before the step runs, for it depends on the step's index alone, is
 decided then: what only the branch not taken does is cut out.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -146,6 +147,7 @@ class Recording:
                 if node in copies and not copies[node].users:
                     graph.erase_node(copies[node])
                     del copies[node]
+        _erase_copies_to_themselves(graph)
         graph.eliminate_dead_code()
         return GraphModule(self._module, graph)
 
@@ -228,6 +230,42 @@ class _Conditional:
         if self._part:
             getattr(self, self._part).extend(nodes[self._begin :])
         self._begin, self._part = len(nodes), part
+
+
+def memory_of(node: Node) -> int | None:
+    """Which memory its value lies in, whatever view it is; None: not known."""
+    value = node.meta.get("val")
+    known = isinstance(value, torch.Tensor)
+    return value.untyped_storage()._cdata if known else None
+
+
+def _erase_copies_to_themselves(graph: Graph) -> None:
+    """What a variable holds that is not updated after all."""
+    changing = [n for n in graph.nodes if _changes_something(n)]
+    touched = collections.Counter(
+        memory_of(each) for node in changing for each in node.all_input_nodes
+    )
+    for node in changing:
+        if node.target is not torch.ops.aten.copy_.default or node.users:
+            continue
+        into, value = node.all_input_nodes[0], node.all_input_nodes[-1]
+        while _is_copy(value):
+            value = value.all_input_nodes[0]
+        # (Changed in between, it would be put back by this.)
+        if value is into and touched[memory_of(into)] == 1:
+            graph.erase_node(node)
+
+
+def _is_copy(node: Node) -> bool:
+    # (By name: `own` is known to those who compile alone.)
+    return str(node.target) in (
+        "aten.clone.default", "aten.detach.default", "legato.own.default",
+    )  # fmt: skip
+
+
+def _changes_something(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _ancestors(node: Node) -> set[Node]:
