@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from legato import backends, machine
+from legato.compat import keras_saving
 from legato.compat.keras_decay import exempt_from_decay
 from legato.config import TrainerConfig
 from legato.errors import RestoreError
@@ -37,6 +38,7 @@ _FREE = {
 }  # fmt: skip
 
 
+@keras_saving.without_tensorflow()
 def describe_program(task: Task, optimizers: Optimizers) -> dict[str, JSON]:
     """What the Task and its optimizers are, before anything is trained.
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -51,6 +53,38 @@ def weights(model):
 
 def equal(ours, theirs):
     return all(map(np.array_equal, ours, theirs))
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+
+import keras
+import legato
+import numpy as np
+
+x = np.ones((20, 4), "float32")
+inputs = keras.Input((4,))
+hidden = keras.layers.Dense(3, kernel_regularizer="l2")(inputs)
+hidden = keras.layers.Dropout(0.1)(keras.layers.LayerNormalization()(hidden))
+model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+rate = keras.optimizers.schedules.CosineDecay(0.1, 9)
+model.compile(keras.optimizers.AdamW(rate), "mse", metrics=["mae"])
+legato.fit(
+    model, x, x[:, :1], epochs=2, batch_size=8, validation_split=0.2,
+    verbose=0, run_dir=sys.argv[1],
+)
+assert not {"tensorflow", "torch"} & {*sys.modules}
+"""
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "jax", reason="others compute with them"
+)
+def test_libraries_that_are_not_used_are_not_imported(tmp_path):
+    # Seconds and hundreds of megabytes for whoever has them installed.
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORFLOW, str(tmp_path)], check=True
+    )
 
 
 # -- metrics ------------------------------------------------------------------

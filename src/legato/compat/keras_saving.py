@@ -1,10 +1,11 @@
-"""Weights in Keras's files, by the names that Keras gives them there.
+"""What Keras saves: weights in files, by their names there, and configs.
 
 Private names of Keras's saving are touched here and nowhere else. No code and
 no config of a file is read: of a `.keras` archive, its weights alone.
 """
 
 import contextlib
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import keras
 import ml_dtypes
 import numpy as np
 from keras.src.saving import saving_lib
+from keras.src.utils import module_utils
 
 _WEIGHTS = "model.weights.h5"
 
@@ -132,3 +134,21 @@ def without_training(model: Any) -> Iterator[None]:
     finally:
         vars(model).pop("compiled")
         vars(model).update(taken)
+
+
+@contextlib.contextmanager
+def without_tensorflow() -> Iterator[None]:
+    """Inside, `get_config` does not import TensorFlow if nobody has.
+
+    Keras looks whether what it writes down is TensorFlow's (3.15), and imports
+    it for that where it is installed: seconds, and 260 MB, on any backend. No
+    value is of a library that has not been imported.
+    """
+    library: Any = module_utils.tensorflow
+    asked = library._available
+    if "tensorflow" not in sys.modules:
+        library._available = False
+    try:
+        yield
+    finally:
+        library._available = asked
