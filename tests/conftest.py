@@ -38,15 +38,8 @@ def pytest_configure(config):
         # Processes that are users' leave nothing in the user's cache.
         os.environ["XDG_CACHE_HOME"] = f"{folder.name}/cache"
     keep_compiled(compiled_by("one"))
-
-
-def pytest_collection_finish():
-    """Collect garbage seldom, and pass over what is imported.
-
-    Libraries make objects by the million: it took a twentieth of the time.
-    """
-    gc.collect()
-    gc.freeze()
+    # Libraries make objects by the million: collections took a twentieth of
+    # the time.
     gc.set_threshold(20_000, 20, 20)
 
 

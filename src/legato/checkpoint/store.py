@@ -178,11 +178,9 @@ class CheckpointStore:
             CheckpointError: if it could not be written.
         """
         self.wait()
-        layout = storage.TensorLayout(storage.spec(arrays))
-        arena = storage.TensorArena(layout)
-        arena.fill(arrays)
+        arena = self._writer.fill_arena(arrays)  # all of them are free
         about = About.encode(
-            step=step, run_id=self._run_id, best=False, layout=layout
+            step=step, run_id=self._run_id, best=False, layout=arena.layout
         )
         files = {STATE: arena.buffer, HOST: strict_json.dumps({})}
         try:

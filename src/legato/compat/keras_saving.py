@@ -141,8 +141,8 @@ def without_tensorflow() -> Iterator[None]:
     """Inside, `get_config` does not import TensorFlow if nobody has.
 
     Keras looks whether what it writes down is TensorFlow's (3.15), and imports
-    it for that where it is installed: seconds, and 260 MB, on any backend. No
-    value is of a library that has not been imported.
+    it for that where it is installed: seconds, and hundreds of megabytes, on
+    any backend. No value is of a library that has not been imported.
     """
     library: Any = module_utils.tensorflow
     asked = library._available
@@ -151,4 +151,4 @@ def without_tensorflow() -> Iterator[None]:
     try:
         yield
     finally:
-        library._available = asked
+        library._available = asked or None  # if not: asked again

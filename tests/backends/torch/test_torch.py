@@ -13,7 +13,7 @@ from tests.contracts.scenarios import Classifier
 
 import legato
 from legato import backends
-from legato.backends.torch import arrays, program
+from legato.backends.torch import arrays, program, replay
 from legato.errors import LegatoWarning, StepError
 
 
@@ -499,6 +499,74 @@ EXPECTED = [
 def test_copies_of_variables_are_copies(compilation):
     loop, operands = compile_step(aliasing_step(), compilation=compilation)
     assert rows(loop, operands).tolist() == EXPECTED
+
+
+@pytest.mark.parametrize("compilation", ["never", "replay", "always"])
+def test_what_is_put_back_may_be_changed_after(compilation, monkeypatch):
+    # As in sharpness-aware minimisation: the copy is what the optimizer gets.
+    monkeypatch.setattr(replay, "AFTER_STEPS", 1)
+    weight, times = keras.Variable(9.0), keras.Variable(0.0)
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer.build([weight])
+
+    def count():
+        times.assign_add(1.0)
+
+    def step(batch, at):
+        before = weight.value
+        weight.assign(before + 1.0)
+        weight.assign(before)
+        ops.cond(at % 3 == 0, count, lambda: None)
+        optimizer.apply([ops.ones(())], [weight])
+        return {"weight": weight, "times": times}
+
+    loop, operands = compile_step(step, batches=7, compilation=compilation)
+    expected = [[8 - i, 1 + i // 3] for i in range(7)]
+    found = [rows(loop, operands[i:], 1, i)[0].tolist() for i in range(7)]
+    assert found == expected
+
+
+def test_conditionals_in_conditionals():
+    times = [keras.Variable(0.0) for _ in range(3)]
+    weight = keras.Variable(1.0)
+
+    def count(number):
+        def add():
+            times[number].assign_add(1.0)
+
+        return add
+
+    def step(batch, at):
+        def inner():
+            ops.cond(at % 4 == 0, count(0), count(1))
+
+        ops.cond(at % 2 == 0, inner, lambda: None)
+        # (Of what depends on more, both run.)
+        ops.cond(weight > 0, count(2), lambda: None)
+        return {str(i): v for i, v in enumerate(times)}
+
+    loop, operands = compile_step(step, batches=8, compilation="always")
+    assert rows(loop, operands, 8).tolist() == [
+        [1 + i // 4, (i + 2) // 4, 1 + i] for i in range(8)
+    ]
+
+
+def test_options_are_those_of_every_program():
+    for _ in range(2):
+        loop, operands = compile_step(aliasing_step(), compilation="always")
+        rows(loop, operands)
+    assert program._OPTIONS.keys() >= {"guard_filter_fn", "size_asserts"}
+
+
+def test_a_variable_that_lies_otherwise_is_refused():
+    weight = keras.Variable(np.ones((2, 3), "float32"))
+    loop, operands = compile_step(
+        lambda batch, at: {"sum": ops.sum(weight)}, compilation="always"
+    )
+    rows(loop, operands)
+    weight._value.data = weight._value.data.t().contiguous().t()
+    with pytest.raises(StepError, match="layout in memory"):
+        rows(loop, operands)
 
 
 def test_what_forward_gives_away_is_no_variables_memory():

@@ -67,7 +67,7 @@ def merging_cond(
     true_fn: Branch,
     false_fn: Branch,
     *,
-    note: Note = lambda pred, part: None,
+    note: Note,
 ) -> Any:
     """Run both branches, and select what they return and assign.
 

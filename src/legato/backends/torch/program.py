@@ -30,8 +30,8 @@ _OPERATORS.impl("own", torch.clone, "CompositeExplicitAutograd")
 torch.library.register_fake("legato::own", torch.empty_like)
 
 
-# Shapes and types are those that it was compiled for: nobody needs to look
-# again at each step, which takes a fifth of the time of a small one.
+# Shapes and types are those that it was compiled for: it is enough to look once
+# in a call. At each step it takes a fifth of the time of a small one.
 _OPTIONS = {
     "size_asserts": False,
     "guard_filter_fn": lambda guards: [False] * len(guards),
@@ -66,13 +66,11 @@ class StepProgram:
         self._resident = tree_leaves(resident)
         _keep_copies_of_inputs(recording.graph)
         self._whole = _compiled(recording.whole())
+        (decided,) = recording.decisions(recording.at[None])
         self._without = None
-        try:
-            (decided,) = recording.decisions(recording.at[None])
-        except NotImplementedError:
-            return
         if decided:
             self._without = _compiled(recording.run((False,) * len(decided)))
+        self._layouts: list[Any] = []
 
     def try_all(self, values: Values, operands: Any) -> None:
         """Compile everything, and run it once; values change.
@@ -81,6 +79,7 @@ class StepProgram:
             values: memory of the variables, by id.
             operands: of one batch.
         """
+        self._layouts = self._layouts_now(values)
         given = [*self._given(values), *tree_leaves(operands)]
         # Keras's SGD hands its learning rate over as a number.
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
@@ -91,6 +90,10 @@ class StepProgram:
     def _given(self, values: Values) -> list[torch.Tensor]:
         return [values[id(v)] for v in self._variables] + self._resident
 
+    def _layouts_now(self, values: Values) -> list[Any]:
+        given = [values[id(v)] for v in self._variables]
+        return [(v.shape, v.stride(), v.dtype) for v in given]
+
     def __call__(
         self, values: Values, operands: Any, at: torch.Tensor
     ) -> list[torch.Tensor]:
@@ -100,7 +103,17 @@ class StepProgram:
             values: memory of the variables, by id.
             operands: of as many batches.
             at: the index of each step, int32 `[steps]`.
+
+        Raises:
+            StepError: a variable lies otherwise in memory than when the step
+                was compiled.
         """
+        if self._layouts_now(values) != self._layouts:
+            raise StepError(
+                "A variable was given another shape, dtype or layout in memory "
+                "after the step was compiled. Leave its tensor as it is, and "
+                "assign to the variable; or train with torch_compile=False."
+            )
         given, leaves = self._given(values), tree_leaves(operands)
         programs = [self._whole] * len(at)
         if self._without is not None:
@@ -117,7 +130,10 @@ class StepProgram:
 
 
 def _compiled(graph: torch.fx.GraphModule) -> Any:
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=_OPTIONS)
+    # (A copy: PyTorch 2.13 takes some options out of it.)
+    return torch.compile(
+        graph, fullgraph=True, dynamic=False, options=dict(_OPTIONS)
+    )
 
 
 def capture(

@@ -5,7 +5,7 @@ is known before the step runs, for it depends on the step's index alone, is
 decided then: what only the branch not taken does is cut out.
 """
 
-import collections
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +39,8 @@ class Recording:
 
     Attributes:
         at: as given.
+        selects: whether conditionals depend on more than the step's index:
+            both of their branches run.
 
     Raises:
         Exception: it cannot be recorded: Python needs the value of a tensor.
@@ -63,9 +65,9 @@ class Recording:
         self._module = record(
             step, variables, values, resident, operands, at, cond
         )
-        self._conditionals = conditionals
+        self._conditionals, self._decide = self._make_decide(conditionals, at)
+        self.selects = len(self._conditionals) < len(conditionals)
         self.at = at
-        self._decide: GraphModule | None = None
         self._runs: dict[tuple[bool, ...], GraphModule] = {}
 
     @property
@@ -82,14 +84,9 @@ class Recording:
 
         Args:
             at: the index of each step, int32 `[steps]`.
-
-        Raises:
-            NotImplementedError: that depends on more than the index.
         """
-        if not self._conditionals:
-            return [()] * len(at)
         if self._decide is None:
-            self._decide = self._make_decide()
+            return [()] * len(at)
         columns = [column.tolist() for column in self._decide(at)]
         return list(zip(*columns, strict=True))
 
@@ -105,12 +102,24 @@ class Recording:
             self._runs[decided] = self._cut(decided)
         return self._runs[decided]
 
-    def _make_decide(self) -> GraphModule:
-        """Computes all conditions, of many steps at once."""
+    def _make_decide(
+        self, conditionals: list["_Conditional"], at: torch.Tensor
+    ) -> tuple[list["_Conditional"], GraphModule | None]:
+        """Those that can be decided, and what decides them, of many steps."""
+        found, decide = [], None
+        for conditional in conditionals:
+            with contextlib.suppress(Exception):  # it depends on more
+                decide = self._deciding([*found, conditional], at)
+                found.append(conditional)
+        return found, decide
+
+    def _deciding(
+        self, conditionals: list["_Conditional"], at: torch.Tensor
+    ) -> GraphModule:
         nodes = list(self._module.graph.nodes)
         given = [n for n in nodes if n.op == "placeholder"][-1]
         wanted = {given}
-        for conditional in self._conditionals:
+        for conditional in conditionals:
             wanted |= _ancestors(conditional.pred)
         graph, copies = Graph(), {}
         for node in nodes:
@@ -119,10 +128,10 @@ class Recording:
             if node is not given and node.op in ("placeholder", "get_attr"):
                 raise NotImplementedError("a condition depends on more")
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-        graph.output([copies[c.pred] for c in self._conditionals])
+        graph.output([copies[c.pred] for c in conditionals])
         decide = GraphModule({}, graph)
         # Elementwise they are, or else they cannot be asked at once.
-        steps = torch.arange(3, dtype=self.at.dtype, device=self.at.device)
+        steps = torch.arange(3, dtype=at.dtype, device=at.device)
         for column in decide(steps):
             if column.shape != steps.shape:
                 raise NotImplementedError("a condition is no scalar")
@@ -133,13 +142,14 @@ class Recording:
         outputs: Any = self._module.graph.output_node().args[0]
         graph.graph_copy(self._module.graph, copies)
         graph.output([copies[output] for output in outputs])
-        # (Those that are not decided stay: they select.)
+        # (Those that are not decided stay, and select.)
         for conditional, taken in zip(
             self._conditionals, decided, strict=bool(decided)
         ):
             for node in conditional.select:
-                if node.target is torch.ops.aten.where.self:
-                    copy = copies[node]
+                # (One in a branch that is not taken is gone already.)
+                copy = copies.get(node)
+                if copy and node.target is torch.ops.aten.where.self:
                     copy.replace_all_uses_with(copy.args[1 if taken else 2])
             unused = conditional.false if taken else conditional.true
             for node in reversed([*unused, *conditional.select]):
@@ -242,17 +252,22 @@ def memory_of(node: Node) -> int | None:
 def _erase_copies_to_themselves(graph: Graph) -> None:
     """What a variable holds that is not updated after all."""
     changing = [n for n in graph.nodes if _changes_something(n)]
-    touched = collections.Counter(
-        memory_of(each) for node in changing for each in node.all_input_nodes
-    )
     for node in changing:
         if node.target is not torch.ops.aten.copy_.default or node.users:
             continue
         into, value = node.all_input_nodes[0], node.all_input_nodes[-1]
+        passed = {memory_of(into)}
         while _is_copy(value):
+            passed.add(memory_of(value))
             value = value.all_input_nodes[0]
-        # (Changed in between, it would be put back by this.)
-        if value is into and touched[memory_of(into)] == 1:
+        # An optimizer may have changed one of the copies, or what is copied.
+        touched = {
+            memory_of(each)
+            for other in changing
+            if other is not node
+            for each in other.all_input_nodes
+        }
+        if value is into and None not in passed and not passed & touched:
             graph.erase_node(node)
 
 

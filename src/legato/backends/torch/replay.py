@@ -148,6 +148,8 @@ class Replayer:
                 operands,
                 at[0],
             )
+        if recording.selects:
+            raise NotImplementedError("a condition depends on more")
         if not python.is_same() or drawn() != drawn_after:
             raise NotImplementedError("the step changes Python's values")
         return Replay(recording, self._variables, python, self._resident)
