@@ -162,7 +162,7 @@ class TorchLoop(CompiledLoop):
         try:
             with torch.no_grad():
                 if self._program is not None:
-                    return self._program(values, operands, at)
+                    return self._returned(self._program(values, operands, at))
                 replayer = self._replayer
                 replay = replayer and replayer.ready()
                 if replay:

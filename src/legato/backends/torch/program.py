@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from legato.backends.torch.arrays import current_device
 from legato.backends.torch.randomness import kept_random_state
 from legato.backends.torch.recording import Recording, memory_of
-from legato.backends.torch.step import ExaminedStep
+from legato.backends.torch.step import ExaminedStep, Values, run_each
 from legato.errors import LegatoWarning, StepError
 
 # A copy that the compiler must make: Inductor (2.13) drops a clone of an input
@@ -36,9 +36,6 @@ _OPTIONS = {
     "size_asserts": False,
     "guard_filter_fn": lambda guards: [False] * len(guards),
 }
-
-
-Values = dict[int, torch.Tensor]
 
 
 class StepProgram:
@@ -65,7 +62,7 @@ class StepProgram:
         self._variables = variables
         self._resident = tree_leaves(resident)
         _keep_copies_of_inputs(recording.graph)
-        self._whole = _compiled(recording.whole())
+        self._whole = _compiled(recording.run(()))
         (decided,) = recording.decisions(recording.at[None])
         self._without = None
         if decided:
@@ -96,8 +93,8 @@ class StepProgram:
 
     def __call__(
         self, values: Values, operands: Any, at: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Run a step for each of `at`; the logs of each, float32 `[names]`.
+    ) -> list[list[torch.Tensor]]:
+        """Run a step for each of `at`; see `run_each`.
 
         Args:
             values: memory of the variables, by id.
@@ -114,19 +111,13 @@ class StepProgram:
                 "after the step was compiled. Leave its tensor as it is, and "
                 "assign to the variable; or train with torch_compile=False."
             )
-        given, leaves = self._given(values), tree_leaves(operands)
         programs = [self._whole] * len(at)
         if self._without is not None:
             programs = [
                 self._whole if any(decided) else self._without
                 for decided in self._recording.decisions(at)
             ]
-        return [
-            program(*given, *(x[i : i + 1] for x in leaves), now)[0]
-            for i, (program, now) in enumerate(
-                zip(programs, at.unbind(), strict=True)
-            )
-        ]
+        return run_each(programs, self._given(values), operands, at)
 
 
 def _compiled(graph: torch.fx.GraphModule) -> Any:

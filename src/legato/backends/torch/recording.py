@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import (
 from legato.backends.scope import split_outputs
 from legato.backends.torch.conditional import Branch, merging_cond
 from legato.backends.torch.modules import scoped_modules
-from legato.backends.torch.step import ExaminedStep, to_row
+from legato.backends.torch.step import ExaminedStep, Values, to_row
 from legato.compat import keras_tracing
 
 
@@ -50,7 +50,7 @@ class Recording:
         self,
         step: ExaminedStep,
         variables: Sequence[keras.Variable],
-        values: dict[int, torch.Tensor],
+        values: Values,
         resident: Any,
         operands: Any,
         at: torch.Tensor,
@@ -62,9 +62,27 @@ class Recording:
             conditionals.append(conditional)
             return merging_cond(pred, true_fn, false_fn, note=conditional.note)
 
-        self._module = record(
-            step, variables, values, resident, operands, at, cond
-        )
+        def run(
+            values: list[torch.Tensor], resident: Any, operands: Any, at: Any
+        ) -> list[torch.Tensor]:
+            given = dict(zip(map(id, variables), values, strict=True))
+            scope = step.new_scope(given)
+            with scope:
+                logs, outputs = split_outputs(
+                    step.run(step.fetch(resident, operands, 0), at)
+                )
+                row = to_row(logs)
+            scope.commit()
+            if len(given) > len(variables):
+                raise NotImplementedError("it uses other variables each time")
+            return [row, *(outputs or ())]
+
+        # Runs as Python, on tensors without values.
+        trace = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
+        with keras_tracing.traced_step(cond), scoped_modules():
+            self._module = trace(
+                [values[id(v)] for v in variables], resident, operands, at
+            )
         self._conditionals, self._decide = self._make_decide(conditionals, at)
         self.selects = len(self._conditionals) < len(conditionals)
         self.at = at
@@ -74,10 +92,6 @@ class Recording:
     def graph(self) -> Graph:
         """All operations, both branches of conditionals among them."""
         return self._module.graph
-
-    def whole(self) -> GraphModule:
-        """All of them, whatever is decided; arguments as those of `run`."""
-        return self._cut(())
 
     def decisions(self, at: torch.Tensor) -> list[tuple[bool, ...]]:
         """How each step's conditionals go.
@@ -92,6 +106,9 @@ class Recording:
 
     def run(self, decided: tuple[bool, ...]) -> GraphModule:
         """The operations of a step whose conditionals go like this.
+
+        Args:
+            decided: as in `decisions`; `()` leaves all undecided.
 
         Returns:
             Takes the values of the variables and the leaves of `resident` and
@@ -162,52 +179,6 @@ class Recording:
         return GraphModule(self._module, graph)
 
 
-def record(
-    step: ExaminedStep,
-    variables: Sequence[keras.Variable],
-    values: dict[int, torch.Tensor],
-    resident: Any,
-    operands: Any,
-    at: torch.Tensor,
-    cond: Any,
-) -> GraphModule:
-    """What the step does to tensors; it runs as Python, on none with values.
-
-    Args:
-        step: the step.
-        variables: all that it uses.
-        values: memory of these, by id.
-        resident: see `Fetch`.
-        operands: of one batch.
-        at: the index of a step.
-        cond: in place of `keras.ops.cond`.
-
-    Returns:
-        Takes the values of the variables, resident, operands and `at`;
-        returns the logs, float32 `[names]`, and the step's outputs.
-    """
-
-    def run(
-        values: list[torch.Tensor], resident: Any, operands: Any, at: Any
-    ) -> Any:
-        given = dict(zip(map(id, variables), values, strict=True))
-        scope = step.new_scope(given)
-        with scope:
-            logs, outputs = split_outputs(
-                step.run(step.fetch(resident, operands, 0), at)
-            )
-            row = to_row(logs)
-        scope.commit()
-        if len(given) > len(variables):
-            raise NotImplementedError("it uses other variables each time")
-        return [row, *(outputs or ())]
-
-    with keras_tracing.traced_step(cond), scoped_modules():
-        return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
-            [values[id(v)] for v in variables], resident, operands, at
-        )
-
-
 @dataclasses.dataclass
 class _Conditional:
     """The nodes of a conditional in the graph that is being recorded.
@@ -260,6 +231,8 @@ def _erase_copies_to_themselves(graph: Graph) -> None:
         while _is_copy(value):
             passed.add(memory_of(value))
             value = value.all_input_nodes[0]
+        if value is not into or None in passed:
+            continue
         # An optimizer may have changed one of the copies, or what is copied.
         touched = {
             memory_of(each)
@@ -267,7 +240,7 @@ def _erase_copies_to_themselves(graph: Graph) -> None:
             if other is not node
             for each in other.all_input_nodes
         }
-        if value is into and None not in passed and not passed & touched:
+        if not passed & touched:
             graph.erase_node(node)
 
 

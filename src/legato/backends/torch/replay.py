@@ -19,7 +19,7 @@ from legato.backends.torch.randomness import (
     kept_random_state,
     set_random_state,
 )
-from legato.backends.torch.step import ExaminedStep
+from legato.backends.torch.step import ExaminedStep, Values, run_each
 from legato.backends.torch.watching import PythonState, Watcher, drawn
 from legato.rng import kept_host_state
 
@@ -30,9 +30,6 @@ AFTER_STEPS = 30
 
 _MAX_BYTES = 1 << 30
 """Of what a step changes: it is held three times while a replay is tried."""
-
-Values = dict[int, torch.Tensor]
-"""Memory of the variables, by id."""
 
 
 class Replayer:
@@ -223,27 +220,16 @@ class Replay:
     def __call__(
         self, values: Values, operands: Any, at: torch.Tensor
     ) -> list[list[torch.Tensor]]:
-        """Run a step for each of `at`.
+        """Run a step for each of `at`; see `run_each`.
 
         Args:
             values: memory of the variables.
             operands: of as many batches.
             at: the index of each step, int32 `[steps]`.
-
-        Returns:
-            For each step its logs, float32 `[names]`, and its outputs.
         """
         given = [values[id(v)] for v in self._variables] + self._resident
-        leaves = tree_leaves(operands)
-        decisions = self._recording.decisions(at)
-        return [
-            self._recording.run(decided)(
-                *given, *(leaf[index : index + 1] for leaf in leaves), now
-            )
-            for index, (now, decided) in enumerate(
-                zip(at.unbind(), decisions, strict=True)
-            )
-        ]
+        programs = map(self._recording.run, self._recording.decisions(at))
+        return run_each([*programs], given, operands, at)
 
 
 def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

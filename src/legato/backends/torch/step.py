@@ -1,11 +1,12 @@
 """One step, and what is known of it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import torch
+from torch.utils._pytree import tree_leaves
 
 from legato.backends.lost import LostVariables
 from legato.backends.protocol import Fetch, Step
@@ -13,6 +14,10 @@ from legato.backends.torch.scope import Reached, StepScope
 
 LOST = LostVariables()
 """Those that a failed call left in the midst of a step."""
+
+
+Values = dict[int, torch.Tensor]
+"""Memory of the variables, by id."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,7 +46,7 @@ class ExaminedStep:
     copied: frozenset[int] = frozenset()
     reached: Reached = dataclasses.field(default_factory=dict)
 
-    def new_scope(self, values: dict[int, torch.Tensor]) -> StepScope:
+    def new_scope(self, values: Values) -> StepScope:
         """A scope to run it in.
 
         Args:
@@ -61,3 +66,30 @@ def to_row(logs: Mapping[str, Any]) -> torch.Tensor:
         keras.ops.convert_to_tensor(v, "float32") for v in logs.values()
     ]
     return torch.stack(row) if row else torch.zeros((0,))
+
+
+def run_each(
+    programs: Sequence[Callable[..., list[torch.Tensor]]],
+    given: Sequence[torch.Tensor],
+    operands: Any,
+    at: torch.Tensor,
+) -> list[list[torch.Tensor]]:
+    """Run a program for each step, on its batch.
+
+    Args:
+        programs: one for each step; see `Recording.run`.
+        given: to all of them: values of variables, and what is resident.
+        operands: of as many batches.
+        at: the index of each step, int32 `[steps]`.
+
+    Returns:
+        For each step its logs, float32 `[names]`, and its outputs.
+    """
+    # In the order of recordings: other libraries sort keys.
+    leaves = tree_leaves(operands)
+    return [
+        program(*given, *(leaf[index : index + 1] for leaf in leaves), now)
+        for index, (program, now) in enumerate(
+            zip(programs, at.unbind(), strict=True)
+        )
+    ]
