@@ -128,6 +128,7 @@ class Order:
         self._plan = plan
         self._seed = seed
         self._block = BlockwisePermutation(plan.length)
+        self._key = -1, 0  # of the epoch that was asked for last
 
     def batch(self, epoch: int, number: int) -> np.ndarray:
         """The examples of one batch: int64, `[batch]`."""
@@ -150,8 +151,9 @@ class Order:
             return self._mixed_batches(epoch, start, count)
         if not self._plan.shuffle:
             return np.arange(start, start + count)
-        key = derive_seed(self._seed, "order", epoch)
-        return self._block.rows(key, start, count)
+        if epoch != self._key[0]:
+            self._key = epoch, derive_seed(self._seed, "order", epoch)
+        return self._block.rows(self._key[1], start, count)
 
     def _mixed_batches(self, epoch: int, start: int, count: int) -> np.ndarray:
         size = self._plan.full_batch_size

@@ -225,7 +225,10 @@ class _Iterator(DataIterator):
     ) -> None:
         self._source = source
         self._seed = seed
+        # Each computes a part of an epoch's order at a time, and what is made
+        # ahead may be of the next epoch.
         self._order = source.plan.order(seed)
+        self._order_ahead = source.plan.order(seed)
         self._chunks = Chunks(self._draw, capacity)
         self._epoch = 0
         self._batch = 0
@@ -305,7 +308,8 @@ class _Iterator(DataIterator):
         return self._ahead.take()
 
     def _job(self, epoch: int, batch: int) -> Job:
-        return Job(self._seed, epoch, batch, self._order.batch(epoch, batch))
+        indices = self._order_ahead.batch(epoch, batch)
+        return Job(self._seed, epoch, batch, indices)
 
     def close(self) -> None:
         if self._ahead is not None:

@@ -22,9 +22,6 @@ class Structure:
         self._skeleton = keras.tree.map_structure(
             lambda leaf: None if leaf is None else _LEAF, nested
         )
-        self._present = [
-            leaf is not None for leaf in keras.tree.flatten(self._skeleton)
-        ]
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -45,7 +42,10 @@ class Structure:
     def pack(self, leaves: Sequence[Any]) -> Any:
         """The nested structure that holds these leaves."""
         rest = iter(leaves)
-        flat = [next(rest) if present else None for present in self._present]
+        flat = [
+            None if leaf is None else next(rest)
+            for leaf in keras.tree.flatten(self._skeleton)
+        ]
         return keras.tree.pack_sequence_as(self._skeleton, flat)
 
     def paths(self) -> list[str]:

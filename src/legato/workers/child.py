@@ -11,7 +11,7 @@ import pickle
 import signal
 import threading
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 from legato.workers.recipe import Job, Recipe
 from legato.workers.sharing import SharedFile, Written
@@ -36,8 +36,7 @@ class Setup:
     recipe: Written
 
 
-@dataclasses.dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """One job, and where its batch is to be written.
 
     Attributes:

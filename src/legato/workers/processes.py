@@ -12,6 +12,7 @@ import multiprocessing.connection
 import multiprocessing.spawn
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -150,8 +151,15 @@ class Processes:
             self, _close, self._workers, [recipe_file, *descriptors]
         )
         setup = _setup(recipe, SharedFile(recipe_file))
+        # (`multiprocessing.connection.wait` makes one of its own each time,
+        # which takes longer than all else that a batch takes here.)
+        self._links = select.poll()
+        self._by_link: dict[int, _Worker] = {}
         for _ in range(count):
-            self._workers.append(_Worker(recipe_file, descriptors))
+            worker = _Worker(recipe_file, descriptors)
+            self._workers.append(worker)
+            self._links.register(worker.link.fileno(), select.POLLIN)
+            self._by_link[worker.link.fileno()] = worker
         for worker in self._workers:
             worker.send(setup)
 
@@ -223,12 +231,13 @@ class Processes:
             timeout = max(timeout, _START_SECS)
         until = time.monotonic() + timeout
         while True:
-            links = {w.link: w for w in self._workers if w.is_alive}
             left = min(POLL_SECS, max(0.0, until - time.monotonic()))
-            ready = multiprocessing.connection.wait(list(links), left)
-            for link in ready:
-                self._read(links[link])  # type: ignore[index]
-            if waited_for.link in ready:
+            ready = [
+                self._by_link[link] for link, _ in self._links.poll(1000 * left)
+            ]
+            for worker in ready:
+                self._read(worker)
+            if waited_for in ready:
                 return
             if time.monotonic() >= until:
                 self._end_hanging(waited_for)
@@ -281,6 +290,7 @@ class Processes:
         """Its jobs fail in their turn, and so do those that come later."""
         self.broken = True
         worker.is_alive = False
+        self._links.unregister(worker.link.fileno())
         stack = os.pread(worker.crash, 6000, 0).decode(errors="replace")
         self._failure = (
             f"{self._what}: the worker process {worker.process.pid}"

@@ -4,20 +4,18 @@ A file without a name is gone when the last process that has it open is gone,
 however that ended.
 """
 
-import dataclasses
 import mmap
 import os
 import pickle
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 _ALIGNMENT = 64  # of arrays: a cache line
 _GROWTH = 2**20  # sizes are multiples of it, not to grow at each batch
 
 
-@dataclasses.dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """Where a value lies in a `SharedFile`.
 
     Attributes:
