@@ -558,3 +558,15 @@ def test_a_device_that_does_not_repeat_itself_is_named(tmp_path, monkeypatch):
     with pytest.warns(ExactnessWarning, match="may differ from itself"):
         train(Classifier(), tmp_path / "warn")
     train(Classifier(), tmp_path / "off", exact="off")
+
+
+def test_a_value_that_was_written_is_a_copy():
+    # JAX takes aligned memory as it is, also where it is told not to.
+    memory = np.zeros(1024, "float32")
+    start = -memory.ctypes.data % 64 // 4
+    value = memory[start : start + 512]
+    variable = keras.Variable(np.zeros(512, "float32"))
+    value[:] = 1
+    backends.current().write([variable], [value])
+    value[:] = 2
+    assert (keras.ops.convert_to_numpy(variable) == 1).all()

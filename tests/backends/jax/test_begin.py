@@ -137,6 +137,23 @@ def test_what_callbacks_change_counts(
     assert not taken
 
 
+def test_a_callback_that_looks_has_nothing_else_compiled(
+    tmp_path, calls, caplog
+):
+    # What was run to give it a value was another program once: compiled
+    # during the run, and with other bits where XLA optimises little.
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        fit(tmp_path, Looks())
+    assert calls
+    compiled = [
+        record.getMessage()
+        for record in caplog.records
+        if "XLA compilation of jit(loop)" in record.getMessage()
+    ]
+    # For whole and for partial batches, and for validation.
+    assert len(compiled) == 3, compiled
+
+
 def test_a_callback_that_looks_costs_no_step(tmp_path, taken, monkeypatch):
     early = fit(tmp_path / "early", Looks())
     assert len(taken) > 15 and all(taken)

@@ -252,13 +252,11 @@ class Ahead:
             count = stretch.done - stretch.begun
             values = stretch.before
             if count:
-                # (Not to be traced, if that is what goes on.)
-                with jax.ensure_compile_time_eval():
-                    values, _, _ = self._run(
-                        stretch.before, stretch.read_only, stretch.placed,
-                        stretch.step + stretch.begun,
-                        stretch.index + stretch.begun, count,
-                    )  # fmt: skip
+                values, _, _ = self._run(
+                    stretch.before, stretch.read_only, stretch.placed,
+                    stretch.step + stretch.begun,
+                    stretch.index + stretch.begun, count,
+                )  # fmt: skip
             keras_values.set_waiting(self._updated, values)
             stretch.before, stretch.begun = values, stretch.done
             stretch.held = values

@@ -402,15 +402,21 @@ class JaxLoop(CompiledLoop):
 
         # (Nothing is donated: see `_can_begin`.)
         compiled = jax.jit(loop)
+        executable = None
 
         def run(
             updated: Any, read_only: Any, operands: Any,
             step: int, first: int, num_steps: int,
         ) -> Any:  # fmt: skip
+            # The executable itself, which a call of `compiled` has too: that
+            # would be traced, and compiled to something else, where somebody
+            # asks for a value while he traces.
+            nonlocal executable
             numbers = np.array([step, first, num_steps], np.int32)
-            return compiled(
-                updated, read_only, self._resident, operands, numbers
-            )
+            given = updated, read_only, self._resident, operands, numbers
+            if executable is None:
+                executable = compiled.lower(*given).compile()
+            return executable(*given)
 
         def call(
             updated: Any, read_only: Any, resident: Any, operands: Any,
