@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import QUICK_XLA
+
 # Before any test imports Keras, which reads it once.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-if os.environ["KERAS_BACKEND"] == "tensorflow":
-    # Newer instructions compute half precision in another way than Eigen does,
-    # with which compiled steps are compared.
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
+_FLAGS = QUICK_XLA[os.environ["KERAS_BACKEND"]]
+os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 # PyTorch's threads wait for one another at each operation, however small it
 # is: for long, where others are at work. With as many processes as cores most

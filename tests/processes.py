@@ -157,11 +157,45 @@ def keep_compiled(folder: str | None) -> None:
 
 
 def compile_quickly(quickly: bool) -> None:
-    """Let XLA optimise little, which saves a third of a small run; or all."""
+    """Let the compiler optimise little, which takes less time; or all it can.
+
+    As users do not: of both sides of a comparison, or of none.
+    """
     if os.environ["KERAS_BACKEND"] == "jax":
         import jax
 
         jax.config.update("jax_disable_most_optimizations", quickly)
+    elif os.environ["KERAS_BACKEND"] == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.optimizer.set_experimental_options(
+            {"disable_meta_optimizer": quickly}
+        )
+
+
+QUICK_XLA = {
+    # Without the newer emitters: half of the time of a small program.
+    "jax": ("--xla_cpu_use_fusion_emitters=false",),
+    "tensorflow": (
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        # Newer instructions compute half precision in another way than Eigen
+        # does, with which compiled steps are compared.
+        "--xla_cpu_max_isa=AVX2",
+    ),
+    "torch": (),
+}
+"""By backend, what XLA is told in the tests' processes and those they start.
+
+It reads it once, when it compiles for the first time.
+"""
+
+
+def compile_as_users() -> None:
+    """Compile with all optimisations; in a process that has not yet."""
+    os.environ.pop("XLA_FLAGS", None)
+    compile_quickly(False)
 
 
 def use_several_threads() -> None:

@@ -15,6 +15,7 @@ from legato.diff.checkpoints import compare_checkpoints
 from legato.storage import strict_json
 from tests.processes import (
     Side,
+    compile_as_users,
     compile_quickly,
     compiled_by,
     context,
@@ -67,7 +68,10 @@ def _train(
 ) -> None:
     """The child."""
     keep_compiled(compiled)
-    compile_quickly(quickly)
+    if quickly:
+        compile_quickly(True)
+    else:
+        compile_as_users()
     if not name.startswith("fit/"):
         use_several_threads()
     train_here(name, Path(run_dir), overrides)

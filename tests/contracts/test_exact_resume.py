@@ -136,6 +136,7 @@ def test_bits_do_not_depend_on_where_loops_are_cut(
 def test_resumed_at_every_position(name, tmp_path):
     whole = tmp_path / "whole"
     length = {"train_steps": 8, "checkpoint_interval": 1, "keep_last": None}
+    length["quickly"] = name not in RECOMPILED
     runs.train(name, whole, **length)
     run_id = load_checkpoint(whole / "final").run_id
     processes = []
