@@ -5,6 +5,7 @@ device initialised. What a new interpreter alone has (another hash seed, its
 own imports) is what `subprocess` is for.
 """
 
+import functools
 import multiprocessing
 import os
 import runpy
@@ -17,6 +18,10 @@ from typing import Any, Literal
 
 SHARED = "LEGATO_TESTS_SHARED"
 """The variable that names the folder that the processes of all tests share."""
+
+ENOUGH = "torch"
+"""What knows no backend is the same on every one, and is tried on this alone:
+PyTorch compiles little, and its tests are the quickest."""
 
 Side = Literal["one", "other"]
 """Of a comparison: that of the tests' own process and of runs that go through
@@ -159,12 +164,17 @@ def keep_compiled(folder: str | None) -> None:
 def compile_quickly(quickly: bool) -> None:
     """Let the compiler optimise little, which takes less time; or all it can.
 
-    As users do not: of both sides of a comparison, or of none.
+    Half of the time that small programs take goes into XLA's newer emitters on
+    JAX, and an eighth into Grappler on TensorFlow.
     """
     if os.environ["KERAS_BACKEND"] == "jax":
         import jax
+        from jax._src import compiler
 
         jax.config.update("jax_disable_most_optimizations", quickly)
+        _options()  # before it is replaced
+        # (JAX has no public way to say it but `XLA_FLAGS`, which is read once.)
+        compiler.get_compile_options = _quick_options if quickly else _options()
     elif os.environ["KERAS_BACKEND"] == "tensorflow":
         import tensorflow as tf
 
@@ -173,29 +183,18 @@ def compile_quickly(quickly: bool) -> None:
         )
 
 
-QUICK_XLA = {
-    # Without the newer emitters: half of the time of a small program.
-    "jax": ("--xla_cpu_use_fusion_emitters=false",),
-    "tensorflow": (
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        # Newer instructions compute half precision in another way than Eigen
-        # does, with which compiled steps are compared.
-        "--xla_cpu_max_isa=AVX2",
-    ),
-    "torch": (),
-}
-"""By backend, what XLA is told in the tests' processes and those they start.
+@functools.cache
+def _options() -> Callable[..., Any]:
+    """JAX's own function."""
+    from jax._src import compiler
 
-It reads it once, when it compiles for the first time.
-"""
+    return compiler.get_compile_options
 
 
-def compile_as_users() -> None:
-    """Compile with all optimisations; in a process that has not yet."""
-    os.environ.pop("XLA_FLAGS", None)
-    compile_quickly(False)
+def _quick_options(*arguments: Any, **options: Any) -> Any:
+    overrides = dict(options.pop("env_options_overrides", None) or {})
+    overrides["xla_cpu_use_fusion_emitters"] = False
+    return _options()(*arguments, env_options_overrides=overrides, **options)
 
 
 def use_several_threads() -> None:

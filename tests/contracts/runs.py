@@ -15,7 +15,6 @@ from legato.diff.checkpoints import compare_checkpoints
 from legato.storage import strict_json
 from tests.processes import (
     Side,
-    compile_as_users,
     compile_quickly,
     compiled_by,
     context,
@@ -68,10 +67,7 @@ def _train(
 ) -> None:
     """The child."""
     keep_compiled(compiled)
-    if quickly:
-        compile_quickly(True)
-    else:
-        compile_as_users()
+    compile_quickly(quickly)
     if not name.startswith("fit/"):
         use_several_threads()
     train_here(name, Path(run_dir), overrides)

@@ -513,6 +513,9 @@ import sys, time
 import keras
 import legato
 from tests.contracts.test_bad_input import Plain, train
+from tests.processes import compile_quickly
+
+compile_quickly(True)  # as the tests' own process does
 
 def wait(epoch, logs):
     print("training", flush=True)

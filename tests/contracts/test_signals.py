@@ -17,7 +17,7 @@ from legato.storage import FileSystem
 from tests.contracts import runs
 from tests.contracts.examples import Hangs
 from tests.contracts.scenarios import Classifier
-from tests.processes import Forked
+from tests.processes import ENOUGH, Forked
 
 PHASES = ("compiling", "training", "validation", "saving")
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
@@ -126,7 +126,11 @@ def stop(run_dir, told, phase, name):
 def test_a_signal_in_any_phase(tmp_path):
     whole = Forked(train, tmp_path / "whole", None, side="one")
     run_dir = tmp_path / "run"
-    for name, phase in itertools.product(SIGNALS, PHASES):
+    together = list(itertools.product(SIGNALS, PHASES))
+    if keras.config.backend() != ENOUGH:
+        # The handler knows no backend: each signal, and each phase.
+        together = list(zip(itertools.cycle(SIGNALS), PHASES, strict=False))
+    for name, phase in together:
         secs = stop(run_dir, tmp_path / "told", phase, name)
         if phase == "compiling":
             assert secs < 0.3, name  # at once

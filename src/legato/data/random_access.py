@@ -225,10 +225,11 @@ class _Iterator(DataIterator):
     ) -> None:
         self._source = source
         self._seed = seed
-        # Each computes a part of an epoch's order at a time, and what is made
-        # ahead may be of the next epoch.
-        self._order = source.plan.order(seed)
-        self._order_ahead = source.plan.order(seed)
+        # Each computes a part of an epoch's order at a time, and what workers
+        # make ahead may be of the next epoch.
+        self._order = self._order_ahead = source.plan.order(seed)
+        if source.workers:
+            self._order_ahead = source.plan.order(seed)
         self._chunks = Chunks(self._draw, capacity)
         self._epoch = 0
         self._batch = 0

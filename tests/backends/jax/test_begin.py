@@ -237,6 +237,11 @@ def trace(model):
     return np.asarray(jax.jit(lambda: kernel.value * 2)()).tobytes()
 
 
+def look_without_jit(model):
+    with jax.disable_jit():
+        return look(model)
+
+
 def copy_one(model):
     return np.asarray(copy.deepcopy(model.layers[0].kernel).value).tobytes()
 
@@ -261,6 +266,7 @@ def ask_elsewhere(model):
         stop,
         predict,
         trace,
+        look_without_jit,
         copy_one,
         ask_elsewhere,
     ],

@@ -10,6 +10,7 @@ Bits are the same as those of one step at a time: it is the same loop, cut
 elsewhere. So how far ahead it runs may depend on the clock.
 """
 
+import contextlib
 import dataclasses
 import operator
 import threading
@@ -204,12 +205,13 @@ class Ahead:
         size = min(self._size, last.stop - index)
         if size < 1:
             return
-        self._next = self._launch(
-            _Stretch(
-                last.operands, last.placed, last.step + last.size, index,
-                size, last.stop, last.after, last.read_only,
-            )
-        )  # fmt: skip
+        with contextlib.suppress(Exception):  # raised in its turn
+            self._next = self._launch(
+                _Stretch(
+                    last.operands, last.placed, last.step + last.size, index,
+                    size, last.stop, last.after, last.read_only,
+                )
+            )  # fmt: skip
 
     def _hand_out(self, stretch: _Stretch) -> np.ndarray:
         row = stretch.rows[stretch.done : stretch.done + 1]

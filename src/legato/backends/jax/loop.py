@@ -410,13 +410,17 @@ class JaxLoop(CompiledLoop):
         ) -> Any:  # fmt: skip
             # The executable itself, which a call of `compiled` has too: that
             # would be traced, and compiled to something else, where somebody
-            # asks for a value while he traces.
+            # asks for a value while he traces, or has `jit` disabled.
             nonlocal executable
             numbers = np.array([step, first, num_steps], np.int32)
             given = updated, read_only, self._resident, operands, numbers
-            if executable is None:
+            with jax.disable_jit(False):
+                if executable is not None:
+                    with contextlib.suppress(TypeError, ValueError):
+                        return executable(*given)
+                # The first time; or somebody put an array on another device.
                 executable = compiled.lower(*given).compile()
-            return executable(*given)
+                return executable(*given)
 
         def call(
             updated: Any, read_only: Any, resident: Any, operands: Any,
