@@ -162,6 +162,7 @@ def slow(rounds: int) -> list[engine.Row]:
         "none": {},
         "a thread": {"workers": 1},
         "a process": {"workers": 1, "processes": True},
+        "two threads": {"workers": 2},
     }
     contestants: dict[str, Callable[[], float]] = {
         "step": lambda: rate(legato.ArraySource((x, y), batch_size=size))
