@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -898,6 +899,24 @@ def test_the_latest_is_what_the_run_ended_with(tmp_path):
     for step in store.steps():  # only final/ was kept
         storage.remove_directory(store.path(step))
     assert find_checkpoint(tmp_path).path == tmp_path / "final"
+
+
+def test_what_a_run_ends_with_takes_no_second_buffer(tmp_path, monkeypatch):
+    made, at_once = [], []
+    original = storage.TensorArena
+
+    def counted(layout):
+        at_once.append(sum(arena() is not None for arena in made))
+        arena = original(layout)
+        made.append(weakref.ref(arena))
+        return arena
+
+    monkeypatch.setattr(storage, "TensorArena", counted)
+    store = begin_run(tmp_path)
+    save(store, 1, 2)
+    store.wait()
+    save_final(store, 2)  # fewer arrays than a checkpoint's
+    assert at_once[-1] == 0, at_once
 
 
 def test_a_step_is_found_also_where_only_the_best_holds_it(tmp_path):

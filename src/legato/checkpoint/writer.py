@@ -88,19 +88,16 @@ class Writer:
                 self._changed.wait(_TICK_SECS)
             self.poll()
         free = [arena for arena in self._arenas if arena not in busy]
-        for arena in free:  # a warm one, if there is one that fits
-            if arena.layout.fits(arrays):
-                break
-        else:
-            arena = storage.TensorArena(
-                storage.TensorLayout(storage.spec(arrays))
-            )
-            self._arenas = [
-                arena,
-                *(a for a in self._arenas if a in busy),
-            ]
-        arena.fill(arrays)
-        return arena
+        found = next((a for a in free if a.layout.fits(arrays)), None)
+        if found is None:
+            layout = storage.TensorLayout(storage.spec(arrays))
+            # Let go of first: each is as large as all that is saved.
+            free.clear()
+            self._arenas = list(busy)
+            found = storage.TensorArena(layout)
+            self._arenas.append(found)
+        found.fill(arrays)
+        return found
 
     def submit(self, job: Job) -> None:
         """Queues a job and returns."""
