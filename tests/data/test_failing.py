@@ -2,7 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 import traceback
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -241,6 +245,52 @@ def test_grains_workers_that_fail(function, words):
     with pytest.raises(Exception, match=words) as caught:
         read(grain_source(1, function), 5)
     assert "train (grain IterDataset) was read" in notes(caught.value)
+
+
+_GRAIN = """
+import os, signal
+from legato.data import fit_source
+from tests.data import grain_examples
+
+if __name__ == "__main__":
+    data = grain_examples.dataset(workers=2)
+    source = fit_source(data, steps_per_epoch=5, name="train")
+    iterator = source.iterate(seed=5, capacity=1)
+    iterator.next_chunk(1)
+    import multiprocessing
+    print(*(c.pid for c in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.any_backend
+def test_grains_workers_end_with_their_parent(tmp_path):
+    pytest.importorskip("grain")
+    script = tmp_path / "script.py"
+    script.write_text(_GRAIN)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done
+    pids = list(map(int, done.stdout.splitlines()[0].split()))
+    assert len(pids) == 2
+    until = time.monotonic() + 10
+    while left := list(filter(lives, pids)):
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
+
+
+def lives(pid):
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # nobody waits for it
 
 
 class Failing:

@@ -10,6 +10,7 @@ from legato.data.encoding import decode, encode
 from legato.data.readers import Iterable, Passes
 from legato.data.source import DataState
 from legato.errors import DamagedError, RestoreError
+from legato.workers.guarding import Guard
 
 _ENDLESS = 2**62  # Grain's length of a dataset that is repeated without end
 
@@ -46,24 +47,35 @@ class GrainDataset(Iterable):
             self.data = dataset.to_iter_dataset(_READ)
         outermost = _unwrapped(self.data)
         self.ahead = _has_processes(outermost) or _has_threads(outermost)
-        if any(map(_has_processes, _chain(self.data))):
+        self._processes = any(map(_has_processes, _chain(self.data)))
+        if self._processes:
             self.cheap = False
             _mark_flags()
 
     def open(self) -> Passes:
         """Iterates over the dataset."""
-        return _Passes(self.data)
+        return _Passes(self.data, guarded=self._processes)
 
 
 class _Passes(Passes):
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, *, guarded: bool) -> None:
         self._dataset = dataset
+        self._guarded = guarded
+        self._guard: Guard | None = None
         self._iterator: Any = None
 
     def begin(self, number: int) -> Iterator[Any]:
         self.close()
+        if self._guarded:
+            self._guard = Guard()
         self._iterator = iter(self._dataset)
-        return self._iterator
+        return self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        for batch in self._iterator:
+            if self._guard is not None:
+                self._guard.watch()  # some begin with the first batches
+            yield batch
 
     def get_state(self) -> DataState:
         state = _state_of(self._iterator)
@@ -75,7 +87,8 @@ class _Passes(Passes):
                 pass
             case _:
                 raise DamagedError("data state: not that of Grain.")
-        iterator: Any = self.begin(number)
+        batches = self.begin(number)
+        iterator = self._iterator
         now = _state_of(iterator)
         if _workers(now) != workers:
             raise RestoreError(
@@ -89,7 +102,7 @@ class _Passes(Passes):
             told = json.dumps({**json.loads(iterator.get_state()), **told})
             told = told.encode()
         iterator.set_state(told)
-        return iterator
+        return batches
 
     def close(self) -> None:
         # Now, with its processes: not when garbage is collected.
@@ -97,6 +110,9 @@ class _Passes(Passes):
         if iterator is not None:
             iterator.close()
         self._iterator = None
+        if self._guard is not None:
+            self._guard.close()
+            self._guard = None
 
 
 def _state_of(iterator: Any) -> dict[str, Any]:
