@@ -33,12 +33,15 @@ class Guard:
             return
         self._known |= new
         if self._shell is None:
-            self._shell = subprocess.Popen(
-                ["/bin/sh", "-c", _SHELL],
-                stdin=subprocess.PIPE,
-                # Ctrl-C goes to a whole group of processes: not to this one.
-                process_group=0,
-            )
+            try:
+                self._shell = subprocess.Popen(
+                    ["/bin/sh", "-c", _SHELL],
+                    stdin=subprocess.PIPE,
+                    # Ctrl-C goes to a whole group of processes: not to this.
+                    process_group=0,
+                )
+            except OSError:
+                return  # there is no shell: nothing is worse than without us
             # A process that exits ends its daemons itself; by the time that
             # the shell did it their numbers might be others'.
             self._finalizer = weakref.finalize(self, _end, self._shell)
