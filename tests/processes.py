@@ -136,6 +136,15 @@ def _run(
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: not one that ended and nobody waited for."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
 def run_script(path: Path) -> None:
     """As `python path` would."""
     sys.argv = [str(path)]
@@ -172,9 +181,9 @@ def compile_quickly(quickly: bool) -> None:
         from jax._src import compiler
 
         jax.config.update("jax_disable_most_optimizations", quickly)
-        _options()  # before it is replaced
         # (JAX has no public way to say it but `XLA_FLAGS`, which is read once.)
-        compiler.get_compile_options = _quick_options if quickly else _options()
+        own = _options()
+        compiler.get_compile_options = _quick_options if quickly else own
     elif os.environ["KERAS_BACKEND"] == "tensorflow":
         import tensorflow as tf
 

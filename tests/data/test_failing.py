@@ -17,6 +17,7 @@ from legato.data import fit_source
 from legato.errors import DataError, RestoreError
 from tests.data.reading import read, read_with_states, take
 from tests.data.sources import X, Y
+from tests.processes import is_alive
 
 on_torch = pytest.mark.skipif(
     keras.config.backend() != "torch",
@@ -280,17 +281,9 @@ def test_grains_workers_end_with_their_parent(tmp_path):
     pids = list(map(int, done.stdout.splitlines()[0].split()))
     assert len(pids) == 2
     until = time.monotonic() + 10
-    while left := list(filter(lives, pids)):
+    while left := list(filter(is_alive, pids)):
         assert time.monotonic() < until, left
         time.sleep(0.05)
-
-
-def lives(pid):
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"  # nobody waits for it
 
 
 class Failing:

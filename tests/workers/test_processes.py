@@ -20,6 +20,7 @@ from legato.workers.processes import Processes
 from legato.workers.recipe import Rows, digest, leaves
 from legato.workers.sharing import SharedFile, anonymous_file
 from legato.workers.threads import Threads
+from tests.processes import is_alive
 from tests.workers import datasets
 
 ROOT = Path(__file__).parents[2]
@@ -279,13 +280,6 @@ def children(pid):
             if int(stat[1]) == pid and stat[0] != "Z":
                 found.append(int(each.name))
     return found
-
-
-def is_alive(pid):
-    with contextlib.suppress(OSError):
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """How the arrays of a batch are nested, apart from the arrays."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,11 @@ class Structure:
     def __repr__(self) -> str:
         return repr(self._skeleton)
 
+    @functools.cached_property
+    def _present(self) -> list[bool]:
+        # Batches are packed by one structure, and each is compared by its own.
+        return [leaf is not None for leaf in keras.tree.flatten(self._skeleton)]
+
     @staticmethod
     def leaves(nested: Any) -> list[Any]:
         """Those that are not None, in their order."""
@@ -42,10 +48,7 @@ class Structure:
     def pack(self, leaves: Sequence[Any]) -> Any:
         """The nested structure that holds these leaves."""
         rest = iter(leaves)
-        flat = [
-            None if leaf is None else next(rest)
-            for leaf in keras.tree.flatten(self._skeleton)
-        ]
+        flat = [next(rest) if present else None for present in self._present]
         return keras.tree.pack_sequence_as(self._skeleton, flat)
 
     def paths(self) -> list[str]:
