@@ -131,6 +131,89 @@ def test_images(tmp_path):
     assert images.shape == (2, 4, 4, 3) and labels.dtype == np.int32
 
 
+def words():
+    """Sequences of one to six pairs, and what they add up to."""
+    rng = np.random.default_rng(0)
+    found = [rng.normal(size=(1 + i % 6, 2)) for i in range(N)]
+    return [(x.astype("float32"), x.sum((0, 1))[None]) for x in found]
+
+
+def length(example):
+    return len(example[0])
+
+
+class Sums(Mean):
+    def build_model(self):
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((None, 2))
+        outputs = keras.layers.Dense(1)(keras.ops.sum(inputs, 1))
+        return keras.Model(inputs, outputs)
+
+
+class OwnSums(Sums):
+    def build_inputs(self, split):
+        if split == "validation":
+            return None
+        return legato.RandomAccessSource(
+            words(),
+            4,
+            bucket_by=legato.Buckets(length, [3, 6], batch_sizes=[4, 2]),
+            collate=legato.Pad([0, None], boundaries=[3, 6]),
+        )
+
+
+BUCKETS = """
+task: tests.test_data_config:Sums
+data:
+  train:
+    type: tests.test_data_config:words
+    batch_size: 4
+    bucket_by:
+      lengths: tests.test_data_config:length
+      boundaries: [3, 6]
+      batch_sizes: [4, 2]
+    pad: {values: [0, null], boundaries: [3, 6]}
+trainer: {epochs: 2, progress: none}
+"""
+
+
+def test_sequences_in_buckets_are_as_in_python(tmp_path):
+    found, run_dir = train(BUCKETS, tmp_path)
+    assert "bucket_by" in (run_dir / "config.yaml").read_text()
+    own = "task: tests.test_data_config:OwnSums\ntrainer: {epochs: 2}\n"
+    wanted, _ = train(own, tmp_path)
+    assert found == wanted
+
+
+def first_two(examples):
+    features = np.stack([np.resize(x, (2, 2)) for x, _ in examples])
+    return features, np.stack([y for _, y in examples])
+
+
+def test_a_collate_of_the_users(tmp_path):
+    start, end = BUCKETS.index("    bucket_by"), BUCKETS.index("trainer")
+    collate = "    collate: tests.test_data_config:first_two\n"
+    found, _ = train(BUCKETS[:start] + collate + BUCKETS[end:], tmp_path)
+    assert len(found["loss"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bucket_by.boundaries=[6,3]", r"yaml:8:7.*each above the one before"),
+        ("bucket_by.lengths=tests.test_data_config:absent", "absent"),
+        ("bucket_by.batch_sizes=[4]", "batch_sizes"),
+        ("pad.multiple=2", "pad: boundaries and multiple were both given"),
+        ("pad.boundary=[3]", "boundary"),
+        ("collate=a.b:c", "collate and pad each say"),
+    ],
+)
+def test_mistakes_in_buckets_are_named(override, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        experiment = resolve(BUCKETS, tmp_path, f"data.train.{override}")
+        experiments.build_trainer(experiment, run_dir=tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

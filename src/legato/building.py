@@ -1,12 +1,13 @@
 """What an experiment names: imported, checked, and made."""
 
+import contextlib
 import functools
 import importlib
 import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pydantic
@@ -121,10 +122,8 @@ def _build_schedule(experiment: Experiment) -> Any:
         return add_warmup(spec, made)
     rate = experiment.optimizer.learning_rate
     assert rate is not None  # checked by the config
-    try:
+    with _placing(experiment, at):
         return make_schedule(spec, rate, experiment.trainer.train_steps)
-    except ConfigError as error:
-        raise ConfigError(f"{_where(experiment, at)}: {error}") from None
 
 
 def _build_data(experiment: Experiment, split: Any) -> Any:
@@ -142,16 +141,24 @@ def _build_data(experiment: Experiment, split: Any) -> Any:
         where = _where(experiment, (*at, "select"))
         made = tuple(_selected(made, part, where) for part in spec.select)
     given = spec.arguments(split)
-    transform = spec.transform
+    for name in ("transform", "collate"):
+        if (value := getattr(spec, name)) is not None:
+            given[name] = import_object(value, _where(experiment, (*at, name)))
+    if (pad := spec.pad) is not None:
+        with _placing(experiment, (*at, "pad")):
+            given["collate"] = Pad(**dict(pad))
     # (A list holds examples, as it does for `RandomAccessSource`.)
     is_arrays = data.are_arrays(made) and not isinstance(made, list)
-    if is_arrays and transform is None and not spec.workers:
+    if is_arrays and not spec.makes_examples:
         return data.ArraySource(made, **given)
-    if transform is not None:
-        where = _where(experiment, (*at, "transform"))
-        given["transform"] = import_object(transform, where)
+    if (buckets := spec.bucket_by) is not None:
+        where = _where(experiment, (*at, "bucket_by", "lengths"))
+        arguments = dict(buckets)
+        arguments["lengths"] = import_object(buckets.lengths, where)
+        with _placing(experiment, (*at, "bucket_by")):
+            given["bucket_by"] = data.Buckets(**arguments)
     if isinstance(made, files.CocoDetection):
-        given["collate"] = Pad(made.padding)
+        given.setdefault("collate", Pad(made.padding))
     return data.RandomAccessSource(
         made,
         workers=spec.workers,
@@ -210,6 +217,15 @@ def _where(experiment: Experiment, at: tuple[str | int, ...]) -> str:
     dotted = ".".join(map(str, at))
     place = experiment._document.place(at)
     return f"{place}: {dotted}" if place else dotted
+
+
+@contextlib.contextmanager
+def _placing(experiment: Experiment, at: tuple[str | int, ...]) -> Iterator:
+    """What is wrong with arguments that stand there, is told with the place."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{_where(experiment, at)}: {error}") from None
 
 
 def _build(

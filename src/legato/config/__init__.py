@@ -6,7 +6,7 @@ A config is a frozen pydantic model. It is made in Python
 once, each with its place, its value, the rule and the nearest valid name.
 """
 
-from legato.config.data import DataConfig
+from legato.config.data import BucketsConfig, DataConfig, PadConfig
 from legato.config.document import (
     Document,
     apply_overrides,
@@ -38,6 +38,7 @@ __all__ = [
     "MAX_SHAPES",
     "OBJECT",
     "Arguments",
+    "BucketsConfig",
     "CallbackSpec",
     "Config",
     "DataConfig",
@@ -45,6 +46,7 @@ __all__ = [
     "Experiment",
     "InitConfig",
     "OptimizerConfig",
+    "PadConfig",
     "ScheduleConfig",
     "TrainerConfig",
     "apply_overrides",

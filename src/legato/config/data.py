@@ -22,6 +22,46 @@ def _check_type(value: str) -> str:
     return value
 
 
+_Name = Annotated[str, pydantic.AfterValidator(check_object)]
+_Positive = Annotated[int, pydantic.Field(ge=1)]
+
+
+class PadConfig(Config):
+    """How examples of different lengths become a batch: see `legato.Pad`.
+
+    Attributes:
+        values: what arrays are filled up with: a number for all of them, or
+            numbers nested as the examples are.
+        boundaries: the lengths that batches may have, ascending.
+        multiple: batches have lengths that are multiples of it.
+        truncate: cut off what is longer than the last boundary.
+        mask: tell beside each padded array of a dict where examples are.
+    """
+
+    values: Any = 0
+    boundaries: list[_Positive] | None = None
+    multiple: _Positive | None = None
+    truncate: bool = False
+    mask: bool = False
+
+
+class BucketsConfig(Config):
+    """Which examples are put into one batch: see `legato.Buckets`.
+
+    Attributes:
+        lengths: "package.module:function", called with each example once,
+            which returns its length.
+        boundaries: the greatest length in each bucket, ascending; or a number
+            of buckets, of as many examples each.
+        batch_sizes: examples in a batch, of each bucket; null takes
+            `batch_size` for all.
+    """
+
+    lengths: _Name
+    boundaries: list[_Positive] | _Positive
+    batch_sizes: list[_Positive] | None = None
+
+
 class DataConfig(Config):
     """The data of a split, for `Experiment.data`.
 
@@ -41,6 +81,10 @@ class DataConfig(Config):
         drop_remainder: leave out a partial last batch.
         transform: "package.module:function", called with each example and a
             generator of random numbers: see `legato.RandomAccessSource`.
+        collate: "package.module:function", which makes a batch of a list of
+            examples; by default their arrays are stacked.
+        pad: in its place, for arrays of different lengths.
+        bucket_by: puts examples of like length into one batch.
         workers: how many threads or processes make batches; 0 makes them
             where they are needed.
         processes: make them processes, where threads would wait for each
@@ -51,16 +95,26 @@ class DataConfig(Config):
     type: Annotated[str, pydantic.AfterValidator(_check_type)]
     config: Arguments = pydantic.Field(default_factory=dict)
     select: list[str] | None = None
-    batch_size: Annotated[int, pydantic.Field(ge=1)] | None = None
+    batch_size: _Positive | None = None
     shuffle: bool | Literal["batch"] | None = None
     seed: Annotated[int, pydantic.Field(ge=0)] | None = None
     drop_remainder: bool = False
-    transform: Annotated[str, pydantic.AfterValidator(check_object)] | None = (
-        None
-    )
+    transform: _Name | None = None
+    collate: _Name | None = None
+    pad: PadConfig | None = None
+    bucket_by: BucketsConfig | None = None
     workers: Annotated[int, pydantic.Field(ge=0)] = 0
     processes: bool = False
-    prefetch: Annotated[int, pydantic.Field(ge=1)] = 2
+    prefetch: _Positive = 2
+
+    @pydantic.model_validator(mode="after")
+    def _one_collates(self) -> "DataConfig":
+        if self.collate is not None and self.pad is not None:
+            raise ValueError(
+                "collate and pad each say how examples become a batch: leave "
+                "one out"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _batches(self) -> "DataConfig":
@@ -78,6 +132,12 @@ class DataConfig(Config):
                 "there is no batch_size: give it, or leave them out"
             )
         return self
+
+    @property
+    def makes_examples(self) -> bool:
+        """Whether something is done with single examples, or beside."""
+        given = self.transform, self.collate, self.pad, self.bucket_by
+        return self.workers > 0 or any(each is not None for each in given)
 
     def arguments(self, split: str) -> dict[str, Any]:
         """Those that `ArraySource` and `RandomAccessSource` share.
