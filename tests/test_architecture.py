@@ -34,7 +34,7 @@ LAYERS = [
     {"state", "capture", "compat"},
     {"backends", "files", "workers"},
     {"checkpoint", "data", "losses", "metrics", "run_directory"},
-    {"loop", "readings"},
+    {"loop", "pace", "readings"},
     {
         "task",
         "optimizers",
@@ -42,6 +42,7 @@ LAYERS = [
         "evaluation",
         "on_host",
         "by_shape",
+        "calls",
         "training",
         "parts",
         "identity",

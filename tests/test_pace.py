@@ -2,7 +2,7 @@
 
 import pytest
 
-from legato.loop import Pace
+from legato.pace import Pace
 
 
 @pytest.mark.parametrize("limit", [1, 63, 64, 65, 100, 129, 1000])
@@ -27,3 +27,9 @@ def test_a_call_is_short_enough_for_signals():
     assert pace.max_steps == 50  # half a second
     pace.learn(50, seconds=100)
     assert pace.of(1000) == 1
+
+
+def test_calls_are_short_where_their_batches_are_made_meanwhile():
+    pace = Pace(1000, alternates=True)
+    pace.learn(8, seconds=0.08)
+    assert pace.max_steps == 2

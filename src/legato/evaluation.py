@@ -1,6 +1,8 @@
 """Measuring a model on a split of the data, in device loops like training."""
 
 import contextlib
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -9,6 +11,7 @@ import keras
 from legato import backends, restoring
 from legato.backends import Compilation, CompiledLoop, LoopMode
 from legato.by_shape import LoopsByShape
+from legato.calls import Calls
 from legato.config import MAX_SHAPES, TrainerConfig
 from legato.data import (
     Chunk,
@@ -24,6 +27,7 @@ from legato.data import (
 from legato.errors import StepError
 from legato.metrics import HostMetric, HostStepMetric, Results, StepMetric
 from legato.on_host import HostSide, HostThread, Packed
+from legato.pace import Pace
 from legato.task import AttributeReads, Task, tracing
 from legato.types import Logs, LogStyle, flat_logs
 from legato.when import Every
@@ -146,7 +150,7 @@ class Evaluator:
         # What goes to the host is to be there soon.
         limit = backends.current().host_steps if self._host.is_needed else None
         self._capacity = loop_capacity(source, limit)
-        self._max_steps = self._capacity
+        self._pace: Pace | None = None
         self._resident: Any = None
         self._loops = LoopsByShape(
             source,
@@ -229,10 +233,10 @@ class Evaluator:
         hooks.on_test_begin()
         for metric in self.on_device:
             metric.reset_state()
-        self._max_steps = self._capacity
+        max_steps = self._capacity
         if self._host.is_needed:
             self._trace_all()
-            self._max_steps = min(
+            max_steps = min(
                 loop.max_steps or self._capacity for loop in self._loops
             )
         means = _Means()
@@ -248,14 +252,22 @@ class Evaluator:
             host = None
             if self._host.is_needed:
                 host = stack.enter_context(
-                    self._host.begin(step, gives_up, self._max_steps)
+                    self._host.begin(step, gives_up, max_steps)
                 )
             iterator = self._source.iterate(
                 seed=self._seed, capacity=self._capacity
             )
             stack.callback(iterator.close)
             iterator.watch(gives_up)
-            if not self._measure(iterator, means, hooks, gives_up, host):
+            calls = Calls()
+            stack.callback(calls.close)
+            if self._pace is None:
+                self._pace = Pace(
+                    max_steps, alternates=not iterator.draws_ahead
+                )
+            if not self._measure(
+                iterator, self._pace, calls, means, hooks, gives_up, host
+            ):
                 found = None
             elif host is not None:
                 found = host.finish()
@@ -279,31 +291,45 @@ class Evaluator:
     def _measure(
         self,
         iterator: DataIterator,
+        pace: Pace,
+        calls: Calls,
         means: "_Means",
         hooks: TestHooks,
         gives_up: Callable[[], bool],
         host: HostThread | None,
     ) -> bool:
         """Run all batches; False if it was broken off."""
-        done = 0
-        # Of the step before: the device is not waited for at each batch.
-        late: list[tuple[Chunk, list[str], Any]] = []
+        one_by_one = hooks.test_batch_hooks_active
+        if host is None and not one_by_one and not iterator.draws_ahead:
+            calls.overlap()
+        done, ended = 0, 0.0
+        late: list[_Begun] = []
+
+        def end_first() -> None:
+            nonlocal ended
+            begun = late.pop(0)
+            means.add(begun.chunk, begun.names, calls.result(begun.logs))
+            began, ended = max(begun.at, ended), time.perf_counter()
+            pace.learn(begun.chunk.num_batches, ended - began)
+
         while done < self._num_batches:
             if gives_up():
                 return False
-            most = 1 if hooks.test_batch_hooks_active else self._max_steps
+            most = 1 if one_by_one else pace.of(self._num_batches - done)
             try:
-                chunk = iterator.next_chunk(min(most, self._num_batches - done))
+                chunk = iterator.next_chunk(most)
             except StoppedWaiting:
                 return False
-            if hooks.test_batch_hooks_active:
+            if one_by_one:
                 hooks.on_test_batch_begin(done)
-            names, rows = self._run(done, chunk, host)
-            if rows is None:
+            begun = self._begin(done, chunk, host, calls)
+            if begun is None:
                 return False
-            late.append((chunk, names, rows))
-            if host is None or hooks.test_batch_hooks_active or len(late) > 1:
-                means.add(*late.pop(0))
+            late.append(begun)
+            # The one before: the device works on this one meanwhile, and on
+            # while the batches of the next are made.
+            if one_by_one or len(late) > 1:
+                end_first()
             done += chunk.num_batches
             if hooks.wants_test_batch_logs:
                 logs = means.last
@@ -312,8 +338,8 @@ class Evaluator:
                 hooks.on_test_batch_end(done - 1, dict(sorted(logs.items())))
             if hooks.stop_evaluating:
                 break
-        for each in late:
-            means.add(*each)
+        while late:
+            end_first()
         return True
 
     def _logs(self, means: "_Means") -> Logs:
@@ -340,26 +366,24 @@ class Evaluator:
             operands = self._source.example(self._capacity)
             self._loop(partial_batches(self._source, operands))
 
-    def _run(
-        self, step: int, chunk: Chunk, host: HostThread | None
-    ) -> tuple[list[str], Any]:
-        """Names of logs, and the logs, which may be under way.
-
-        None for the logs if the host gave up.
-        """
+    def _begin(
+        self, step: int, chunk: Chunk, host: HostThread | None, calls: Calls
+    ) -> "_Begun | None":
+        """Begin the steps of a chunk; None if the host gave up."""
         if self._checks is not None:
             self._checks.check(chunk, step)
         loop = self._loop(chunk.operands)
-        logs = loop(step, chunk.num_batches, chunk.operands)
-        outputs = []
-        if isinstance(logs, tuple):
-            logs, outputs = logs
+        at = time.perf_counter()
+        logs = calls.begin(loop, step, chunk)
         if host is not None:
+            outputs = []
+            if isinstance(logs, tuple):
+                logs, outputs = logs
             packed = self._packed[chunk.shapes]
             assert packed is not None  # made by each trace, where it is needed
             if not host.take(packed, outputs, chunk):
-                return loop.log_names, None
-        return loop.log_names, logs
+                return None
+        return _Begun(chunk, at, loop.log_names, logs)
 
     def _loop(self, operands: Any) -> CompiledLoop:
         shapes = shapes_of(operands)
@@ -406,6 +430,23 @@ class Evaluator:
         self._last_packed = Packed(aggregated, on_host)
         tensors = self._last_packed.tensors
         return (scalars, tensors) if tensors else scalars
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """Steps that may be under way.
+
+    Attributes:
+        chunk: their batches.
+        at: when they were begun, in seconds.
+        names: of their logs.
+        logs: for `Calls.result`.
+    """
+
+    chunk: Chunk
+    at: float
+    names: list[str]
+    logs: Any
 
 
 class _Means:

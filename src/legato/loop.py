@@ -13,6 +13,7 @@ import numpy as np
 
 from legato.data import Chunk, Feed, StoppedWaiting
 from legato.errors import WorkerError
+from legato.pace import Pace
 from legato.phases import (
     CHECKPOINT,
     DATA,
@@ -26,10 +27,6 @@ from legato.phases import (
 from legato.schedule import Schedule
 from legato.state import Clock
 from legato.types import Logs
-
-# A device call lasts at most about so long, so that signals are honoured.
-_CALL_SECS = 0.5
-_QUICK_SECS = 0.05
 
 
 class Steps(Protocol):
@@ -162,7 +159,7 @@ def run(
         callbacks_stop: whether a callback set `model.stop_training`.
         phases: told what the time is spent on.
     """
-    pace = Pace(steps.capacity)
+    pace = Pace(steps.capacity, alternates=feed.draws_here)
     limits = functools.partial(_limit, schedule, steps, hooks)
     # What was restored is on disk, unless duties are still to be done.
     saved_step = None if clock.duties or clock.step == 0 else clock.step
@@ -313,39 +310,3 @@ def _limit(schedule: Schedule, steps: Steps, hooks: Hooks, step: int) -> int:
         return 1
     stop = schedule.next_stop(step, at_summaries=not steps.keeps)
     return max(1, min(stop - step, steps.capacity))
-
-
-class Pace:
-    """How many steps fit in one device call, learnt from those before.
-
-    Args:
-        capacity: the most that fit in any call.
-
-    Attributes:
-        max_steps: the most for the next call.
-        is_quick: whether the last one was so short that what the host does
-            after it counts; and the one after it can begin in vain.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self.max_steps = 1
-        self.is_quick = False
-
-    def of(self, limit: int) -> int:
-        """How many of these steps the next call takes.
-
-        Calls have like lengths: what a long one works on would not be ready
-        when a short one before it ends.
-        """
-        num_calls = -(-limit // self.max_steps)
-        return -(-limit // num_calls)
-
-    def learn(self, num_steps: int, seconds: float) -> None:
-        """Take the time of a call (of which the first also compiled)."""
-        self.is_quick = seconds < _QUICK_SECS
-        fitting = int(_CALL_SECS * num_steps / max(seconds, 1e-9))
-        # Grown step by step: one quick call may be chance.
-        self.max_steps = max(
-            1, min(fitting, 8 * max(num_steps, 1), self._capacity)
-        )

@@ -284,9 +284,11 @@ class Session:
             parts.source,
             seed=self._seed,
             capacity=self._capacity,
-            draws_here=self._backend.runs_ahead,
+            draws_here=self._backend.overlaps is not None,
             stop_requested=self._interrupts.is_asked,
         )
+        if self._feed.draws_here:
+            self.steps.overlap()
         if self._recovery.is_on:
             self._prepare_to_recover()
         if checkpoint is None:
@@ -364,12 +366,14 @@ class Session:
             self._recorder.finish()
             reason = self._interrupts.reason or "done"
         except BaseException as error:
+            self.steps.close()
             if isinstance(error, BadLossError) and self._recover(error):
                 reason = "recovering"
                 return
             self._leave_valid_variables(error)
             raise
         finally:
+            self.steps.close()
             self._feed.close()
             self._reporter.finish(clock.step, reason)
         if not clock.finished:

@@ -11,6 +11,7 @@ import numpy as np
 from legato import backends
 from legato.backends import Compilation, CompiledLoop, Keeping, LoopMode
 from legato.by_shape import LoopsByShape
+from legato.calls import Calls
 from legato.compat.keras_trainable import TrainableFlags
 from legato.config import MAX_SHAPES
 from legato.data import (
@@ -30,7 +31,6 @@ from legato.state import layer_paths
 from legato.task import AttributeReads, Task, tracing
 from legato.types import LogStyle
 from legato.when import When
-
 
 class TrainSteps:
     """Compiles `Task.train_step` and runs chunks of batches through it.
@@ -110,6 +110,7 @@ class TrainSteps:
         self._are_metrics_on = metrics is not None
         self._backend = backends.current()
         self._resident: Any = None
+        self._calls = Calls()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -350,12 +351,21 @@ class TrainSteps:
                 )
                 if logs is not None:
                     return logs
-            return loop(step, chunk.num_batches, chunk.operands)
+            return self._calls.begin(loop, step, chunk)
         with self.compiling():
             logs = loop(step, chunk.num_batches, chunk.operands)
         self._called.add(shapes)
-        loop.phases = self._phases  # from now on: no call compiles
+        if not self._calls.in_thread:
+            loop.phases = self._phases  # from now on: no call compiles
         return logs
+
+    def overlap(self) -> None:
+        """Calls are to leave this thread time, which has use for it."""
+        self._calls.overlap()
+
+    def close(self) -> None:
+        """Wait for what was begun, and overlap no more."""
+        self._calls.close()
 
     def begin(self, step: int, chunk: Chunk) -> None:
         """Begin a chunk that `run` will be asked for, if that can be undone.
@@ -377,6 +387,7 @@ class TrainSteps:
         `[times or more, ...]`, by their ids; None if the steps do not go on
         at summaries.
         """
+        logs = self._calls.result(logs)
         variables, stacks = self._loops[chunk.shapes].kept, []
         if variables:
             logs, stacks = logs

@@ -143,8 +143,9 @@ class Backend(abc.ABC):
     name: str
     modes: tuple[LoopMode, ...]
     """Those that it can run in."""
-    runs_ahead: bool = False
-    """Whether calls return while the device is still at work."""
+    overlaps: Literal["device", "thread"] | None = None
+    """How Python may go on while a call is at work: it returns before that
+    ("device"), or another thread may make it ("thread"); None: not at all."""
 
     host_steps: int
     """The most steps of one call that give something to the host. Where steps

@@ -62,6 +62,9 @@ class Feed:
         draws_here: whether data that must be drawn in the calling thread may
             be drawn by `prefetch`: where the device works meanwhile.
         stop_requested: whether to wait no longer for what makes the batches.
+
+    Attributes:
+        draws_here: whether that is done.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class Feed:
         self._iterator.watch(stop_requested)
         self._source = source
         self._capacity = capacity
-        self._draws_here = draws_here and not self._iterator.draws_ahead
+        self.draws_here = draws_here and not self._iterator.draws_ahead
         self._state = self._iterator.get_state()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="legato-feed")
         self._ahead: Future[Chunk] | _Made | None = None
@@ -96,7 +99,7 @@ class Feed:
         """
         draws_ahead = self._iterator.draws_ahead
         if self._ahead is not None or not (
-            draws_ahead or (is_quiet and self._draws_here)
+            draws_ahead or (is_quiet and self.draws_here)
         ):
             return
         if draws_ahead and max_batches > 1:

@@ -15,6 +15,7 @@ from legato import backends, restoring
 from legato.callbacks import CallbackRunner
 from legato.checkpoint import CheckpointStore
 from legato.data import Chunk, Feed, split_arrays
+from legato.pace import Pace
 from legato.profiling.workbench import Workbench
 from legato.training import TrainSteps
 from legato.types import JSON
@@ -122,7 +123,10 @@ class DataRun:
             bench.parts.source,
             seed=bench.seed,
             capacity=bench.capacity,
-            draws_here=backends.current().runs_ahead,
+            draws_here=backends.current().overlaps is not None,
+        )
+        self._pace = Pace(
+            bench.chunk.num_batches, alternates=self._feed.draws_here
         )
 
     def close(self) -> None:
@@ -135,7 +139,7 @@ class DataRun:
 
     def _plan(self, ahead: int) -> int:
         left = self._per_epoch - (self._step + ahead) % self._per_epoch
-        return max(1, min(left, self._bench.chunk.num_batches))
+        return self._pace.of(left)
 
     def _advance(self, chunk: Chunk) -> int:
         self._step += chunk.num_batches
@@ -147,9 +151,11 @@ class DataRun:
         """As the loop does it; returns the number of steps."""
         steps = self._bench.bare
         chunk = self._feed.take(self._plan(0))
+        began = time.perf_counter()
         logs = steps.run(self._step, chunk)
         self._feed.prefetch(self._plan(chunk.num_batches))
         steps.rows(logs, chunk)
+        self._pace.learn(chunk.num_batches, time.perf_counter() - began)
         return self._advance(chunk)
 
     def _settle(self) -> None:
@@ -168,6 +174,8 @@ class DataRun:
     def measure(self) -> float:
         """Microseconds of a step."""
         self._bench.restore()
+        if self._feed.draws_here:
+            self._bench.bare.overlap()
         self._turn()  # from here on a chunk is ahead, as in training
         done, began = 0, now()
         while True:
@@ -176,6 +184,7 @@ class DataRun:
             if elapsed >= 1e6 * self.secs:
                 break
         self._settle()
+        self._bench.bare.close()
         return elapsed / done
 
 

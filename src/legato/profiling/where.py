@@ -40,7 +40,7 @@ class Piece:
             bench.parts.source,
             seed=bench.seed,
             capacity=bench.capacity,
-            draws_here=backends.current().runs_ahead,
+            draws_here=backends.current().overlaps is not None,
         )
         self._train = functools.partial(
             loop.run,
@@ -73,6 +73,8 @@ class Piece:
         """
         bench, clock = self._bench, self._clock
         bench.restore()
+        if self._feed.draws_here:
+            bench.configured.overlap()
         self._last = bench.schedule.train_steps // 4
         self._ends_at = time.monotonic() + _WARM_SHARE * secs
         self._train()
@@ -81,6 +83,7 @@ class Piece:
         before = bench.phases.read()
         self._train()
         spent = between(before, bench.phases.read())
+        bench.configured.close()
         count = clock.step - first
         return count, {k: 1e6 * v / count for k, v in spent.items() if count}
 

@@ -24,7 +24,7 @@ class JaxBackend(Backend):
     """See `Backend`."""
 
     name = "jax"
-    runs_ahead = True
+    overlaps = "device"
     modes = ("fused", "stepwise")
     host_steps = 4
 

@@ -29,6 +29,7 @@ class TensorFlowBackend(Backend):
 
     name = "tensorflow"
     modes = ("fused", "compiled")
+    overlaps = "thread"
     host_steps = 4
 
     # Not methods that call these: few frames should lie above the user's.

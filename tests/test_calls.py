@@ -1,0 +1,109 @@
+"""User code makes batches in the thread that trains, while the device works."""
+
+import threading
+
+import keras
+import numpy as np
+import pytest
+
+import legato
+from legato.calls import Calls
+from tests.linear import Linear
+
+BACKEND = keras.config.backend()
+OVERLAPS = BACKEND != "torch"  # where a step may be Python itself
+
+
+class Examples:
+    """Writes down when they are made, and where."""
+
+    def __init__(self, events):
+        self._events = events
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        assert threading.current_thread() is threading.main_thread()
+        self._events.append("draw")
+        return np.full(2, index / 24, "float32"), np.zeros(1, "float32")
+
+
+class Slopes(Linear):
+    def __init__(self, events, split):
+        self.source = legato.RandomAccessSource(Examples(events), 2)
+        self._split = split
+
+    def build_inputs(self, split):
+        if split == self._split:
+            return self.source
+        if split == "validation":
+            return None
+        x = np.zeros((8, 2), "float32")
+        return legato.ArraySource((x, x[:, :1]), 2)
+
+    def build_losses(self, labels, outputs, aux_losses=None):
+        return keras.ops.mean((labels - outputs) ** 2)
+
+    def build_metrics(self, training):
+        return []
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What becomes of calls, of a step each, in its order."""
+    found = []
+    begin, result = Calls.begin, Calls.result
+
+    def begun(self, loop, step, chunk):
+        def call(*args):
+            in_main = threading.current_thread() is threading.main_thread()
+            assert in_main != self.in_thread
+            return loop(*args)
+
+        # (What needs no making here leaves nothing to do meanwhile.)
+        draws = "draw" in found
+        assert self.in_thread == (draws and BACKEND == "tensorflow")
+        found.append("begin")
+        return begin(self, call, step, chunk)
+
+    def done(self, begun):
+        found.append("wait")
+        return result(self, begun)
+
+    monkeypatch.setattr(Calls, "begin", begun)
+    monkeypatch.setattr(Calls, "result", done)
+    for limit in ("_ALTERNATING_SECS", "_CALL_SECS"):
+        monkeypatch.setattr(f"legato.pace.{limit}", 0.0)
+    return found
+
+
+def of_batches(events):
+    """The events, with one of making a batch in the place of two examples."""
+    return " ".join(events).replace("draw draw", "draw")
+
+
+def train(task, run_dir, epochs=2):
+    config = legato.TrainerConfig(
+        epochs=epochs, progress="none", summary_interval=0
+    )
+    legato.Trainer(task, run_dir=run_dir, config=config).train()
+
+
+def test_training(events, tmp_path):
+    task = Slopes(events, "train")
+    events.clear()
+    train(task, tmp_path / "run")
+    # Not the first call, which compiles, and not what follows an epoch's end.
+    epoch = "draw" + " begin draw wait" * 11 + " begin wait"
+    if not OVERLAPS:
+        epoch = " ".join(["draw begin wait"] * 12)
+    assert of_batches(events).endswith(epoch)
+
+
+def test_validation(events, tmp_path):
+    task = Slopes(events, "validation")
+    events.clear()
+    train(task, tmp_path / "run", epochs=1)
+    order = "draw begin" + " draw begin wait" * 11 + " wait"
+    assert of_batches(events).endswith(order)
