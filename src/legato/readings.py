@@ -35,6 +35,19 @@ class Readings:
         self.results = Results(metrics)
         self.rates = LearningRates(optimizers)
 
+    def series(
+        self, values: Sequence[np.ndarray], times: int
+    ) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+        """The results and the rates as they were at several times.
+
+        Args:
+            values: of `variables` then, `[times, ...]` each.
+            times: how many.
+        """
+        count = len(self.results.variables)
+        results = self.results.series(values[:count], times)
+        return results, self.rates.series(values[count:], times)
+
     @property
     def variables(self) -> list[keras.Variable] | None:
         """On which they depend; None if that is not known.
@@ -71,18 +84,25 @@ class LearningRates:
         known = [variable for variable in found if variable is not None]
         return known if len(known) == len(found) else None
 
-    def __call__(
-        self, values: Sequence[np.ndarray] | None = None
-    ) -> dict[str, float]:
-        """The rates.
+    def __call__(self) -> dict[str, float]:
+        """The rates."""
+        return {name: rate.read() for name, rate in self._rates.items()}
+
+    def series(
+        self, values: Sequence[np.ndarray], times: int
+    ) -> list[dict[str, float]]:
+        """The rates as they were at several times.
 
         Args:
-            values: of the variables; None for those that they hold.
+            values: of the variables then, `[times]` each.
+            times: how many.
         """
-        if values is not None:
-            pairs = zip(self._rates.items(), values, strict=True)
-            return {name: rate.read(value) for (name, rate), value in pairs}
-        return {name: rate.read(None) for name, rate in self._rates.items()}
+        pairs = zip(self._rates.items(), values, strict=True)
+        columns = {name: rate.series(each) for (name, rate), each in pairs}
+        return [
+            {name: each[i] for name, each in columns.items()}
+            for i in range(times)
+        ]
 
 
 class _Rate:
@@ -101,20 +121,27 @@ class _Rate:
         # (It may be given another rate meanwhile.)
         return rate_variable(self._optimizer)
 
-    def read(self, value: np.ndarray | None) -> float:
-        variable, schedule = self.variable, rate_schedule(self._optimizer)
+    def read(self) -> float:
+        variable = self.variable
         if variable is None:
             return _to_float(self._rate())
-        if value is None:
-            (value,) = backends.current().read([variable])
+        values = backends.current().read([variable])
+        return self.series(np.asarray(values))[0]
+
+    def series(self, values: np.ndarray) -> list[float]:
+        """The rates for several values of the variable, `[times]`."""
+        schedule = rate_schedule(self._optimizer)
         if schedule is None:
-            return float(value)
+            return values.tolist()
         if schedule is not self._schedule:
+            variable = self.variable
+            assert variable is not None
             self._schedule = schedule
             self._compute = backends.current().compile_reading(
                 self._rate, [variable]
             )
-        return _to_float(self._compute([value]))
+        arrays = map(np.asarray, values)  # (iterating gives numbers)
+        return [_to_float(self._compute([array])) for array in arrays]
 
     def _rate(self) -> Any:
         return keras.ops.convert_to_tensor(self._optimizer.learning_rate)

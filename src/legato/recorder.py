@@ -1,6 +1,5 @@
 """Keeps a run's books: means, metrics, summaries, the best, progress."""
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,22 +134,20 @@ class Recorder:
         names = self._log_names()
         columns = rows.T.tolist()
         first = begin = clock.step - chunk.num_batches
-        summaries: list[tuple[int, dict[str, Any]]] = []
+        means: list[tuple[int, dict[str, Any]]] = []
         try:
             if kept is not None:
-                values = self._values_at(kept)
                 for step in self._schedule.summaries(first + 1, clock.step):
                     part = [c[begin - first : step - first] for c in columns]
                     self._add(names, part, chunk, begin, step)
-                    read = self._read(step, next(values))
-                    summaries.append((step, self._interval_means() | read))
+                    means.append((step, self._interval_means()))
                     clock.interval_logs, clock.interval_steps = {}, 0
                     begin = step
             rest = [column[begin - first :] for column in columns]
             self._add(names, rest, chunk, begin, clock.step)
         finally:
-            if summaries:
-                self._write_summaries(summaries)
+            if means and kept is not None:
+                self._write_summaries(means, kept)
         clock.last_logs = {
             name: column[-1]
             for name, column in zip(names, columns, strict=True)
@@ -210,30 +207,35 @@ class Recorder:
             for name, total in clock.epoch_logs.items()
         }
 
-    def _results(
-        self,
-        step: int | None = None,
-        values: Sequence[np.ndarray] | None = None,
+    def _results(self) -> dict[str, Any]:
+        """The metrics; NaN for those that no step of theirs has updated."""
+        clock, results = self._clock, self._readings.results()
+        return self._marked(results, clock.epoch_first_step, clock.step)
+
+    def _marked(
+        self, results: dict[str, Any], begin: int, step: int
     ) -> dict[str, Any]:
-        """The metrics; NaN for those that no step of theirs has updated.
+        """NaN for metrics that no step up to this one has updated.
 
         Args:
-            step: as they were after this step; None for the last one.
-            values: of what they depend on, at that step.
+            results: by name; changed.
+            begin: the first step of the epoch.
+            step: the last one.
         """
-        clock, read = self._clock, self._readings.results
-        if step is None:
-            step = clock.step
-        results = read(values)
         for metric, when in self._metrics.items():
-            first = clock.epoch_first_step
+            first = begin
             if when.over == "summary":
                 first = self._schedule.last_summary(step)
-            trained = self._schedule.trained(first, step)
-            if not any(any_due(when, begin, stop) for begin, stop in trained):
-                for name in read.names(metric):
+            if not self._is_any_due(when, first, step):
+                for name in self._readings.results.names(metric):
                     results[name] = math.nan
         return results
+
+    def _is_any_due(self, when: When, first: int, stop: int) -> bool:
+        if when.is_always and not self._schedule.skipped:  # quickly: most are
+            return stop > first
+        trained = self._schedule.trained(first, stop)
+        return any(any_due(when, *part) for part in trained)
 
     def summary(self) -> None:
         """Write means since the last summary, metrics and learning rates."""
@@ -241,7 +243,8 @@ class Recorder:
         values = self._interval_means() | self._results()
         values |= self._readings.rates()
         clock.interval_logs, clock.interval_steps = {}, 0
-        self._write_summaries([(clock.step, values)])
+        self._log.write("train", clock.step, values)
+        self._write_timing_of_steps()
 
     def _interval_means(self) -> dict[str, Any]:
         clock = self._clock
@@ -250,33 +253,37 @@ class Recorder:
             for name, total in clock.interval_logs.items()
         } or dict.fromkeys(self._log_names(), math.nan)
 
-    def _values_at(self, kept: Kept) -> Iterator[list[np.ndarray]]:
-        """What the readings depend on, at one step after another.
+    def _write_summaries(
+        self, means: Sequence[tuple[int, dict[str, Any]]], kept: Kept
+    ) -> None:
+        """Write summaries of steps whose values were kept.
 
-        What was not kept, no step changes.
+        Args:
+            means: the steps, and the means of the logs that lead there.
+            kept: what variables held after each.
         """
         variables = self._readings.variables
         assert variables is not None  # or nothing is kept
+        times = len(means)
+        # What was not kept, no step changes (but callbacks may, later).
         others = [v for v in variables if id(v) not in kept]
         read = zip(others, backends.current().read(others), strict=True)
-        constant = {id(variable): value for variable, value in read}
-        for index in itertools.count():
-            yield [
-                kept[id(v)][index] if id(v) in kept else constant[id(v)]
-                for v in variables
-            ]
+        held = {id(v): np.repeat(value[None], times, 0) for v, value in read}
+        values = [
+            kept[id(v)][:times] if id(v) in kept else held[id(v)]
+            for v in variables
+        ]
+        begin = self._clock.epoch_first_step
 
-    def _read(self, step: int, values: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Results and learning rates as they were after a step."""
-        count = len(self._readings.results.variables)
-        results = self._results(step, values[:count])
-        return results | self._readings.rates(values[count:])
+        def make() -> Iterator[tuple[str, int, dict[str, Any]]]:
+            found = self._readings.series(values, times)
+            for (step, logs), results, rates in zip(means, *found, strict=True):
+                results = self._marked(results, begin, step)
+                yield "train", step, logs | results | rates
 
-    def _write_summaries(
-        self, summaries: Sequence[tuple[int, dict[str, Any]]]
-    ) -> None:
-        for step, values in summaries:
-            self._log.write("train", step, values)
+        self._log.write_later(make)
+        if self._schedule.calls_back(self._clock.step):
+            self._log.catch_up()  # before anything that it looks at changes
         self._write_timing_of_steps()
 
     def _write_timing_of_steps(self) -> None:

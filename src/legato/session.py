@@ -287,7 +287,7 @@ class Session:
             draws_here=self._backend.overlaps is not None,
             stop_requested=self._interrupts.is_asked,
         )
-        if self._feed.draws_here:
+        if self._feed.draws_here or self.steps.keeps_many:
             self.steps.overlap()
         if self._recovery.is_on:
             self._prepare_to_recover()

@@ -32,6 +32,10 @@ from legato.task import AttributeReads, Task, tracing
 from legato.types import LogStyle
 from legato.when import When
 
+_MANY = 8
+"""Summaries in a call that take longer to write than to hand the call over."""
+
+
 class TrainSteps:
     """Compiles `Task.train_step` and runs chunks of batches through it.
 
@@ -121,6 +125,7 @@ class TrainSteps:
             lambda text: self.announce(text),
         )
         self._called: set[Shapes] = set()
+        self._first = 0  # of the steps that were begun last
         self._usual: Shapes | None = None
         self._variables: dict[int, keras.Variable] = {}
         self._trainable = TrainableFlags([])
@@ -135,6 +140,12 @@ class TrainSteps:
     def keeps(self) -> bool:
         """Whether it goes on at summaries, and keeps what they need."""
         return all(loop.kept is not None for loop in self._loops)
+
+    @property
+    def keeps_many(self) -> bool:
+        """Whether what is kept in a long call takes the host long to write."""
+        often = 0 < self._summary_interval <= self.capacity // _MANY
+        return often and self.keeps
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -324,6 +335,7 @@ class TrainSteps:
                 one more shape than there may be.
         """
         self._reads.check()
+        self._first = step
         if self._checks is not None:
             self._checks.check(chunk, step)
         if self._trainable.have_changed:
@@ -388,14 +400,19 @@ class TrainSteps:
         at summaries.
         """
         logs = self._calls.result(logs)
-        variables, stacks = self._loops[chunk.shapes].kept, []
-        if variables:
+        loop = self._loops[chunk.shapes]
+        variables, stacks = loop.kept, []
+        if variables and not loop.kept_in_rows:
             logs, stacks = logs
         rows = self._backend.to_host(logs, chunk.num_batches)
-        kept = None
-        if variables is not None:
-            kept = {
-                id(variable): np.asarray(keras.ops.convert_to_numpy(stack))
-                for variable, stack in zip(variables, stacks, strict=True)
-            }
-        return rows, kept
+        if variables and loop.kept_in_rows:
+            rows, held = backends.split_columns(rows, variables)
+            every = self._summary_interval
+            first = every - 1 - self._first % every
+            stacks = [values[first::every] for values in held]
+        if variables is None:
+            return rows, None
+        return rows, {
+            id(variable): np.asarray(stack)
+            for variable, stack in zip(variables, stacks, strict=True)
+        }

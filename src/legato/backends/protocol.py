@@ -65,6 +65,8 @@ class CompiledLoop(abc.ABC):
         kept: variables whose values it keeps after certain steps, as it was
             asked to: those among the given ones that it writes. None if it
             cannot; see `kept_variables`.
+        kept_in_rows: whether these are single numbers whose values after each
+            step are further columns of the logs; see `columns_of`.
         traces: how often user code has been traced, for tests.
         phases: told what calls do; None where nobody asks.
     """
@@ -75,6 +77,7 @@ class CompiledLoop(abc.ABC):
     mode: LoopMode
     max_steps: int | None = None
     kept: list[keras.Variable] | None = None
+    kept_in_rows: bool = False
     traces: int
     phases: Phases | None = None
 
@@ -94,8 +97,9 @@ class CompiledLoop(abc.ABC):
         Returns:
             The logs of every step, on the device: see `Backend.to_host`. Of
             steps with outputs: the logs, and each output of all the steps, of
-            shape `[steps or more, ...]`. Of a loop that keeps any variables:
-            the logs, and the values of each, `[times or more, ...]`.
+            shape `[steps or more, ...]`. Of a loop that keeps any variables,
+            if not in the rows: the logs, and the values of each, `[times or
+            more, ...]`.
         """
 
     def _enter(self, phase: int) -> None:

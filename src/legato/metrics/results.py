@@ -63,6 +63,31 @@ class Results:
                 out[name] = each if type(each) is float else _on_host(each)
         return out
 
+    def series(
+        self, values: Sequence[np.ndarray], times: int
+    ) -> list[dict[str, Any]]:
+        """Results by name as they were at several times.
+
+        Args:
+            values: of `variables` then, `[times, ...]` each. (There are no
+                others that the results depend on.)
+            times: how many.
+        """
+        if self._metrics:
+            self._prepare()
+        if not self._metrics or not self._are_means:
+            return [
+                self([np.asarray(each[i]) for each in values])
+                for i in range(times)
+            ]
+        if not self._names:
+            self([each[0] for each in values])
+        names = [name for each in self._metrics for name in self._names[each]]
+        pairs = zip(values[::2], values[1::2], strict=True)
+        columns = [_divide_all(total, count) for total, count in pairs]
+        rows = zip(*columns, strict=True)
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
     def names(self, metric: keras.metrics.Metric) -> list[str]:
         """The names of a metric's results, once they have been read."""
         return self._names[metric]
@@ -127,6 +152,14 @@ def _means(
 def _divide_no_nan(total: np.ndarray, count: np.ndarray) -> float:
     """As `keras.metrics.Mean.result`, to the bit."""
     return float(total / count.astype(total.dtype)) if count else 0.0
+
+
+def _divide_all(totals: np.ndarray, counts: np.ndarray) -> list[float]:
+    """The same for each of several."""
+    found = np.zeros_like(totals)
+    counts = counts.astype(totals.dtype)
+    np.divide(totals, counts, out=found, where=counts != 0)
+    return found.tolist()
 
 
 def _on_host(result: Any) -> Any:

@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ TIMING = "timing.jsonl"
 SUMMARIES = "summaries"
 KINDS = ("train", "validation")
 """Of the values that managers are given; `epoch` repeats them."""
+
+Record = tuple[str, int, Mapping[str, Any]]
+"""A kind, a step, and values by name."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,7 +96,7 @@ class RunLog:
         self._failed: list[tuple[_Entry, Exception]] = []
         self._forget = set(dropped)
         self._claimed: list[SummaryManager] = []
-        self._waiting: list[tuple[str, int, Mapping[str, Any]]] = []
+        self._waiting: list[Callable[[], Iterable[Record]]] = []
         _refuse_links(run_dir / SUMMARIES)
         self._metrics = JsonLinesSink(run_dir)
         self._timing = storage.JsonLines(run_dir / TIMING)
@@ -171,10 +174,20 @@ class RunLog:
         Raises:
             LegatoError: a value is none that can be written.
         """
-        self._waiting.append((kind, step, values))
+        self._waiting.append(lambda: [(kind, step, values)])
         if not (
             self._may_wait and NUMBERS.issuperset(map(type, values.values()))
         ):
+            self.catch_up()
+
+    def write_later(self, make: Callable[[], Iterable[Record]]) -> None:
+        """Write records that are made when they are written.
+
+        Args:
+            make: gives them; of plain data, and whenever it is called.
+        """
+        self._waiting.append(make)
+        if not self._may_wait:
             self.catch_up()
 
     @property
@@ -188,8 +201,9 @@ class RunLog:
         Everything else that needs it calls it too.
         """
         waiting, self._waiting = self._waiting, []
-        for each in waiting:
-            self._write(*each)
+        for make in waiting:
+            for record in make():
+                self._write(*record)
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(kind, step, values)

@@ -27,6 +27,7 @@ from legato.backends.protocol import (
 )
 from legato.backends.scope import (
     MAX_TRACES,
+    columns_of,
     initial_value,
     kept_variables,
     refuse_new_variables,
@@ -230,6 +231,7 @@ class JaxLoop(CompiledLoop):
         self._every = 0
         if keeping is not None and self.mode == "fused":
             self.kept = kept_variables(keeping, self.updated, operands)
+            self.kept_in_rows = bool(columns_of(self.kept or []))
             self._every = keeping.every
         self._capacity = jax.tree.leaves(operands)[0].shape[0]
         self._ahead: Ahead | None = None
@@ -326,8 +328,15 @@ class JaxLoop(CompiledLoop):
     def _donated(self) -> tuple[int, ...]:
         return (0,) if self._donates else ()
 
+    def _places(self) -> list[int]:
+        """Where those that are kept are among `updated`."""
+        places = {id(v): place for place, v in enumerate(self.updated)}
+        return [places[id(v)] for v in self.kept or ()]
+
     def _fused(self, run: Any) -> Any:
-        shape = (self._capacity, len(self.log_names))
+        in_rows = self._places() if self.kept_in_rows else []
+        num_columns = sum(columns_of(self.kept or []) or [])
+        shape = (self._capacity, len(self.log_names) + num_columns)
         stacks = [((self.max_steps, *o.shape), o.dtype) for o in self._outputs]
 
         def loop(
@@ -345,12 +354,15 @@ class JaxLoop(CompiledLoop):
                     stack.at[index].set(output)
                     for stack, output in zip(stacked, outputs, strict=True)
                 ]
+                if in_rows:
+                    held = [_bits(values[place]) for place in in_rows]
+                    row = jnp.concatenate([row, *held])
                 return values, rows.at[index].set(row), stacked
 
             rows = jnp.zeros(shape, jnp.float32)
             stacked = [jnp.zeros(*stack) for stack in stacks]
             carry = updated, rows, stacked
-            if not self.kept:
+            if in_rows or not self.kept:
                 return jax.lax.fori_loop(0, num_steps, body, carry)
             return self._loop_of_loops(body, carry, step, num_steps)
 
@@ -444,9 +456,7 @@ class JaxLoop(CompiledLoop):
 
         The steps themselves are the same program as without.
         """
-        every = self._every
-        places = {id(v): place for place, v in enumerate(self.updated)}
-        kept = [places[id(v)] for v in self.kept or ()]
+        every, kept = self._every, self._places()
         times = self._capacity // every + 2  # with the ends of the call
 
         def go_on(state: Any) -> Any:
@@ -502,6 +512,11 @@ class JaxLoop(CompiledLoop):
             return updated, rows, stacked
 
         return call
+
+
+def _bits(number: Any) -> Any:
+    """A number's bits as float32, `[columns]`."""
+    return jax.lax.bitcast_convert_type(number, jnp.float32).reshape(-1)
 
 
 def _choose_mode(closed: Any) -> LoopMode:

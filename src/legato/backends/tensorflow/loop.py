@@ -16,6 +16,7 @@ from legato.backends.protocol import (
     Step,
 )
 from legato.backends.scope import (
+    columns_of,
     kept_variables,
     split_outputs,
     steps_with_outputs,
@@ -159,6 +160,7 @@ class TensorFlowLoop(CompiledLoop):
             try:
                 self._run = self._make_loop(step, every, is_compiled=True)
                 self.mode = "compiled"
+                self.kept_in_rows = bool(columns_of(self.kept or []))
                 return
             except xla.NotCompilableError as error:
                 if required:
@@ -193,7 +195,12 @@ class TensorFlowLoop(CompiledLoop):
         Raises:
             NotCompilableError: XLA is to compile it, and cannot.
         """
-        leaves, num_logs = self._leaves, len(self.log_names)
+        leaves, num_columns = self._leaves, len(self.log_names)
+        # (Not compiled, reading them at each step would be dear.)
+        held: list[Any] = []
+        if is_compiled and (columns := columns_of(self.kept or [])):
+            held = [variable._value for variable in self.kept or ()]
+            num_columns += sum(columns)
         capacity = leaves[0].shape[0]
         structure = self._traced.structured_outputs
         outputs = structure[1] if isinstance(structure, tuple) else []
@@ -213,7 +220,9 @@ class TensorFlowLoop(CompiledLoop):
                         stack.write(index, output)
                         for stack, output in zip(stacks, given, strict=True)
                     )
-                if num_logs:
+                if held:
+                    row = tf.concat([row, *map(_bits, held)], 0)
+                if num_columns:
                     rows = tf.tensor_scatter_nd_update(rows, [[index]], [row])
                 return index + 1, rows, *stacks
 
@@ -229,8 +238,8 @@ class TensorFlowLoop(CompiledLoop):
                 tf.TensorArray(spec.dtype, num_steps, element_shape=spec.shape)
                 for spec in outputs
             ]
-            start = tf.constant(0), tf.zeros((capacity, num_logs))
-            if every:
+            start = tf.constant(0), tf.zeros((capacity, num_columns))
+            if every and not held:
                 return self._loop_of_loops(run, start, first, num_steps, every)
             _, rows, *stacks = run(num_steps, *start, *stacks)
             if outputs:
@@ -274,6 +283,11 @@ class TensorFlowLoop(CompiledLoop):
             parallel_iterations=1,
         )
         return rows, stacks
+
+
+def _bits(memory: Any) -> Any:
+    """The bits of a number that a variable holds, as float32 `[columns]`."""
+    return tf.reshape(tf.bitcast(memory.read_value(), tf.float32), [-1])
 
 
 def _max_steps(outputs: Sequence[Any], leaves: list[Any]) -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -18,10 +18,11 @@ from legato.backends.protocol import (
 )
 from legato.backends.scope import (
     MAX_TRACES,
+    kept_variables,
     refuse_new_variables,
     split_outputs,
 )
-from legato.backends.torch.arrays import current_device, to_tensors
+from legato.backends.torch.arrays import current_device, to_numpy, to_tensors
 from legato.backends.torch.conditional import plain_cond, probing_cond
 from legato.backends.torch.modules import scoped_modules
 from legato.backends.torch.native import compile_native
@@ -64,7 +65,7 @@ def compile_loop(
     few frames of ours should lie above the user's step in a traceback.
     """
     del variables  # all are found in the run
-    del keeping, one_by_one  # a call is no quicker than its steps
+    del one_by_one  # a call is little quicker than its steps
     if native:
         return compile_native(
             step, fetch=fetch, resident=resident, operands=operands
@@ -114,13 +115,16 @@ def compile_loop(
         required = mode is not None or compilation == "always"
         program = capture(found, resident, first, required=required)
     replays = program is None and compilation != "never"
-    return TorchLoop(
+    loop = TorchLoop(
         found,
         resident,
         program,
         replays=replays,
         has_outputs=outputs is not None,
     )
+    if keeping is not None and outputs is None:
+        loop.keep(keeping, operands)
+    return loop
 
 
 class TorchLoop(CompiledLoop):
@@ -146,6 +150,12 @@ class TorchLoop(CompiledLoop):
         self._resident = resident
         self._program = program
         self._replayer = Replayer(step, resident) if replays else None
+        self._every = 0
+
+    def keep(self, keeping: Keeping, operands: Any) -> None:
+        """See `CompiledLoop.kept`."""
+        self.kept = kept_variables(keeping, self.updated, operands)
+        self._every = keeping.every
 
     def __call__(self, step: int, num_steps: int, operands: Any) -> Any:
         LOST.refuse(self.variables)
@@ -161,39 +171,75 @@ class TorchLoop(CompiledLoop):
         values = {id(v): v._value.detach() for v in self.variables}
         try:
             with torch.no_grad():
-                if self._program is not None:
-                    return self._returned(self._program(values, operands, at))
-                replayer = self._replayer
-                replay = replayer and replayer.ready()
-                if replay:
-                    return self._returned(replay(values, operands, at))
-                returned: list[list[torch.Tensor]] = []
-                fetch, run = self._step.fetch, self._step.run
-                with keras_tracing.traced_step(plain_cond), scoped_modules():
-                    for index, now in enumerate(at.unbind()):
-                        scope = self._step.new_scope(values)
-                        trial = replayer and replayer.begin(values)
-                        with trial or contextlib.nullcontext(), scope:
-                            batch = fetch(self._resident, operands, index)
-                            logs, outputs = split_outputs(run(batch, now))
-                            returned.append([to_row(logs), *(outputs or ())])
-                        self._check_variables(scope)
-                        scope.commit()
-                        if replayer and trial:
-                            one = slice(index, index + 1)
-                            replayer.finish(
-                                trial,
-                                returned[-1],
-                                keras.tree.map_structure(
-                                    operator.itemgetter(one), operands
-                                ),
-                                at[one],
-                            )
-                return self._returned(returned)
+                steps = self._run(values, operands, at)
+                if self.kept:
+                    return self._keeping(values, steps, step)
+                return self._returned([*steps])
         except BaseException:
             # It ended in the midst of a step.
             LOST.add(self.updated)
             raise
+
+    def _run(
+        self, values: dict[int, torch.Tensor], operands: Any, at: torch.Tensor
+    ) -> Iterator[list[torch.Tensor]]:
+        """Run the steps with these indices, as they are asked for.
+
+        Each gives its row and its outputs.
+        """
+        if self._program is not None:
+            return self._program(values, operands, at)
+        replay = self._replayer and self._replayer.ready()
+        if replay:
+            return replay(values, operands, at)
+        return self._run_eagerly(values, operands, at)
+
+    def _run_eagerly(
+        self, values: dict[int, torch.Tensor], operands: Any, at: torch.Tensor
+    ) -> Iterator[list[torch.Tensor]]:
+        replayer = self._replayer
+        fetch, run = self._step.fetch, self._step.run
+        with keras_tracing.traced_step(plain_cond), scoped_modules():
+            for index, now in enumerate(at.unbind()):
+                scope = self._step.new_scope(values)
+                trial = replayer and replayer.begin(values)
+                with trial or contextlib.nullcontext(), scope:
+                    batch = fetch(self._resident, operands, index)
+                    logs, outputs = split_outputs(run(batch, now))
+                    returned = [to_row(logs), *(outputs or ())]
+                self._check_variables(scope)
+                scope.commit()
+                if replayer and trial:
+                    one = slice(index, index + 1)
+                    replayer.finish(
+                        trial,
+                        returned,
+                        keras.tree.map_structure(
+                            operator.itemgetter(one), operands
+                        ),
+                        at[one],
+                    )
+                yield returned
+
+    def _keeping(
+        self,
+        values: dict[int, torch.Tensor],
+        steps: Iterator[list[torch.Tensor]],
+        first: int,
+    ) -> Any:
+        """Run the steps, and keep values after some of them."""
+        kept = self.kept or []
+        rows: list[torch.Tensor] = []
+        held: list[list[torch.Tensor]] = [[] for _ in kept]
+        for number, (row,) in enumerate(steps, first + 1):
+            rows.append(row)
+            if number % self._every == 0:
+                for variable, each in zip(kept, held, strict=True):
+                    each.append(values[id(variable)].clone())
+        return rows, [
+            to_numpy(torch.stack(each), variable._dtype) if each else ()
+            for variable, each in zip(kept, held, strict=True)
+        ]
 
     def _returned(self, steps: list[list[torch.Tensor]]) -> Any:
         """What a call returns, from the rows of its steps and their outputs."""

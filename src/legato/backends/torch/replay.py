@@ -8,6 +8,7 @@ does, nor on whether it does at all.
 """
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -219,7 +220,7 @@ class Replay:
 
     def __call__(
         self, values: Values, operands: Any, at: torch.Tensor
-    ) -> list[list[torch.Tensor]]:
+    ) -> Iterator[list[torch.Tensor]]:
         """Run a step for each of `at`; see `run_each`.
 
         Args:

@@ -1,7 +1,7 @@
 """One step, and what is known of it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -73,8 +73,8 @@ def run_each(
     given: Sequence[torch.Tensor],
     operands: Any,
     at: torch.Tensor,
-) -> list[list[torch.Tensor]]:
-    """Run a program for each step, on its batch.
+) -> Iterator[list[torch.Tensor]]:
+    """Run a program for each step, on its batch, when it is asked for.
 
     Args:
         programs: one for each step; see `Recording.run`.
@@ -82,14 +82,13 @@ def run_each(
         operands: of as many batches.
         at: the index of each step, int32 `[steps]`.
 
-    Returns:
+    Yields:
         For each step its logs, float32 `[names]`, and its outputs.
     """
     # In the order of recordings: other libraries sort keys.
     leaves = tree_leaves(operands)
-    return [
-        program(*given, *(leaf[index : index + 1] for leaf in leaves), now)
-        for index, (program, now) in enumerate(
-            zip(programs, at.unbind(), strict=True)
-        )
-    ]
+    for index, (program, now) in enumerate(
+        zip(programs, at.unbind(), strict=True)
+    ):
+        batch = [leaf[index : index + 1] for leaf in leaves]
+        yield program(*given, *batch, now)
