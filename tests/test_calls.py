@@ -61,6 +61,7 @@ def events(monkeypatch):
             assert in_main != self.in_thread
             return loop(*args)
 
+        call.runs_python = loop.runs_python
         # (What needs no making here leaves nothing to do meanwhile.)
         draws = "draw" in found
         assert self.in_thread == (draws and BACKEND == "tensorflow")
@@ -107,3 +108,80 @@ def test_validation(events, tmp_path):
     train(task, tmp_path / "run", epochs=1)
     order = "draw begin" + " draw begin wait" * 11 + " wait"
     assert of_batches(events).endswith(order)
+
+
+def test_a_call_that_is_interrupted_is_not_of_the_step_before(
+    tmp_path, monkeypatch
+):
+    result = Calls.result
+
+    def interrupted(self, begun):
+        if len(told) == 3:
+            raise KeyboardInterrupt
+        told.append(0)
+        return result(self, begun)
+
+    told = []
+    monkeypatch.setattr(Calls, "result", interrupted)
+    monkeypatch.setattr("legato.pace._ALTERNATING_SECS", 0.0)
+    monkeypatch.setattr("legato.pace._CALL_SECS", 0.0)
+    trainer = legato.Trainer(
+        Slopes([], "train"),
+        run_dir=tmp_path / "run",
+        config=legato.TrainerConfig(epochs=2, progress="none"),
+    )
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.train()
+    assert "variables hold step 4." in "".join(caught.value.__notes__)
+    model = trainer.model.get_weights()
+    monkeypatch.undo()
+    whole = legato.Trainer(
+        Slopes([], "train"),
+        run_dir=tmp_path / "whole",
+        config=legato.TrainerConfig(train_steps=4, progress="none"),
+    )
+    whole.train()
+    for mine, its in zip(model, whole.model.get_weights(), strict=True):
+        assert mine.tobytes() == its.tobytes()
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="where calls have a thread")
+def test_a_step_that_runs_python_has_no_thread(tmp_path, monkeypatch):
+    import tensorflow as tf
+
+    from legato.backends.tensorflow.loop import TensorFlowLoop
+
+    class Python(Slopes):
+        def build_losses(self, labels, outputs, aux_losses=None):
+            loss = super().build_losses(labels, outputs)
+            drawn = tf.numpy_function(np.random.random, [], tf.float64)
+            return loss + 0 * keras.ops.cast(tf.reshape(drawn, ()), "float32")
+
+    call = TensorFlowLoop.__call__
+
+    def called(self, *args):
+        assert threading.current_thread() is threading.main_thread()
+        return call(self, *args)
+
+    monkeypatch.setattr(TensorFlowLoop, "__call__", called)
+    monkeypatch.setattr("legato.pace._ALTERNATING_SECS", 0.0)
+    train(Python([], "train"), tmp_path / "run", epochs=1)
+
+
+def test_a_validation_that_nobody_wants_takes_one_batch(tmp_path):
+    class Skips(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            self.model.stop_evaluating = True
+
+    results = []
+    for epochs in (1, 3):
+        trainer = legato.Trainer(
+            Slopes([], "validation"),
+            run_dir=tmp_path / f"run{epochs}",
+            config=legato.TrainerConfig(epochs=epochs, progress="none"),
+            callbacks=[Skips()],
+        )
+        history = trainer.train().history
+        results.append(history["val_loss"])
+    # (The weights are trained on zeros, and do not change.)
+    assert results[1] == results[0] * 3

@@ -33,3 +33,7 @@ def test_calls_are_short_where_their_batches_are_made_meanwhile():
     pace = Pace(1000, alternates=True)
     pace.learn(8, seconds=0.08)
     assert pace.max_steps == 2
+    # Not where the call mostly copies.
+    pace = Pace(1000, alternates=True, num_bytes=10_000_000)
+    pace.learn(8, seconds=0.08)
+    assert pace.max_steps == 5

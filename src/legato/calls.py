@@ -25,6 +25,11 @@ class Calls:
         """Whether another thread makes them."""
         return self._thread is not None
 
+    @property
+    def do_overlap(self) -> bool:
+        """Whether there is time while one is at work."""
+        return self.in_thread or backends.current().overlaps == "device"
+
     def overlap(self) -> None:
         """There will be something to do while a call is at work."""
         if self._thread is None and backends.current().overlaps == "thread":
@@ -35,7 +40,7 @@ class Calls:
     def begin(self, loop: CompiledLoop, step: int, chunk: Chunk) -> Any:
         """Call a loop for all steps of a chunk; for `result`."""
         arguments = step, chunk.num_batches, chunk.operands
-        if self._thread is None:
+        if self._thread is None or loop.runs_python:
             return loop(*arguments)
         return self._thread.submit(loop, *arguments)
 

@@ -33,11 +33,12 @@ from legato.types import Logs, LogStyle, flat_logs
 from legato.when import Every
 
 MAX_CAPACITY = 256
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 16 * 2**20
+"""Of a call's operands: it copies them all, and two calls are alive."""
 
 
 def loop_capacity(source: DataSource, limit: int | None = None) -> int:
-    """Batches in one device call: at most 256, and 64 MB of them."""
+    """Batches in one device call: at most 256, and 16 MB of them."""
     fitting = max(1, _CHUNK_BYTES // max(source.batch_bytes, 1))
     return max(1, min(MAX_CAPACITY, fitting, limit or MAX_CAPACITY))
 
@@ -261,13 +262,19 @@ class Evaluator:
             iterator.watch(gives_up)
             calls = Calls()
             stack.callback(calls.close)
+            draws_here = host is None and not iterator.draws_ahead
+            if draws_here and not hooks.test_batch_hooks_active:
+                calls.overlap()
             if self._pace is None:
                 self._pace = Pace(
-                    max_steps, alternates=not iterator.draws_ahead
+                    self._capacity,
+                    alternates=draws_here and calls.do_overlap,
+                    num_bytes=self._capacity * self._source.batch_bytes,
                 )
-            if not self._measure(
-                iterator, self._pace, calls, means, hooks, gives_up, host
-            ):
+            is_done = self._measure(
+                iterator, calls, means, hooks, gives_up, host, max_steps
+            )
+            if not is_done:
                 found = None
             elif host is not None:
                 found = host.finish()
@@ -291,17 +298,16 @@ class Evaluator:
     def _measure(
         self,
         iterator: DataIterator,
-        pace: Pace,
         calls: Calls,
         means: "_Means",
         hooks: TestHooks,
         gives_up: Callable[[], bool],
         host: HostThread | None,
+        max_steps: int,
     ) -> bool:
         """Run all batches; False if it was broken off."""
-        one_by_one = hooks.test_batch_hooks_active
-        if host is None and not one_by_one and not iterator.draws_ahead:
-            calls.overlap()
+        pace, one_by_one = self._pace, hooks.test_batch_hooks_active
+        assert pace is not None
         done, ended = 0, 0.0
         late: list[_Begun] = []
 
@@ -315,7 +321,9 @@ class Evaluator:
         while done < self._num_batches:
             if gives_up():
                 return False
-            most = 1 if one_by_one else pace.of(self._num_batches - done)
+            most = min(pace.of(self._num_batches - done), max_steps)
+            if one_by_one or hooks.stop_evaluating:  # then as in Keras: one
+                most = 1
             try:
                 chunk = iterator.next_chunk(most)
             except StoppedWaiting:

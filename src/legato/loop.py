@@ -159,7 +159,11 @@ def run(
         callbacks_stop: whether a callback set `model.stop_training`.
         phases: told what the time is spent on.
     """
-    pace = Pace(steps.capacity, alternates=feed.draws_here)
+    pace = Pace(
+        steps.capacity,
+        alternates=feed.draws_here,
+        num_bytes=feed.chunk_bytes,
+    )
     limits = functools.partial(_limit, schedule, steps, hooks)
     # What was restored is on disk, unless duties are still to be done.
     saved_step = None if clock.duties or clock.step == 0 else clock.step

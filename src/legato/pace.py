@@ -7,6 +7,10 @@ _ALTERNATING_SECS = 0.02
 """One for which batches are made meanwhile: the device waits for those of the
 first call of an epoch, and whoever makes the others for the last one."""
 
+_COPIED_PER_SEC = 200e6
+"""Bytes: each call copies all its operands, however few steps it takes, and it
+is to be a small part of the call."""
+
 _QUICK_SECS = 0.05
 
 
@@ -17,6 +21,7 @@ class Pace:
         capacity: the most that fit in any call.
         alternates: whether the thread that begins the calls makes batches
             while the device works.
+        num_bytes: of the operands of a call.
 
     Attributes:
         max_steps: the most for the next call.
@@ -24,9 +29,14 @@ class Pace:
             after it counts; and the one after it can begin in vain.
     """
 
-    def __init__(self, capacity: int, *, alternates: bool = False) -> None:
+    def __init__(
+        self, capacity: int, *, alternates: bool = False, num_bytes: int = 0
+    ) -> None:
         self._capacity = capacity
-        self._secs = _ALTERNATING_SECS if alternates else _CALL_SECS
+        self._secs = _CALL_SECS
+        if alternates:
+            least = num_bytes / _COPIED_PER_SEC
+            self._secs = min(max(_ALTERNATING_SECS, least), _CALL_SECS)
         self.max_steps = 1
         self.is_quick = False
 

@@ -16,7 +16,8 @@ none: it costs nothing.
   step on a CPU, is part of it.
 - `DEVICE`: waiting for the device, and fetching the logs of the steps. Where
   the call returns only when the work is done (TensorFlow and PyTorch on a CPU),
-  all of the call.
+  all of the call, with its transfer; what of it passes while this thread does
+  something else (TensorFlow), is that.
 - `DELIVERY`: giving logs to the books, to callbacks and to summaries.
 - `VALIDATION`: a validation, all of it.
 - `CHECKPOINT`: what training waits for a checkpoint: copies, and a free buffer

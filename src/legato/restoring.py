@@ -200,7 +200,13 @@ class Held(NamedTuple):
 def hold_valid(
     variables: Mapping[str, keras.Variable], store: CheckpointStore, step: int
 ) -> Held:
-    """After a failure: values in all variables, and word of whose."""
+    """After a failure: values in all variables, and word of whose.
+
+    Args:
+        variables: by name.
+        store: the run's checkpoints.
+        step: of which they hold the values, if none was lost.
+    """
     if backends.current().lost_variables(list(variables.values())):
         # A device call had taken its inputs when it failed.
         return assign_newest(variables, store)

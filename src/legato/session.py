@@ -287,7 +287,10 @@ class Session:
             draws_here=self._backend.overlaps is not None,
             stop_requested=self._interrupts.is_asked,
         )
-        if self._feed.draws_here or self.steps.keeps_many:
+        draws_here = (
+            self._feed.draws_here and not self._callbacks.batch_hooks_active
+        )
+        if draws_here or self.steps.keeps_many:
             self.steps.overlap()
         if self._recovery.is_on:
             self._prepare_to_recover()
@@ -442,9 +445,8 @@ class Session:
 
     def _leave_valid_variables(self, error: BaseException) -> None:
         """After a failure: values in all variables, and word of whose."""
-        self.held = restoring.hold_valid(
-            self._variables, self._store, self.clock.step
-        )
+        step = self.clock.step + self.steps.steps_untold
+        self.held = restoring.hold_valid(self._variables, self._store, step)
         error.add_note(
             f"legato: the model's variables hold {self.held}. The same call "
             f"(run_dir={str(self._run_dir)!r}) goes on from the newest "

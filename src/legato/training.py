@@ -65,6 +65,8 @@ class TrainSteps:
         mode: the one chosen, once `trace` was called.
         log_names: names of the step's logs, likewise.
         traces: how often the step has been traced.
+        steps_untold: of the last call, as long as nobody has waited for it;
+            the variables hold what they make.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class TrainSteps:
         )
         self._called: set[Shapes] = set()
         self._first = 0  # of the steps that were begun last
+        self.steps_untold = 0
         self._usual: Shapes | None = None
         self._variables: dict[int, keras.Variable] = {}
         self._trainable = TrainableFlags([])
@@ -335,7 +338,7 @@ class TrainSteps:
                 one more shape than there may be.
         """
         self._reads.check()
-        self._first = step
+        self._first, self.steps_untold = step, 0
         if self._checks is not None:
             self._checks.check(chunk, step)
         if self._trainable.have_changed:
@@ -362,22 +365,36 @@ class TrainSteps:
                     step, block.operands, block.index, block.stop
                 )
                 if logs is not None:
+                    self.steps_untold = 1
                     return logs
-            return self._calls.begin(loop, step, chunk)
-        with self.compiling():
-            logs = loop(step, chunk.num_batches, chunk.operands)
-        self._called.add(shapes)
-        if not self._calls.in_thread:
-            loop.phases = self._phases  # from now on: no call compiles
+            logs = self._calls.begin(loop, step, chunk)
+        else:
+            with self.compiling():
+                logs = loop(step, chunk.num_batches, chunk.operands)
+            self._called.add(shapes)
+            self._tell_phases()
+        self.steps_untold = chunk.num_batches
         return logs
 
     def overlap(self) -> None:
         """Calls are to leave this thread time, which has use for it."""
         self._calls.overlap()
+        self._tell_phases()
 
     def close(self) -> None:
         """Wait for what was begun, and overlap no more."""
         self._calls.close()
+        self._tell_phases()
+
+    def _tell_phases(self) -> None:
+        """Have calls tell their phases, but first ones, which compile.
+
+        Not in another thread: that is not what this one is doing.
+        """
+        told = None if self._calls.in_thread else self._phases
+        for shapes in self._called:
+            if shapes in self._loops:
+                self._loops[shapes].phases = told
 
     def begin(self, step: int, chunk: Chunk) -> None:
         """Begin a chunk that `run` will be asked for, if that can be undone.
@@ -399,7 +416,11 @@ class TrainSteps:
         `[times or more, ...]`, by their ids; None if the steps do not go on
         at summaries.
         """
-        logs = self._calls.result(logs)
+        try:
+            logs = self._calls.result(logs)
+        except Exception:
+            self.steps_untold = 0  # it made none, or variables are lost
+            raise
         loop = self._loops[chunk.shapes]
         variables, stacks = loop.kept, []
         if variables and not loop.kept_in_rows:
@@ -410,9 +431,10 @@ class TrainSteps:
             every = self._summary_interval
             first = every - 1 - self._first % every
             stacks = [values[first::every] for values in held]
+        elif variables:
+            stacks = self._backend.values(stacks, variables)
+        self.steps_untold = 0
         if variables is None:
             return rows, None
-        return rows, {
-            id(variable): np.asarray(stack)
-            for variable, stack in zip(variables, stacks, strict=True)
-        }
+        ids = map(id, variables)
+        return rows, dict(zip(ids, stacks, strict=True))

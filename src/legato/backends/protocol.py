@@ -67,6 +67,8 @@ class CompiledLoop(abc.ABC):
             cannot; see `kept_variables`.
         kept_in_rows: whether these are single numbers whose values after each
             step are further columns of the logs; see `columns_of`.
+        runs_python: whether the compiled step calls Python of the user's,
+            which no thread but the one that trains may run.
         traces: how often user code has been traced, for tests.
         phases: told what calls do; None where nobody asks.
     """
@@ -78,6 +80,7 @@ class CompiledLoop(abc.ABC):
     max_steps: int | None = None
     kept: list[keras.Variable] | None = None
     kept_in_rows: bool = False
+    runs_python: bool = False
     traces: int
     phases: Phases | None = None
 
@@ -248,6 +251,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
         """The logs of a loop call: float32 `[num_steps, names]`; waits."""
+
+    def values(
+        self, stacks: Sequence[Any], variables: Sequence[keras.Variable]
+    ) -> list[np.ndarray]:
+        """What variables held, `[times, ...]` each, as host arrays; waits."""
+        del variables
+        return [np.asarray(stack) for stack in stacks]
 
     @abc.abstractmethod
     def place(self, arrays: Any) -> Any:

@@ -110,7 +110,7 @@ def columns_of(variables: Sequence[keras.Variable]) -> list[int] | None:
 
     None if they are not all single numbers.
     """
-    columns = [_COLUMNS.get(own_dtype(v), 0) for v in variables]
+    columns = [_COLUMNS.get(_held_dtype(v), 0) for v in variables]
     are_numbers = all(v.shape == () for v in variables)
     return columns if are_numbers and all(columns) else None
 
@@ -129,9 +129,14 @@ def split_columns(
     ends = np.cumsum([rows.shape[1] - sum(columns), *columns])
     logs, *parts = np.split(rows, ends[:-1], axis=1)
     return logs, [
-        np.ascontiguousarray(part).view(own_dtype(v))[:, 0]
+        np.ascontiguousarray(part).view(_held_dtype(v))[:, 0]
         for part, v in zip(parts, variables, strict=True)
     ]
+
+
+def _held_dtype(variable: keras.Variable) -> str:
+    """That of the memory: JAX keeps a float64 in 32 bits, for example."""
+    return keras.backend.standardize_dtype(initial_value(variable).dtype)
 
 
 def own_dtype(variable: keras.Variable) -> str:

@@ -65,6 +65,7 @@ class Feed:
 
     Attributes:
         draws_here: whether that is done.
+        chunk_bytes: of a chunk's operands.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Feed:
         self._iterator.watch(stop_requested)
         self._source = source
         self._capacity = capacity
+        self.chunk_bytes = capacity * source.batch_bytes
         self.draws_here = draws_here and not self._iterator.draws_ahead
         self._state = self._iterator.get_state()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="legato-feed")

@@ -126,7 +126,9 @@ class DataRun:
             draws_here=backends.current().overlaps is not None,
         )
         self._pace = Pace(
-            bench.chunk.num_batches, alternates=self._feed.draws_here
+            bench.chunk.num_batches,
+            alternates=self._feed.draws_here,
+            num_bytes=self._feed.chunk_bytes,
         )
 
     def close(self) -> None:

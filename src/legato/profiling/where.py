@@ -35,6 +35,7 @@ class Piece:
         self._bench = bench
         self._saving = saving
         self._clock = Clock()
+        self._hooks = _Hooks(runners)
         self._ends_at, self._last = 0.0, 0
         self._feed = Feed(
             bench.parts.source,
@@ -48,7 +49,7 @@ class Piece:
             schedule=bench.schedule,
             steps=bench.configured,
             feed=self._feed,
-            hooks=_Hooks(runners),
+            hooks=self._hooks,
             recorder=bench.make_recorder(self._clock),
             validate=self._validate,
             save=self._save,
@@ -73,7 +74,7 @@ class Piece:
         """
         bench, clock = self._bench, self._clock
         bench.restore()
-        if self._feed.draws_here:
+        if self._feed.draws_here and not self._hooks.batch_hooks_active:
             bench.configured.overlap()
         self._last = bench.schedule.train_steps // 4
         self._ends_at = time.monotonic() + _WARM_SHARE * secs

@@ -355,8 +355,11 @@ class JaxLoop(CompiledLoop):
                     for stack, output in zip(stacked, outputs, strict=True)
                 ]
                 if in_rows:
-                    held = [_bits(values[place]) for place in in_rows]
-                    row = jnp.concatenate([row, *held])
+                    # (So that nothing of the step is computed in another way.)
+                    held = jax.lax.optimization_barrier(
+                        [values[place] for place in in_rows]
+                    )
+                    row = jnp.concatenate([row, *map(_bits, held)])
                 return values, rows.at[index].set(row), stacked
 
             rows = jnp.zeros(shape, jnp.float32)

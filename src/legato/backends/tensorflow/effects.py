@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-from collections.abc import Collection, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 from typing import Any
 
 import keras
@@ -31,6 +31,8 @@ _STATEFUL_RANDOM = {
     "FixedUnigramCandidateSampler", "AllCandidateSampler",
 }  # fmt: skip
 
+_PYTHON = {"PyFunc", "EagerPyFunc", "PyFuncStateless"}
+
 # The state behind these is not a variable's.
 _OTHER_STATE = {
     "IteratorGetNext", "IteratorGetNextSync", "IteratorGetNextAsOptional",
@@ -47,10 +49,12 @@ class Effects:
     Attributes:
         updated: those that it writes, or that may be written.
         read_only: the others.
+        runs_python: whether it calls back into Python.
     """
 
     updated: list[keras.Variable]
     read_only: list[keras.Variable]
+    runs_python: bool
 
 
 def find_effects(
@@ -68,7 +72,8 @@ def find_effects(
     Raises:
         StepError: it keeps state that is not in Keras variables.
     """
-    _refuse_hidden_state(traced.graph)
+    nodes = list(_nodes(traced.graph))
+    _refuse_hidden_state(nodes)
     written = {
         id(handle): _is_written(inside)
         for handle, inside in traced.graph.captures
@@ -88,7 +93,7 @@ def find_effects(
             ]
         )
     is_assigned = {id(v) for v in assigned}
-    effects = Effects([], [])
+    effects = Effects([], [], any(node.op in _PYTHON for node in nodes))
     for key, variable in variables.items():
         handle = id(variable._value.handle)
         updated = key in is_assigned or written.get(handle, False)
@@ -138,23 +143,28 @@ def _refuse_foreign(names: list[str]) -> None:
         )
 
 
-def _refuse_hidden_state(graph: Any) -> None:
+def _nodes(graph: Any) -> Iterator[Any]:
+    """All operations, those of functions that are called too."""
     definition = graph.as_graph_def()
-    functions = (f.node_def for f in definition.library.function)
-    for nodes in (definition.node, *functions):
-        for node in nodes:
-            if node.op in _STATEFUL_RANDOM:
-                raise StepError(
-                    f"The step draws random numbers with {node.op} "
-                    f"({node.name}), whose generator is TensorFlow's own: it "
-                    "would not be part of the run's state. Use keras.random "
-                    "with a keras.random.SeedGenerator(seed) that is an "
-                    "attribute of the Task or of a layer."
-                )
-            if node.op in _OTHER_STATE:
-                raise StepError(
-                    f"The step calls {node.op} ({node.name}), which changes "
-                    "something that is no variable: it would not be part of "
-                    "the run's state. Keep state in keras.Variables, and let "
-                    "data come in by build_inputs."
-                )
+    yield from definition.node
+    for function in definition.library.function:
+        yield from function.node_def
+
+
+def _refuse_hidden_state(nodes: Iterable[Any]) -> None:
+    for node in nodes:
+        if node.op in _STATEFUL_RANDOM:
+            raise StepError(
+                f"The step draws random numbers with {node.op} "
+                f"({node.name}), whose generator is TensorFlow's own: it "
+                "would not be part of the run's state. Use keras.random "
+                "with a keras.random.SeedGenerator(seed) that is an "
+                "attribute of the Task or of a layer."
+            )
+        if node.op in _OTHER_STATE:
+            raise StepError(
+                f"The step calls {node.op} ({node.name}), which changes "
+                "something that is no variable: it would not be part of "
+                "the run's state. Keep state in keras.Variables, and let "
+                "data come in by build_inputs."
+            )

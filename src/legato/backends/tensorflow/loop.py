@@ -123,6 +123,7 @@ class TensorFlowLoop(CompiledLoop):
         )
         self.updated = effects.updated
         self.read_only = effects.read_only
+        self.runs_python = effects.runs_python
         self.log_names = list(names)
         self.traces = traces
         self._traced = traced

@@ -55,6 +55,12 @@ class TorchBackend(Backend):
     def to_host(self, logs: Any, num_steps: int) -> np.ndarray:
         return torch.stack(logs).cpu().numpy()
 
+    def values(
+        self, stacks: Sequence[Any], variables: Sequence[keras.Variable]
+    ) -> list[np.ndarray]:
+        pairs = zip(stacks, variables, strict=True)
+        return [tensors.to_numpy(stack, v._dtype) for stack, v in pairs]
+
     def place(self, arrays: Any) -> Any:
         return tensors.to_tensors(arrays)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -22,7 +22,7 @@ from legato.backends.scope import (
     refuse_new_variables,
     split_outputs,
 )
-from legato.backends.torch.arrays import current_device, to_numpy, to_tensors
+from legato.backends.torch.arrays import current_device, to_tensors
 from legato.backends.torch.conditional import plain_cond, probing_cond
 from legato.backends.torch.modules import scoped_modules
 from legato.backends.torch.native import compile_native
@@ -182,7 +182,7 @@ class TorchLoop(CompiledLoop):
 
     def _run(
         self, values: dict[int, torch.Tensor], operands: Any, at: torch.Tensor
-    ) -> Iterator[list[torch.Tensor]]:
+    ) -> Generator[list[torch.Tensor]]:
         """Run the steps with these indices, as they are asked for.
 
         Each gives its row and its outputs.
@@ -196,7 +196,7 @@ class TorchLoop(CompiledLoop):
 
     def _run_eagerly(
         self, values: dict[int, torch.Tensor], operands: Any, at: torch.Tensor
-    ) -> Iterator[list[torch.Tensor]]:
+    ) -> Generator[list[torch.Tensor]]:
         replayer = self._replayer
         fetch, run = self._step.fetch, self._step.run
         with keras_tracing.traced_step(plain_cond), scoped_modules():
@@ -224,20 +224,21 @@ class TorchLoop(CompiledLoop):
     def _keeping(
         self,
         values: dict[int, torch.Tensor],
-        steps: Iterator[list[torch.Tensor]],
+        steps: Generator[list[torch.Tensor]],
         first: int,
     ) -> Any:
         """Run the steps, and keep values after some of them."""
         kept = self.kept or []
         rows: list[torch.Tensor] = []
         held: list[list[torch.Tensor]] = [[] for _ in kept]
-        for number, (row,) in enumerate(steps, first + 1):
-            rows.append(row)
-            if number % self._every == 0:
-                for variable, each in zip(kept, held, strict=True):
-                    each.append(values[id(variable)].clone())
+        with contextlib.closing(steps):  # for what it has patched meanwhile
+            for number, (row,) in enumerate(steps, first + 1):
+                rows.append(row)
+                if number % self._every == 0:
+                    for variable, each in zip(kept, held, strict=True):
+                        each.append(values[id(variable)].clone())
         return rows, [
-            to_numpy(torch.stack(each), variable._dtype) if each else ()
+            torch.stack(each) if each else values[id(variable)][None][:0]
             for variable, each in zip(kept, held, strict=True)
         ]
 

@@ -8,7 +8,7 @@ it compile again.
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import keras
@@ -94,7 +94,7 @@ class StepProgram:
 
     def __call__(
         self, values: Values, operands: Any, at: torch.Tensor
-    ) -> Iterator[list[torch.Tensor]]:
+    ) -> Generator[list[torch.Tensor]]:
         """Run a step for each of `at`; see `run_each`.
 
         Args:

@@ -8,7 +8,7 @@ does, nor on whether it does at all.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import keras
@@ -220,7 +220,7 @@ class Replay:
 
     def __call__(
         self, values: Values, operands: Any, at: torch.Tensor
-    ) -> Iterator[list[torch.Tensor]]:
+    ) -> Generator[list[torch.Tensor]]:
         """Run a step for each of `at`; see `run_each`.
 
         Args:

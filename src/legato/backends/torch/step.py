@@ -1,7 +1,7 @@
 """One step, and what is known of it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -73,7 +73,7 @@ def run_each(
     given: Sequence[torch.Tensor],
     operands: Any,
     at: torch.Tensor,
-) -> Iterator[list[torch.Tensor]]:
+) -> Generator[list[torch.Tensor]]:
     """Run a program for each step, on its batch, when it is asked for.
 
     Args:
