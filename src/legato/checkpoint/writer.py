@@ -204,6 +204,7 @@ class Writer:
                 return
             with self._changed:
                 self._queue.remove(job)
+                del job  # its arena is as large as all that is saved
                 self._error = None
                 self._waiting_since = self._clock()
                 self._changed.notify_all()
