@@ -29,6 +29,7 @@ from legato.errors import (
     LegatoWarning,
     RunDirError,
 )
+from tests.waiting import until
 
 
 def state(step):
@@ -131,13 +132,6 @@ class Disk(NoSync):
 
 def full():
     return OSError(errno.ENOSPC, "No space left on device")
-
-
-def until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 # Saving and restoring.
@@ -323,6 +317,22 @@ def test_an_error_is_told_once_and_tried_again(tmp_path, call):
     disk.failing.clear()
     clock.now += 10
     store.wait()
+
+
+@pytest.mark.parametrize("told", ["poll", "wait"])
+def test_an_error_is_told_also_where_the_next_try_succeeds(tmp_path, told):
+    disk, clock = Disk(), Clock()
+    store = open_store(tmp_path, fs=disk, clock=clock)
+    disk.failing["write"] = full()
+    store.save(1, *state(1))
+    until(lambda: store._writer._error)
+    disk.failing.clear()
+    clock.now += 10
+    store.save(2, *state(2))  # begins it, and nobody has asked before
+    until(lambda: store.steps() == [1, 2])
+    with pytest.warns(LegatoWarning, match="No space left"):
+        getattr(store, told)()
+    store.close()  # not again
 
 
 def test_a_newer_checkpoint_supersedes_those_that_failed(tmp_path):

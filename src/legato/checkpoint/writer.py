@@ -63,7 +63,7 @@ class Writer:
         self._queue: list[Job] = []
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None  # of the last try, if it failed
-        self._reported = False
+        self._untold: Exception | None = None  # of a first try, until reported
         self._retry_at = 0.0
         self._waiting_since = 0.0  # since the last success, or the first job
         self._late_after: float | None = None
@@ -110,13 +110,15 @@ class Writer:
     def poll(self) -> None:
         """Reports an error once, starts the next try when it is time.
 
+        Also one after which the next try, which `submit` began, succeeded.
+
         Raises:
             CheckpointError: if nothing could be written for too long.
         """
-        if not self._queue:
+        if not self._queue and self._untold is None:
             return
         with self._changed:
-            error, self._reported, new = self._error, True, not self._reported
+            error, untold, self._untold = self._error, self._untold, None
             waited = self._clock() - self._waiting_since
             late = bool(self._queue) and self._is_late(waited)
             self._start_if_due()
@@ -126,9 +128,9 @@ class Writer:
                 f"(checkpoint_timeout is {self._timeout_secs:.0f}): "
                 + (str(error) if error else "the disk does not answer")
             ) from error
-        if error is not None and new:
+        if untold is not None:
             warnings.warn(
-                f"a checkpoint could not be written: {error}. Training goes "
+                f"a checkpoint could not be written: {untold}. Training goes "
                 f"on, and it is tried again every {RETRY_SECS:.0f} seconds.",
                 LegatoWarning,
                 stacklevel=3,
@@ -142,10 +144,12 @@ class Writer:
         """
         while True:
             with self._changed:
-                if not self._queue and not self._running():
-                    return
-                self._changed.wait(_TICK_SECS)
+                is_done = not self._queue and not self._running()
+                if not is_done:
+                    self._changed.wait(_TICK_SECS)
             self.poll()
+            if is_done:
+                return
 
     def _is_late(self, waited: float) -> bool:
         """Late twice: a process that was suspended gets time for one try."""
@@ -196,7 +200,7 @@ class Writer:
             except Exception as e:
                 with self._changed:
                     if self._error is None:
-                        self._reported = False
+                        self._untold = e
                     self._error = e
                     self._retry_at = self._clock() + RETRY_SECS
                     self._thread = None
