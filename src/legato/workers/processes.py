@@ -39,7 +39,8 @@ _BOOT = (
 )
 _START_SECS = 120.0  # what a worker may import
 _END_SECS = 1.0  # for an idle worker to end by itself
-_STACK_SECS = 0.3  # for one that hangs to write down where
+_STACK_SECS = 3.0  # for one that hangs to write down where
+_STACK_TICK_SECS = 0.15
 
 
 class _Task:
@@ -96,6 +97,18 @@ class _Worker:
         # One that is dead shows that where it is read from.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.link.send_bytes(pickle.dumps(value))
+
+    def write_stacks(self) -> None:
+        """Have it write down where it is; returns when that is written."""
+        self.process.send_signal(child.STACKS_SIGNAL)
+        until = time.monotonic() + _STACK_SECS
+        before, size = 0, 0
+        # (It may be long in coming, where there is much else to compute.)
+        while time.monotonic() < until and self.process.poll() is None:
+            time.sleep(_STACK_TICK_SECS)
+            before, size = size, os.fstat(self.crash).st_size
+            if size == before > 0:
+                return
 
     def close(self) -> None:
         """End it: at once where it is at work; its link is closed already."""
@@ -277,8 +290,7 @@ class Processes:
         self._fail(worker, f"died: {_cause(worker.process.returncode)}")
 
     def _end_hanging(self, worker: _Worker) -> None:
-        worker.process.send_signal(child.STACKS_SIGNAL)
-        time.sleep(_STACK_SECS)
+        worker.write_stacks()
         worker.process.kill()
         self._fail(
             worker,
