@@ -31,8 +31,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_configure(config):
     """Make a folder that the processes of these tests share."""
-    from tests.processes import SHARED, compiled_by, keep_compiled
+    from tests.processes import SHARED, compiled_by, context, keep_compiled
 
+    # Also for tests that start such processes in another way: the first one
+    # starts the server, which preloads what it was told by then.
+    context()
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="legato-tests-")
         config.add_cleanup(folder.cleanup)
