@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -75,6 +76,14 @@ def pytest_runtest_setup(item):
     from tests.processes import compile_quickly
 
     compile_quickly(item.path.name not in _AS_USERS_COMPILE)
+
+
+def pytest_runtest_teardown(item):
+    """End what a test that failed has left: the exit would wait for it."""
+    for process in multiprocessing.active_children():
+        if not process.daemon:
+            process.kill()
+            process.join()
 
 
 def pytest_collection_modifyitems(config, items):
