@@ -1,5 +1,6 @@
 """Signals, sent to real processes: when they act, and with what status."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -90,32 +91,57 @@ def test_the_time_is_a_reason_too():
     assert interrupts.reason == "max_time"
 
 
-def train(run_dir, config):
+EPOCH = 23
+"""Steps in one of these runs."""
+
+
+def train(run_dir, config, at_epoch_end):
+    """Prints each epoch that ended."""
     import keras
 
     import legato
     from legato.tasks.digits import Digits
 
-    class Slowly(keras.callbacks.Callback):
-        """Or it would have ended before it is stopped."""
-
+    class Tell(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            time.sleep(0.03)
+            print(epoch, flush=True)
+            at_epoch_end(epoch)
 
-    trainer = legato.Trainer(
+    legato.Trainer(
         Digits(),
         run_dir=run_dir,
         config=legato.TrainerConfig(**config),
-        callbacks=[Slowly()],
-    )
-    print("ready", flush=True)
-    trainer.train()
+        callbacks=[Tell()],
+    ).train()
 
 
-def start(run_dir, config):
-    process = Forked(train, run_dir, config, side="one")
-    assert process.read_line() == "ready"
-    return process
+def train_to_be_stopped(run_dir, config, last, sent):
+    """Waits for a file at the end of an epoch.
+
+    Or all of it might have ended before it is stopped.
+    """
+
+    def at_epoch_end(epoch):
+        while epoch == last and not sent.exists():
+            time.sleep(0.005)
+
+    train(run_dir, config, at_epoch_end)
+
+
+def train_for_some_time(run_dir, config):
+    """Of which the clock is started by the end of the first epoch."""
+    from legato import trainer
+
+    began = []
+
+    def clock():
+        return time.monotonic() - began[0] if began else 0.0
+
+    def at_epoch_end(epoch):
+        began[:] = began or [time.monotonic()]
+
+    trainer.Interrupts = functools.partial(Interrupts, clock=clock)
+    train(run_dir, config, at_epoch_end)
 
 
 def test_a_stopped_run_goes_on_exactly(tmp_path):
@@ -128,16 +154,20 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
     }
     for run_dir, stops in (("whole", 0), ("stopped", 3)):
         for number in range(stops + 1):
-            process = start(tmp_path / run_dir, config)
-            if number < stops:
-                # (At first it has nothing to be waited for.)
-                saved = f"checkpoints/step_{100 * number:08d}"
-                while number and not (tmp_path / run_dir / saved).exists():
-                    time.sleep(0.01)
-                time.sleep(0.07 if number else 0.9)
+            sent = tmp_path / f"{run_dir}-{number}"
+            process = Forked(
+                train_to_be_stopped, tmp_path / run_dir, config,
+                4 * number + 3, sent, side="one",
+            )  # fmt: skip
+            if number == stops:
+                sent.touch()
+            else:
+                while int(process.read_line()) < 4 * number + 1:
+                    pass
                 process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=120)
-            assert process.returncode == (75 if number < stops else 0)
+                sent.touch()
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == (75 if number < stops else 0), err
     for file in ("final/state.safetensors", "metrics.jsonl"):
         whole, stopped = (
             (tmp_path / run_dir / file).read_bytes()
@@ -149,14 +179,16 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
 def test_max_time_ends_with_everything_saved(tmp_path):
     config = {
         "train_steps": 10**7,
-        "torch_compile": False,  # it takes longer than that
-        "max_time": 1.5,
+        "torch_compile": False,  # it takes longer than all the rest
+        "max_time": 0.3,
         "checkpoint_interval": 10**6,
         "progress": "none",
     }
-    process = start(tmp_path / "run", config)
-    process.communicate(timeout=120)
-    assert process.returncode == 75
+    process = Forked(train_for_some_time, tmp_path / "run", config, side="one")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
     names = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
     (name,) = names
-    assert int(name[5:]) > 0
+    epochs = [int(line) for line in out.splitlines()]
+    assert epochs == list(range(len(epochs)))
+    assert len(epochs) <= int(name[5:]) / EPOCH <= len(epochs) + 1
