@@ -837,7 +837,7 @@ def test_it_is_cheap():
     for i in range(10):
         setattr(holder, f"a{i}", i)
     capture.capture(holder)
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(100):
         capture.capture(holder)
-    assert (time.perf_counter() - start) / 100 < 1e-3
+    assert (time.thread_time() - start) / 100 < 1e-3

@@ -145,17 +145,17 @@ def test_any_number_of_examples_any_position_in_no_time(length):
     iterator = vast.iterate(seed=3, capacity=1)
     times = []
     for batch in (10, 10**6, vast.batches_per_epoch - 1, 10):
-        began = time.perf_counter()
+        began = time.thread_time()
         iterator.set_state({"epoch": 2, "batch": batch})
         (found,) = take(iterator, vast, 1)
-        times.append(time.perf_counter() - began)
+        times.append(time.thread_time() - began)
         assert len(np.unique(found, axis=0)) == 100
     asked = vast.recipe.dataset.asked
     assert asked[-100:] == asked[-400:-300]
     assert max(asked) > length // 2 and min(asked) < length // 2
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
-    assert max(times) < 0.5, times  # (a busy machine; about 2 ms)
+    assert max(times) < 0.5, times  # (about 2 ms)
 
 
 def test_whole_batches_are_asked_for_where_that_is_possible():
