@@ -18,6 +18,7 @@ from legato.errors import DataError, RestoreError
 from tests.data.reading import read, read_with_states, take
 from tests.data.sources import X, Y
 from tests.processes import is_alive
+from tests.waiting import until
 
 on_torch = pytest.mark.skipif(
     keras.config.backend() != "torch",
@@ -280,26 +281,30 @@ def test_grains_workers_end_with_their_parent(tmp_path):
     assert done.returncode == -signal.SIGKILL, done
     pids = list(map(int, done.stdout.splitlines()[0].split()))
     assert len(pids) == 2
-    until = time.monotonic() + 10
-    while left := list(filter(is_alive, pids)):
-        assert time.monotonic() < until, left
-        time.sleep(0.05)
+    until(lambda: not any(map(is_alive, pids)))
 
 
 class Failing:
-    def __init__(self, how):
+    """Something is wrong with one example.
+
+    Args:
+        how: what.
+        fetched: a file that tells that those before it were fetched.
+    """
+
+    def __init__(self, how, fetched):
         self.how = how
+        self.fetched = fetched
 
     def __len__(self):
         return 53
 
     def __getitem__(self, index):
-        import time
-
         if index == 40 and self.how == "raises":
             raise ValueError(f"example {index} is bad")
         if index == 40 and self.how == "dies":
-            time.sleep(0.5)  # what it made before is to be fetched from it
+            while not self.fetched.exists():  # (What it made is its own.)
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         if index == 40 and self.how == "hangs":
             time.sleep(1000)
@@ -315,15 +320,23 @@ class Failing:
         ("hangs", "timed out after"),
     ],
 )
-def test_torchs_workers_that_fail(how, words):
+def test_torchs_workers_that_fail(how, words, tmp_path):
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(Failing(how), batch_size=5, num_workers=1, timeout=3)
+    fetched = tmp_path / "fetched"
+    loader = DataLoader(
+        Failing(how, fetched),
+        batch_size=5,
+        num_workers=1,
+        # (Of all batches: the first ones wait until there is a worker.)
+        timeout=3 if how == "hangs" else 60,
+    )
     source = fit_source(loader, name="train")
     iterator = source.iterate(seed=5, capacity=1)
-    take(iterator, source, 6)  # (Two are made ahead.)
+    take(iterator, source, 8)
+    fetched.touch()
     with pytest.raises(Exception, match=words) as caught:
-        take(iterator, source, 3)
+        take(iterator, source, 1)
     iterator.close()
     text = notes(caught.value)
     assert "train (torch DataLoader) was read" in text
