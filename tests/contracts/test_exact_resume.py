@@ -16,7 +16,8 @@ from tests.contracts.scenarios import SCENARIOS
 
 # Every other set-up's in a checkpoint's write. `tests.soak.kills` kills more.
 KILLS = 1
-ATTEMPTS = 3
+# A run may have ended before it is killed, where the test is kept waiting.
+ATTEMPTS = 10
 
 # Compiled as for users, and again when they are killed, as the soak has it for
 # all. (What a checkpoint holds does not depend on how well steps are compiled.)

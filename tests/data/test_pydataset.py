@@ -11,6 +11,7 @@ from legato.data import Feed, fit_source
 from legato.errors import DamagedError, RestoreError
 from tests.data.reading import assert_equal, read, read_with_states, take
 from tests.data.sources import Buckets, Plain, Reshuffles, X, Y
+from tests.waiting import until
 
 EVENTS = []  # (in an attribute, they would be put back with the data)
 
@@ -306,7 +307,8 @@ def test_threads_draw_ahead_within_an_epoch_only(events):
     iterator = source.iterate(seed=1, capacity=4)
     events.clear()
     iterator.next_chunk(2)
-    time.sleep(0.05)
+    until(lambda: len(events) >= 7)
+    time.sleep(0.05)  # for what must not come
     assert sorted(events[2:]) == [0, 1, 2, 3, 4]
     take(iterator, source, 3)
     iterator.end_epoch()
