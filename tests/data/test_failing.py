@@ -251,14 +251,15 @@ def test_grains_workers_that_fail(function, words):
 
 _GRAIN = """
 import os, signal
-from legato.data import fit_source
 from tests.data import grain_examples
 
 if __name__ == "__main__":
+    from legato.data import fit_source  # workers start the sooner without it
     data = grain_examples.dataset(workers=2)
     source = fit_source(data, steps_per_epoch=5, name="train")
     iterator = source.iterate(seed=5, capacity=1)
-    iterator.next_chunk(1)
+    for _ in range(2):  # one from each, so that both have begun
+        iterator.next_chunk(1)
     import multiprocessing
     print(*(c.pid for c in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
