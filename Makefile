@@ -24,7 +24,7 @@ install: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	set -e; for backend in $(BACKENDS); do \
-		KERAS_BACKEND=$$backend $(BIN)/pytest -n 2 --dist worksteal; \
+		KERAS_BACKEND=$$backend $(BIN)/pytest -n 3 --dist worksteal; \
 	done
 
 check: $(VENV)/.dev

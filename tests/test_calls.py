@@ -8,6 +8,8 @@ import pytest
 
 import legato
 from legato.calls import Calls
+from legato.data import Feed
+from legato.training import TrainSteps
 from tests.linear import Linear
 
 BACKEND = keras.config.backend()
@@ -185,3 +187,31 @@ def test_a_validation_that_nobody_wants_takes_one_batch(tmp_path):
         results.append(history["val_loss"])
     # (The weights are trained on zeros, and do not change.)
     assert results[1] == results[0] * 3
+
+
+def test_batches_are_made_beside_a_call_that_blocks(tmp_path, monkeypatch):
+    """Where other threads make them, before it is begun."""
+    order = []
+    prefetch, run = Feed.prefetch, TrainSteps.run
+
+    def prefetched(self, max_batches, **arguments):
+        before = self._ahead
+        prefetch(self, max_batches, **arguments)
+        if self._ahead is not before:
+            order.append("prefetch")
+
+    def called(self, step, chunk):
+        order.append("run")
+        return run(self, step, chunk)
+
+    monkeypatch.setattr(Feed, "prefetch", prefetched)
+    monkeypatch.setattr(TrainSteps, "run", called)
+    x = np.zeros((400, 2), "float32")
+    task = Slopes([], "train")
+    task.source = legato.RandomAccessSource((x, x[:, :1]), 2, workers=1)
+    train(task, tmp_path / "run", epochs=1)
+    text = " ".join(order)
+    if BACKEND == "jax":
+        assert "run prefetch run prefetch" in text
+    else:
+        assert "prefetch run prefetch run" in text

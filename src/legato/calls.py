@@ -30,7 +30,7 @@ class Calls:
         """Whether there is time while one is at work."""
         return self.in_thread or backends.current().overlaps == "device"
 
-    def overlap(self) -> None:
+    def make_overlap(self) -> None:
         """There will be something to do while a call is at work."""
         if self._thread is None and backends.current().overlaps == "thread":
             self._thread = ThreadPoolExecutor(

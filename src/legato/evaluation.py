@@ -264,7 +264,7 @@ class Evaluator:
             stack.callback(calls.close)
             draws_here = host is None and not iterator.draws_ahead
             if draws_here and not hooks.test_batch_hooks_active:
-                calls.overlap()
+                calls.make_overlap()
             if self._pace is None:
                 self._pace = Pace(
                     self._capacity,
@@ -316,7 +316,9 @@ class Evaluator:
             begun = late.pop(0)
             means.add(begun.chunk, begun.names, calls.result(begun.logs))
             began, ended = max(begun.at, ended), time.perf_counter()
-            pace.learn(begun.chunk.num_batches, ended - began)
+            # Meanwhile the batches of the next one were made.
+            num_drawn = late[0].chunk.num_batches if late else 0
+            pace.learn(max(begun.chunk.num_batches, num_drawn), ended - began)
 
         while done < self._num_batches:
             if gives_up():

@@ -39,6 +39,11 @@ class Steps(Protocol):
         """Whether it goes on at summaries, and keeps what they need."""
         ...
 
+    @property
+    def overlap(self) -> bool:
+        """Whether `run` returns while the device is at work."""
+        ...
+
     def run(self, step: int, chunk: Chunk) -> Any:
         """Begin the chunk's steps on the device."""
         ...
@@ -209,7 +214,18 @@ def run(
                 save()
             raise
         rows = kept = None
+        after = clock.step + chunk.num_batches
+        prefetch = functools.partial(
+            feed.prefetch,
+            pace.of(limits(after)),
+            is_quiet=not hooks.batch_hooks_active
+            and not schedule.calls_back(after),
+        )
         if not is_skipped:
+            if not steps.overlap:
+                # By the feed's own thread, or not at all: a single batch would
+                # be made here, and the device wait for it.
+                prefetch(only_beside=True)
             if hooks.batch_hooks_active:
                 phases.enter(DELIVERY)
                 hooks.on_train_batch_begin(clock.step_in_epoch)
@@ -217,12 +233,7 @@ def run(
             began = time.perf_counter()
             logs = steps.run(clock.step, chunk)
             phases.enter(DATA)
-            after = clock.step + chunk.num_batches
-            feed.prefetch(
-                pace.of(limits(after)),
-                is_quiet=not hooks.batch_hooks_active
-                and not schedule.calls_back(after),
-            )
+            prefetch()
             phases.enter(LAUNCH)
             is_begun = pace.is_quick and _begin_next(
                 after, clock.epoch, schedule, steps, feed
@@ -230,7 +241,10 @@ def run(
             recorder.catch_up()
             phases.enter(DEVICE)
             rows, kept = steps.rows(logs, chunk)
-            pace.learn(chunk.num_batches, time.perf_counter() - began)
+            pace.learn(
+                max(chunk.num_batches, feed.num_drawn),
+                time.perf_counter() - began,
+            )
             if pace.is_quick and not is_begun:  # batches may have come by now
                 phases.enter(LAUNCH)
                 _begin_next(after, clock.epoch, schedule, steps, feed)

@@ -291,7 +291,7 @@ class Session:
             self._feed.draws_here and not self._callbacks.batch_hooks_active
         )
         if draws_here or self.steps.keeps_many:
-            self.steps.overlap()
+            self.steps.make_overlap()
         if self._recovery.is_on:
             self._prepare_to_recover()
         if checkpoint is None:

@@ -376,9 +376,14 @@ class TrainSteps:
         self.steps_untold = chunk.num_batches
         return logs
 
-    def overlap(self) -> None:
-        """Calls are to leave this thread time, which has use for it."""
-        self._calls.overlap()
+    @property
+    def overlap(self) -> bool:
+        """Whether `run` returns while the device is at work."""
+        return self._calls.do_overlap
+
+    def make_overlap(self) -> None:
+        """Have `run` do so, if it can be done: there is use for the time."""
+        self._calls.make_overlap()
         self._tell_phases()
 
     def close(self) -> None:

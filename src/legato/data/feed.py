@@ -89,7 +89,13 @@ class Feed:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="legato-feed")
         self._ahead: Future[Chunk] | _Made | None = None
 
-    def prefetch(self, max_batches: int, *, is_quiet: bool = True) -> None:
+    def prefetch(
+        self,
+        max_batches: int,
+        *,
+        is_quiet: bool = True,
+        only_beside: bool = False,
+    ) -> None:
         """Begin to make the chunk that `take(max_batches)` will want.
 
         Nothing is done where the data must be drawn in this thread, in turn
@@ -98,6 +104,7 @@ class Feed:
         Args:
             max_batches: batches in it, at most.
             is_quiet: no callback will be called before that.
+            only_beside: only if another thread makes it.
         """
         draws_ahead = self._iterator.draws_ahead
         if self._ahead is not None or not (
@@ -108,6 +115,8 @@ class Feed:
             self._ahead = self._executor.submit(
                 self._iterator.next_chunk, max_batches
             )
+            return
+        if only_beside:
             return
         # (A single batch is made sooner than it is handed over.)
         try:
@@ -122,6 +131,12 @@ class Feed:
         if future is None or not future.done() or future.exception():
             return None
         return future.result()
+
+    @property
+    def num_drawn(self) -> int:
+        """Batches that this thread made ahead; 0 if it does not."""
+        chunk = self.ahead if self.draws_here else None
+        return 0 if chunk is None else chunk.num_batches
 
     def take(self, max_batches: int, limit: int | None = None) -> Chunk:
         """The next chunk, of at most `max_batches` batches.

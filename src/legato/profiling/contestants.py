@@ -153,11 +153,15 @@ class DataRun:
         """As the loop does it; returns the number of steps."""
         steps = self._bench.bare
         chunk = self._feed.take(self._plan(0))
-        began = time.perf_counter()
+        began, feed = time.perf_counter(), self._feed
+        most = self._plan(chunk.num_batches)
+        if not steps.overlap:
+            feed.prefetch(most, only_beside=True)
         logs = steps.run(self._step, chunk)
-        self._feed.prefetch(self._plan(chunk.num_batches))
+        feed.prefetch(most)
         steps.rows(logs, chunk)
-        self._pace.learn(chunk.num_batches, time.perf_counter() - began)
+        num_batches = max(chunk.num_batches, feed.num_drawn)
+        self._pace.learn(num_batches, time.perf_counter() - began)
         return self._advance(chunk)
 
     def _settle(self) -> None:
@@ -177,7 +181,7 @@ class DataRun:
         """Microseconds of a step."""
         self._bench.restore()
         if self._feed.draws_here:
-            self._bench.bare.overlap()
+            self._bench.bare.make_overlap()
         self._turn()  # from here on a chunk is ahead, as in training
         done, began = 0, now()
         while True:

@@ -75,7 +75,7 @@ class Piece:
         bench, clock = self._bench, self._clock
         bench.restore()
         if self._feed.draws_here and not self._hooks.batch_hooks_active:
-            bench.configured.overlap()
+            bench.configured.make_overlap()
         self._last = bench.schedule.train_steps // 4
         self._ends_at = time.monotonic() + _WARM_SHARE * secs
         self._train()
