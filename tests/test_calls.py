@@ -9,6 +9,7 @@ import pytest
 import legato
 from legato.calls import Calls
 from legato.data import Feed
+from legato.evaluation import Evaluator
 from legato.training import TrainSteps
 from tests.linear import Linear
 
@@ -189,10 +190,13 @@ def test_a_validation_that_nobody_wants_takes_one_batch(tmp_path):
     assert results[1] == results[0] * 3
 
 
-def test_batches_are_made_beside_a_call_that_blocks(tmp_path, monkeypatch):
-    """Where other threads make them, before it is begun."""
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_workers_are_asked_before_a_call_that_blocks(
+    split, tmp_path, monkeypatch
+):
     order = []
     prefetch, run = Feed.prefetch, TrainSteps.run
+    begin = Evaluator._begin
 
     def prefetched(self, max_batches, **arguments):
         before = self._ahead
@@ -204,14 +208,19 @@ def test_batches_are_made_beside_a_call_that_blocks(tmp_path, monkeypatch):
         order.append("run")
         return run(self, step, chunk)
 
+    def begun(self, *arguments):
+        order.append("run")
+        return begin(self, *arguments)
+
     monkeypatch.setattr(Feed, "prefetch", prefetched)
+    monkeypatch.setattr(Evaluator, "_begin", begun)
     monkeypatch.setattr(TrainSteps, "run", called)
     x = np.zeros((400, 2), "float32")
-    task = Slopes([], "train")
+    task = Slopes([], split)
     task.source = legato.RandomAccessSource((x, x[:, :1]), 2, workers=1)
     train(task, tmp_path / "run", epochs=1)
     text = " ".join(order)
-    if BACKEND == "jax":
+    if BACKEND == "jax" and split == "train":
         assert "run prefetch run prefetch" in text
     else:
         assert "prefetch run prefetch run" in text

@@ -15,8 +15,8 @@ from legato.calls import Calls
 from legato.config import MAX_SHAPES, TrainerConfig
 from legato.data import (
     Chunk,
-    DataIterator,
     DataSource,
+    Feed,
     HostValue,
     InputChecks,
     Shapes,
@@ -255,24 +255,26 @@ class Evaluator:
                 host = stack.enter_context(
                     self._host.begin(step, gives_up, max_steps)
                 )
-            iterator = self._source.iterate(
-                seed=self._seed, capacity=self._capacity
+            feed = Feed(
+                self._source,
+                seed=self._seed,
+                capacity=self._capacity,
+                stop_requested=gives_up,
             )
-            stack.callback(iterator.close)
-            iterator.watch(gives_up)
+            stack.callback(feed.close)
             calls = Calls()
             stack.callback(calls.close)
-            draws_here = host is None and not iterator.draws_ahead
+            draws_here = host is None and not feed.draws_ahead
             if draws_here and not hooks.test_batch_hooks_active:
                 calls.make_overlap()
             if self._pace is None:
                 self._pace = Pace(
                     self._capacity,
                     alternates=draws_here and calls.do_overlap,
-                    num_bytes=self._capacity * self._source.batch_bytes,
+                    num_bytes=feed.chunk_bytes,
                 )
             is_done = self._measure(
-                iterator, calls, means, hooks, gives_up, host, max_steps
+                feed, calls, means, hooks, gives_up, host, max_steps
             )
             if not is_done:
                 found = None
@@ -297,7 +299,7 @@ class Evaluator:
 
     def _measure(
         self,
-        iterator: DataIterator,
+        feed: Feed,
         calls: Calls,
         means: "_Means",
         hooks: TestHooks,
@@ -323,13 +325,18 @@ class Evaluator:
         while done < self._num_batches:
             if gives_up():
                 return False
-            most = min(pace.of(self._num_batches - done), max_steps)
+            left = self._num_batches - done
+            most = min(pace.of(left), max_steps)
             if one_by_one or hooks.stop_evaluating:  # then as in Keras: one
                 most = 1
             try:
-                chunk = iterator.next_chunk(most)
+                chunk = feed.take(most, min(left, max_steps))
             except StoppedWaiting:
                 return False
+            left -= chunk.num_batches
+            if left and not one_by_one and not hooks.stop_evaluating:
+                most = min(pace.of(left), max_steps)
+                feed.prefetch(most, only_beside=True)
             if one_by_one:
                 hooks.on_test_batch_begin(done)
             begun = self._begin(done, chunk, host, calls)

@@ -133,6 +133,11 @@ class Feed:
         return future.result()
 
     @property
+    def draws_ahead(self) -> bool:
+        """Whether batches may be made in another thread."""
+        return self._iterator.draws_ahead
+
+    @property
     def num_drawn(self) -> int:
         """Batches that this thread made ahead; 0 if it does not."""
         chunk = self.ahead if self.draws_here else None

@@ -159,6 +159,11 @@ class _ObservedSteps:
         """See `TrainSteps.keeps`."""
         return self._steps.keeps
 
+    @property
+    def overlap(self) -> bool:
+        """See `TrainSteps.overlap`."""
+        return self._steps.overlap
+
     def run(self, step: int, chunk: Any) -> Any:
         self._note_batches(step, chunk)
         return self._run(step, chunk)
