@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -169,82 +169,51 @@ class TorchLoop(CompiledLoop):
         )
         # Without autograd's wrapping: the same memory.
         values = {id(v): v._value.detach() for v in self.variables}
+        held = _Held(self.kept or [], values, step, self._every)
+        returned: list[list[torch.Tensor]] = []
         try:
             with torch.no_grad():
-                steps = self._run(values, operands, at)
-                if self.kept:
-                    return self._keeping(values, steps, step)
-                return self._returned([*steps])
+                replay = self._replayer and self._replayer.ready()
+                if program := self._program or replay:
+                    for each in program(values, operands, at):
+                        returned.append(each)
+                        held.add()
+                    return self._returned(returned, held)
+                # (Here, for there to be few frames above the user's step.)
+                replayer = self._replayer
+                fetch, run = self._step.fetch, self._step.run
+                with keras_tracing.traced_step(plain_cond), scoped_modules():
+                    for index, now in enumerate(at.unbind()):
+                        scope = self._step.new_scope(values)
+                        trial = replayer and replayer.begin(values)
+                        with trial or contextlib.nullcontext(), scope:
+                            batch = fetch(self._resident, operands, index)
+                            logs, outputs = split_outputs(run(batch, now))
+                            returned.append([to_row(logs), *(outputs or ())])
+                        self._check_variables(scope)
+                        scope.commit()
+                        if replayer and trial:
+                            one = slice(index, index + 1)
+                            replayer.finish(
+                                trial,
+                                returned[-1],
+                                keras.tree.map_structure(
+                                    operator.itemgetter(one), operands
+                                ),
+                                at[one],
+                            )
+                        held.add()
+                return self._returned(returned, held)
         except BaseException:
             # It ended in the midst of a step.
             LOST.add(self.updated)
             raise
 
-    def _run(
-        self, values: dict[int, torch.Tensor], operands: Any, at: torch.Tensor
-    ) -> Generator[list[torch.Tensor]]:
-        """Run the steps with these indices, as they are asked for.
-
-        Each gives its row and its outputs.
-        """
-        if self._program is not None:
-            return self._program(values, operands, at)
-        replay = self._replayer and self._replayer.ready()
-        if replay:
-            return replay(values, operands, at)
-        return self._run_eagerly(values, operands, at)
-
-    def _run_eagerly(
-        self, values: dict[int, torch.Tensor], operands: Any, at: torch.Tensor
-    ) -> Generator[list[torch.Tensor]]:
-        replayer = self._replayer
-        fetch, run = self._step.fetch, self._step.run
-        with keras_tracing.traced_step(plain_cond), scoped_modules():
-            for index, now in enumerate(at.unbind()):
-                scope = self._step.new_scope(values)
-                trial = replayer and replayer.begin(values)
-                with trial or contextlib.nullcontext(), scope:
-                    batch = fetch(self._resident, operands, index)
-                    logs, outputs = split_outputs(run(batch, now))
-                    returned = [to_row(logs), *(outputs or ())]
-                self._check_variables(scope)
-                scope.commit()
-                if replayer and trial:
-                    one = slice(index, index + 1)
-                    replayer.finish(
-                        trial,
-                        returned,
-                        keras.tree.map_structure(
-                            operator.itemgetter(one), operands
-                        ),
-                        at[one],
-                    )
-                yield returned
-
-    def _keeping(
-        self,
-        values: dict[int, torch.Tensor],
-        steps: Generator[list[torch.Tensor]],
-        first: int,
-    ) -> Any:
-        """Run the steps, and keep values after some of them."""
-        kept = self.kept or []
-        rows: list[torch.Tensor] = []
-        held: list[list[torch.Tensor]] = [[] for _ in kept]
-        with contextlib.closing(steps):  # for what it has patched meanwhile
-            for number, (row,) in enumerate(steps, first + 1):
-                rows.append(row)
-                if number % self._every == 0:
-                    for variable, each in zip(kept, held, strict=True):
-                        each.append(values[id(variable)].clone())
-        return rows, [
-            torch.stack(each) if each else values[id(variable)][None][:0]
-            for variable, each in zip(kept, held, strict=True)
-        ]
-
-    def _returned(self, steps: list[list[torch.Tensor]]) -> Any:
-        """What a call returns, from the rows of its steps and their outputs."""
+    def _returned(self, steps: list[list[torch.Tensor]], held: "_Held") -> Any:
+        """What a call returns: rows of its steps, outputs, what was kept."""
         rows = [row for row, *_ in steps]
+        if self.kept:
+            return rows, held.stacks()
         if self.max_steps is None:
             return rows
         ((_, *outputs),) = steps
@@ -261,3 +230,40 @@ class TorchLoop(CompiledLoop):
                 "What depends on the value of a tensor belongs into "
                 "keras.ops.cond, not into Python's `if` or ops.switch."
             )
+
+
+class _Held:
+    """What variables hold after some steps of a call.
+
+    Args:
+        variables: these.
+        values: memory of all variables, by id.
+        step: steps completed before the call.
+        every: values are taken after each so many steps of the run.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[keras.Variable],
+        values: dict[int, torch.Tensor],
+        step: int,
+        every: int,
+    ) -> None:
+        self._memory = [values[id(v)] for v in variables]
+        self._step = step
+        self._every = every
+        self._taken: list[list[torch.Tensor]] = [[] for _ in variables]
+
+    def add(self) -> None:
+        """A step was completed."""
+        self._step += 1
+        if self._memory and self._step % self._every == 0:
+            for memory, taken in zip(self._memory, self._taken, strict=True):
+                taken.append(memory.clone())
+
+    def stacks(self) -> list[torch.Tensor]:
+        """The values of each variable, `[times, ...]`."""
+        return [
+            torch.stack(taken) if taken else memory[None][:0]
+            for memory, taken in zip(self._memory, self._taken, strict=True)
+        ]
