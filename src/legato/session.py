@@ -363,20 +363,19 @@ class Session:
         )
         reason = "failed"
         try:
-            yield
+            with contextlib.closing(self.steps):  # nothing is under way after
+                yield
             with self._phases.within(phases.CHECKPOINT):
                 self._store.wait()
             self._recorder.finish()
             reason = self._interrupts.reason or "done"
         except BaseException as error:
-            self.steps.close()
             if isinstance(error, BadLossError) and self._recover(error):
                 reason = "recovering"
                 return
             self._leave_valid_variables(error)
             raise
         finally:
-            self.steps.close()
             self._feed.close()
             self._reporter.finish(clock.step, reason)
         if not clock.finished:
