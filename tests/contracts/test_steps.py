@@ -281,6 +281,63 @@ def test_what_forward_assigns_is_kept():
     assert (float(loss), float(gradients[0]), float(count)) == (3, 1, 1)
 
 
+def test_no_gradient_flows_through_an_assignment():
+    w, mean, unused = (variable(2.0, n) for n in ("w", "mean", "unused"))
+
+    def forward():
+        mean.assign(w * 10)
+        unused.assign(w * 10)
+        return mean * w
+
+    loss, gradients = legato.value_and_grad(forward, [w, unused])
+    assert float(loss) == 40
+    assert float(gradients[0]) == 20
+    assert gradients[1] is None
+    assert float(unused) == 20
+
+
+def test_what_is_differentiated_by_may_be_assigned():
+    w = variable(2.0, "w")
+
+    def forward():
+        before = w * 5
+        w.assign(w * 10)
+        return before + 7 * w
+
+    loss, gradients = legato.value_and_grad(forward, [w])
+    assert (float(loss), float(gradients[0]), float(w)) == (150, 5 + 7, 20)
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_it_may_be_assigned_in_a_branch(yes):
+    w, choice = variable(2.0, "w"), variable(float(yes), "choice")
+
+    def forward():
+        ops.cond(choice > 0, lambda: w.assign(w * 10), lambda: w.assign(w * 1))
+        return 7 * w
+
+    loss, gradients = legato.value_and_grad(forward, [w])
+    assert (float(loss), float(gradients[0])) == (140 if yes else 14, 7)
+
+
+def test_nor_through_that_of_an_inner_pass():
+    w, slow = variable(2.0, "w"), variable(3.0, "slow")
+
+    def inner():
+        slow.assign(w * slow)
+        return slow * slow * w
+
+    def forward():
+        loss, (gradient,) = legato.value_and_grad(inner, [w])
+        return loss + gradient * w + slow
+
+    # With slow = 6 it is slow**2 w + slow**2 w + slow.
+    loss, gradients = legato.value_and_grad(forward, [w, slow])
+    assert float(loss) == 72 + 72 + 6
+    assert float(gradients[0]) == 36 + 36
+    assert float(gradients[1]) == 24 + 24 + 1
+
+
 def test_the_loss_is_unscaled_and_gradients_are_scaled():
     a = variable(3.0, "a")
     optimizer = keras.optimizers.LossScaleOptimizer(
@@ -397,6 +454,42 @@ def test_averages_of_several_optimizers_end_in_the_models(tmp_path):
             strict=True,
         ):
             np.testing.assert_array_equal(host(variable), host(average))
+
+
+WAYS_TO_READ = {
+    "value": lambda v: v.value,
+    "converted": ops.convert_to_tensor,
+    "array": ops.array,
+    "copy": ops.copy,
+    "cast": lambda v: ops.cast(v, "float32"),
+    "reshaped": lambda v: ops.reshape(v, ()),
+    "stopped": ops.stop_gradient,
+    "sum": lambda v: v + 0,
+    "in_a_tree": lambda v: keras.tree.map_structure(
+        ops.convert_to_tensor, {"v": v}
+    )["v"],
+}
+
+
+class Reads(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.count = keras.Variable(0.0, trainable=False, name="count")
+
+    def train_step(self, batch, model, optimizer, metrics=None):
+        read = {name: way(self.count) for name, way in WAYS_TO_READ.items()}
+        self.count.assign_add(1.0)
+        logs = super().train_step(batch, model, optimizer, metrics)
+        return {**logs, **read}
+
+
+def test_what_was_read_stays_when_the_variable_is_assigned(tmp_path):
+    train(Reads(), tmp_path, train_steps=2, summary_interval=2)
+    (log,) = train_log(tmp_path)
+    # At the second step it held 1, at the first 0.
+    assert {name: log[name] for name in WAYS_TO_READ} == dict.fromkeys(
+        WAYS_TO_READ, 0.5
+    )
 
 
 class LossesOutside(Classifier):

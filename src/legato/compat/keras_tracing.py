@@ -65,6 +65,33 @@ def bound_cond(cond: Cond | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def read_by_conversion() -> Iterator[None]:
+    """While active: what makes a tensor of a variable reads it.
+
+    TensorFlow takes Keras's variables for tensors, and gives them back as they
+    are. They would be read when they are used: later assignments would show.
+    """
+
+    def reading(convert: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(convert)
+        def wrapped(x: Any, *args: Any, **kwargs: Any) -> Any:
+            value = x.value if isinstance(x, keras.Variable) else x
+            return convert(value, *args, **kwargs)
+
+        return wrapped
+
+    core: Any = keras_backend.core
+    numpy: Any = keras_backend.numpy
+    before = core.convert_to_tensor, numpy.array
+    core.convert_to_tensor = only_here(reading(before[0]), before[0])
+    numpy.array = only_here(reading(before[1]), before[1])
+    try:
+        yield
+    finally:
+        core.convert_to_tensor, numpy.array = before
+
+
+@contextlib.contextmanager
 def traced_step(
     cond: Cond | None,
     eager: Callable[[], Any] = contextlib.nullcontext,

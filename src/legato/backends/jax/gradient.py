@@ -12,7 +12,7 @@ from legato.backends.differentiation import (
     Result,
     require_reached,
 )
-from legato.backends.jax.scope import StepScope, Traced
+from legato.backends.jax.scope import StepScope, Traced, merging_cond
 from legato.compat import keras_tracing
 
 
@@ -24,16 +24,19 @@ def value_and_grad(
     as_keras: bool = False,
 ) -> tuple[Any, list[Any]]:
     """See `Backend.value_and_grad`."""
-    del as_keras  # they are dense here
-    around = keras_tracing.current_scope()
-    outer = around if isinstance(around, StepScope) else None
+    current = keras_tracing.current_scope()
+    outer = current if isinstance(current, StepScope) else None
     scope = StepScope(parent=outer, losses=True)
 
     results: list[Result] = []
 
     def run(*values: Any) -> tuple[Any, Any, Any]:
-        for variable, value in zip(variables, values, strict=True):
-            scope.state_mapping[id(variable)] = value
+        given = dict(zip(map(id, variables), values, strict=True))
+        scope.state_mapping |= given
+        # (In Keras's own `fit` they flow through assignments, on JAX.)
+        if not as_keras:
+            around = {} if outer is None else outer.origins or {}
+            scope.origins = {**around, **given}
         result = Result(forward())
         results.append(result)
         loss, aux = result.loss, result.aux
@@ -42,7 +45,8 @@ def value_and_grad(
 
     lookup = outer or StepScope()
     values = [lookup.get_current_value(v) for v in variables]
-    traced = Traced(run, scope, *values)
+    with keras_tracing.bound_cond(merging_cond if outer is None else None):
+        traced = Traced(run, scope, *values)
     reached = reached_inputs(
         traced.closed.jaxpr, traced.closed.jaxpr.outvars[0]
     )

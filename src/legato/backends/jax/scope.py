@@ -1,6 +1,6 @@
 """Where the values of variables live while a step is traced on JAX."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,11 @@ class StepScope(RecordingScope):
         parent: the scope around this one.
         losses: whether `add_loss` collects here and `model.losses` may be
             read.
+
+    Attributes:
+        origins: by ids of variables, what is differentiated by here: no
+            gradient flows through what is assigned. None where nothing is,
+            or where gradients do flow.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class StepScope(RecordingScope):
         super().__init__(parent=parent, losses=losses)
         self.state_mapping = {id(v): value for v, value in values}
         self.unknown: dict[int, keras.Variable] = {}
+        self.origins: Mapping[int, Any] | None = parent and parent.origins
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         value = self.state_mapping.get(id(variable))
@@ -59,13 +65,35 @@ class StepScope(RecordingScope):
             self.unknown[id(variable)] = variable
         self.updated[id(variable)] = variable
         # A weak type (from a Python number) would change the carry's type.
-        self.state_mapping[id(variable)] = jax.lax.convert_element_type(
-            value, own_dtype(variable)
-        )
+        value = jax.lax.convert_element_type(value, own_dtype(variable))
+        if self.origins is not None and jnp.issubdtype(
+            value.dtype, jnp.inexact
+        ):
+            value = jax.lax.stop_gradient(value)
+            if id(variable) in self.origins:
+                value = _assigned(value, self.origins[id(variable)])
+        self.state_mapping[id(variable)] = value
 
     def updates(self) -> list[tuple[keras.Variable, Any]]:
         """Variables assigned in this scope, and their last values."""
         return [(v, self.state_mapping[key]) for key, v in self.updated.items()]
+
+
+@jax.custom_jvp
+def _assigned(value: Any, origin: Any) -> Any:
+    """A value that was assigned to a variable: its gradient is the variable's.
+
+    Args:
+        value: the value.
+        origin: what is differentiated by, for the variable.
+    """
+    # (So that it can be seen in the program that it depends on both.)
+    return jnp.where(True, value, origin)
+
+
+@_assigned.defjvp
+def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _assigned(*primals), tangents[1]
 
 
 class Traced:

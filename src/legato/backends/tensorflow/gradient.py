@@ -82,7 +82,8 @@ def _in_a_graph(
         leaves[:] = keras.tree.flatten(out)
         return [leaf for leaf in leaves if _is_tensor(leaf)]
 
-    tensors = iter(tf.function(run, autograph=False)())
+    with keras_tracing.read_by_conversion():
+        tensors = iter(tf.function(run, autograph=False)())
     return keras.tree.pack_sequence_as(
         returned[-1],
         [next(tensors) if _is_tensor(leaf) else leaf for leaf in leaves],

@@ -94,6 +94,7 @@ def compile_loop(
     with (
         keras.StatelessScope(),
         keras_tracing.traced_step(None, eager=lambda: scopes[-1].building()),
+        keras_tracing.read_by_conversion(),
     ):
         try:
             # A trace that makes variables is repeated by TensorFlow.

@@ -1,5 +1,7 @@
 """Differentiation of a forward pass on PyTorch."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,11 @@ from legato.backends.differentiation import (
 from legato.backends.torch.conditional import plain_cond, probing_cond
 from legato.backends.torch.modules import scoped_modules
 from legato.backends.torch.randomness import kept_random_state
-from legato.backends.torch.scope import ExaminingScope, StepScope
+from legato.backends.torch.scope import (
+    ExaminingScope,
+    StepScope,
+    leaf_of,
+)
 from legato.compat import keras_tracing
 
 
@@ -67,11 +73,20 @@ def _differentiate(
         leaves = [_leaf(scope.get_current_value(v)) for v in variables]
         for variable, leaf in zip(variables, leaves, strict=True):
             scope.hold(variable, leaf)
+        found = {
+            id(variable): [leaf]
+            for variable, leaf in zip(variables, leaves, strict=True)
+        }
+        scope.leaves = (*outer.leaves, found)
         result = Result(forward())
         scaled = result.loss
         if optimizer is not None:
             scaled = optimizer.scale_loss(scaled)
-        gradients = _gradients(scaled, leaves, create_graph=is_nested)
+        gradients = _gradients(
+            scaled,
+            [found[id(v)] for v in variables],
+            create_graph=is_nested,
+        )
     reached = outer.root.note_reached([g is not None for g in gradients])
     require_reached(variables, reached)
     gradients = [
@@ -90,23 +105,31 @@ def _differentiate(
 
 
 def _leaf(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same memory to differentiate by."""
-    if not value.is_floating_point() and not value.is_complex():
-        return value
-    if value.requires_grad:
-        # Of a `value_and_grad` around this one, which goes on through it.
-        return value.view_as(value)
-    return value.detach().requires_grad_()
+    """What is differentiated by; of whole numbers, they themselves."""
+    can = value.is_floating_point() or value.is_complex()
+    return leaf_of(value) if can else value
 
 
 def _gradients(
-    loss: torch.Tensor, leaves: list[torch.Tensor], *, create_graph: bool
+    loss: torch.Tensor,
+    leaves: list[list[torch.Tensor]],
+    *,
+    create_graph: bool,
 ) -> list[torch.Tensor | None]:
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    """The gradient for each variable, which may have several leaves."""
+    wanted = [leaf for each in leaves for leaf in each if leaf.requires_grad]
     if not wanted or not loss.requires_grad:
         return [None] * len(leaves)
-    found: Any = torch.autograd.grad(
+    parts: Any = torch.autograd.grad(
         loss, wanted, allow_unused=True, create_graph=create_graph
     )
-    rest = iter(found)
-    return [next(rest) if leaf.requires_grad else None for leaf in leaves]
+    by_leaf = dict(zip(map(id, wanted), parts, strict=True))
+    gradients: list[torch.Tensor | None] = []
+    for each in leaves:
+        reached = [
+            part for leaf in each if (part := by_leaf.get(id(leaf))) is not None
+        ]
+        gradients.append(
+            functools.reduce(operator.add, reached) if reached else None
+        )
+    return gradients

@@ -44,6 +44,8 @@ class StepScope(RecordingScope):
         in_forward: whether it is in a forward pass.
         reached: as given.
         made: variables that did not have a value yet.
+        leaves: for each forward pass that it is in, by ids of variables: the
+            tensors to differentiate by. An assignment begins another one.
     """
 
     parent: "StepScope | None"
@@ -65,6 +67,9 @@ class StepScope(RecordingScope):
         )
         self.reached: Reached = {} if reached is None else reached
         self.made: dict[int, keras.Variable] = {}
+        self.leaves: tuple[dict[int, list[torch.Tensor]], ...] = (
+            () if parent is None else parent.leaves
+        )
         self._values = {} if values is None else values
         self._copied = copied
         # Where in the step's conditionals it is, and what was met there.
@@ -119,7 +124,21 @@ class StepScope(RecordingScope):
         # Optimizers change values in place, also ones that were assigned.
         if not keras_tracing.in_apply() or self.root._is_shared(value):
             value = value.clone()
-        self.hold(variable, value)
+        self.hold(variable, self._cut(variable, value))
+
+    def _cut(
+        self, variable: keras.Variable, value: torch.Tensor
+    ) -> torch.Tensor:
+        """What is assigned in a forward pass: no gradient flows through it."""
+        if not self.in_forward:
+            return value
+        value = value.detach()
+        if value.is_floating_point() or value.is_complex():
+            for leaves in self.leaves:
+                if id(variable) in leaves:
+                    value = leaf_of(value)
+                    leaves[id(variable)].append(value)
+        return value
 
     def hold(self, variable: keras.Variable, value: torch.Tensor) -> None:
         """Give this tensor to whoever reads the variable in this scope."""
@@ -303,6 +322,14 @@ class IsolatedScope(StepScope):
             if copy._version != version
         }
         return self.updated | in_place
+
+
+def leaf_of(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same memory to differentiate by."""
+    if value.requires_grad:
+        # Of a `value_and_grad` around this one, which goes on through it.
+        return value.view_as(value)
+    return value.detach().requires_grad_()
 
 
 def _memory(value: torch.Tensor) -> int:
