@@ -31,7 +31,7 @@ LAYERS = [
         "machine",
         "phases",
     },
-    {"state", "capture", "compat"},
+    {"state", "capture", "compat", "settings"},
     {"backends", "files", "workers"},
     {"checkpoint", "data", "losses", "metrics", "run_directory"},
     {"loop", "pace", "readings"},

@@ -28,6 +28,7 @@ from legato.errors import StepError
 from legato.metrics import HostMetric, HostStepMetric, Results, StepMetric
 from legato.on_host import HostSide, HostThread, Packed
 from legato.pace import Pace
+from legato.settings import Settings
 from legato.task import AttributeReads, Task, tracing
 from legato.types import Logs, LogStyle, flat_logs
 from legato.when import Every
@@ -153,13 +154,18 @@ class Evaluator:
         self._capacity = loop_capacity(source, limit)
         self._pace: Pace | None = None
         self._resident: Any = None
+        self._max_shapes = max_shapes
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._loops = LoopsByShape(
-            source,
-            f"{type(task).__name__}.validation_step",
-            max_shapes,
+            self._source,
+            f"{type(self._task).__name__}.validation_step",
+            self._max_shapes,
             lambda text: self.announce(text),
         )
         self._reads = AttributeReads()
+        self._settings = Settings({})
 
     @property
     def inexact(self) -> str | None:
@@ -231,6 +237,9 @@ class Evaluator:
             Anything: what a host metric raised.
         """
         self._reads.check()
+        if self._settings.have_changed:
+            # A callback changed what the step holds as a constant.
+            self._begin_anew()
         hooks.on_test_begin()
         for metric in self.on_device:
             metric.reset_state()
@@ -411,6 +420,12 @@ class Evaluator:
             backend = backends.current()
             if self._resident is None:
                 self._resident = backend.place(self._source.resident)
+            roots = {
+                "model": self._model,
+                "metrics": self.metrics,
+                "task": vars(self._task),
+            }
+            before = Settings(roots)
             with tracing(self._reads):
                 loop = backend.compile_loop(
                     self._step,
@@ -425,6 +440,7 @@ class Evaluator:
                     native=self._task.validation_logs is LogStyle.OWN,
                 )
             self._loops.add(shapes, loop)
+            self._settings = Settings(roots, before)
             self._packed[shapes] = self._last_packed
         return self._loops[shapes]
 

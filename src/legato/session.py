@@ -26,6 +26,7 @@ from legato.program import choose_program, choose_seed, make_schedule
 from legato.progress import VERBOSE, make_reporter
 from legato.recorder import Recorder
 from legato.recovery import Recovery, watch_losses
+from legato.settings import ChangedSettings
 from legato.sinks import RunLog
 from legato.state import Clock, variable_paths
 from legato.training import TrainSteps
@@ -95,6 +96,8 @@ class Session:
         self._begins = False
         self._references = references
         self._compiled = before.steps if before else None
+        # (What is gone back from may have changed some.)
+        self._settings = before._settings if before else ChangedSettings()
         self._phases = before._phases if before else phases.Phases()
         self._store = CheckpointStore(
             run_dir,
@@ -272,6 +275,7 @@ class Session:
             checks=parts.checks,
             phases=self._phases,
         )
+        self._settings.begin(self._roots())
         self._exactness.name_parts(parts.source, parts.evaluator)
         for why in self._log.inexact:
             self._exactness.name(why)
@@ -482,7 +486,10 @@ class Session:
     def _save(self) -> None:
         """Hand everything to the checkpoint writer."""
         parts = self._parts
-        self._exactness.name_parts(parts.source, parts.evaluator)
+        settings = self._settings.get_state()
+        self._exactness.name_parts(
+            parts.source, parts.evaluator, self._settings
+        )
         arrays = self._read_arrays()
         callbacks, callback_arrays = self._callbacks.get_state()
         random, random_arrays = restoring.get_random_state()
@@ -501,6 +508,7 @@ class Session:
             "recovery": self._recovery.get_state(),
             "sinks": self._log.get_state(),
             "trainable": restoring.get_frozen(self._roots(), self._variables),
+            "settings": settings,
             "identity": self._identity,
             "train_steps": self._schedule.train_steps,
         }
@@ -562,6 +570,7 @@ class Session:
                 state, self._roots(), self._variables
             ),
         )
+        self.audit += self._settings.set_state(host.get("settings"))
         take(
             "data",
             lambda state: self._feed.set_state(

@@ -24,6 +24,7 @@ PARTS = {
     "best": "best value and its step",
     "sinks": "byte offset or last step of each log",
     "trainable": "which layers and variables are frozen",
+    "settings": "numbers and flags of layers and optimizers that were changed",
     "identity": "fingerprint, config, data and code of the run",
 }
 """The closed list of what decides a run's future, and so is saved."""

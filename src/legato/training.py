@@ -27,6 +27,7 @@ from legato.evaluation import check_logs
 from legato.metrics import StepMetric, run_recorded
 from legato.phases import Phases
 from legato.readings import Readings
+from legato.settings import Settings
 from legato.state import layer_paths
 from legato.task import AttributeReads, Task, tracing
 from legato.types import LogStyle
@@ -132,6 +133,7 @@ class TrainSteps:
         self._usual: Shapes | None = None
         self._variables: dict[int, keras.Variable] = {}
         self._trainable = TrainableFlags([])
+        self._settings = Settings({})
         self._reads = AttributeReads()
 
     @property
@@ -172,6 +174,7 @@ class TrainSteps:
             self._usual = shapes_of(operands)
             self.build_model()
             expected = self._expected_variables()
+        before = Settings(self._roots())
         with tracing(self._reads):
             try:
                 loop = self._backend.compile_loop(
@@ -198,6 +201,7 @@ class TrainSteps:
                     "(optimizer.build(model.variables) before freezing)."
                 ) from None
         self._add_loop(shapes_of(operands), loop)
+        self._settings = Settings(self._roots(), before)
 
     def _trace_partial_batch(self, operands: Any) -> None:
         """Its turn comes with the second call of `run`.
@@ -283,6 +287,25 @@ class TrainSteps:
         self._variables |= variables
         self._trainable = TrainableFlags([*self.variables, *self._layers()])
 
+    def _roots(self) -> dict[str, Any]:
+        return {
+            "model": self._model,
+            "optimizer": self._optimizer,
+            "metrics": list(self._metrics),
+            "task": vars(self._task),
+        }
+
+    def _is_another_step(self) -> bool:
+        """Whether a callback changed what the step holds as a constant."""
+        if self._trainable.have_changed:  # layers were frozen, or unfrozen
+            return True
+        # (Where Python runs at each step, it sees for itself.)
+        if self.mode == "eager" or not self._settings.have_changed:
+            return False
+        changed = self._settings.differences()
+        self.announce(f"The training step is made anew: {changed}.")
+        return True
+
     def _step(self, batch: Any, step: Any) -> dict[str, Any]:
         metrics = None
         if self._are_metrics_on:
@@ -341,8 +364,7 @@ class TrainSteps:
         self._first, self.steps_untold = step, 0
         if self._checks is not None:
             self._checks.check(chunk, step)
-        if self._trainable.have_changed:
-            # A callback froze or unfroze layers: the step is another one now.
+        if self._is_another_step():
             self._begin_anew()
             self.trace()
         shapes = chunk.shapes

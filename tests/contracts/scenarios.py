@@ -422,6 +422,15 @@ class Regularized(Classifier):
         )
 
 
+class Settings(keras.callbacks.Callback):
+    """Sets plain attributes once, which only checkpoints know afterwards."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 1:
+            self.model.optimizer.clipnorm = 0.05
+            self.model.layers[0].kernel_regularizer.l2 = np.float32(0.1)
+
+
 class Nested(legato.Task):
     """(h) Nested dicts in, a dict out, and a loss for each output."""
 
@@ -816,7 +825,11 @@ SCENARIOS: dict[str, Scenario] = {
         ],
         config=_config(validation_interval="epoch"),
     ),
-    "regularized": Scenario(make_task=Regularized, config=_config()),
+    "regularized": Scenario(
+        make_task=Regularized,
+        make_callbacks=lambda task: [Settings()],
+        config=_config(),
+    ),
     "nested": Scenario(
         make_task=Nested,
         config=_config(best_metric="val_mae", best_mode="min"),
