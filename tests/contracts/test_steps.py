@@ -492,6 +492,35 @@ def test_what_was_read_stays_when_the_variable_is_assigned(tmp_path):
     )
 
 
+def by_if(loss):
+    return 1.0 if loss > 0 else 0.0
+
+
+ASKS = {
+    "if": by_if,
+    "float": float,
+    "numpy": np.asarray,
+    "range": lambda loss: len(range(ops.cast(loss, "int32"))),
+}
+
+
+class Asks(Classifier):
+    def __init__(self, ask):
+        super().__init__()
+        self.ask = ask
+
+    def train_step(self, batch, model, optimizer, metrics=None):
+        logs = super().train_step(batch, model, optimizer, metrics)
+        return {**logs, "asked": self.ask(logs["loss"])}
+
+
+@pytest.mark.skipif(PLAIN_MODE == "eager", reason="there is a value")
+@pytest.mark.parametrize("ask", ASKS)
+def test_python_that_asks_for_a_value(ask, tmp_path):
+    with pytest.raises(StepError, match=r"value of a tensor.*keras\.ops\.cond"):
+        train(Asks(ASKS[ask]), tmp_path, train_steps=2)
+
+
 class LossesOutside(Classifier):
     def train_step(self, inputs, model, optimizer, metrics=None):
         logs = super().train_step(inputs, model, optimizer, metrics)

@@ -15,6 +15,13 @@ from legato.errors import StepError
 # the fourth makes them in every step.
 MAX_TRACES = 4
 
+PYTHON_VALUE = (
+    "The step asks for the value of a tensor in Python (by `if`, `while`, "
+    "`for`, `float()` or NumPy), but it is traced once for all batches, and "
+    "there is no value yet. Use keras.ops.cond, keras.ops.where, "
+    "keras.ops.while_loop or keras.ops.scan, and return tensors as logs."
+)
+
 _KEPT_BYTES = 1 << 20
 """Of the values that a call keeps; it sets them to zero first."""
 

@@ -27,6 +27,7 @@ from legato.backends.protocol import (
 )
 from legato.backends.scope import (
     MAX_TRACES,
+    PYTHON_VALUE,
     columns_of,
     initial_value,
     kept_variables,
@@ -45,6 +46,12 @@ _VALUE = operator.attrgetter("_value")
 
 _MAX_IN_VAIN = 10
 """After 2 to the power of that many steps it is tried again."""
+
+_NO_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 _LEAKED = (
     "A variable was assigned inside a construct that cannot carry it out "
@@ -113,6 +120,8 @@ def compile_loop(
                 )
             except jax.errors.UnexpectedTracerError as error:
                 raise StepError(_LEAKED) from error
+            except _NO_VALUE as error:
+                raise StepError(PYTHON_VALUE) from error
         # What leaked from an inner construct, which has ended, JAX takes for
         # a constant of the program, and complains when that is compiled.
         if any(isinstance(c, jax.core.Tracer) for c in closed.consts):

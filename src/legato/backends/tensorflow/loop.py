@@ -16,6 +16,7 @@ from legato.backends.protocol import (
     Step,
 )
 from legato.backends.scope import (
+    PYTHON_VALUE,
     columns_of,
     kept_variables,
     split_outputs,
@@ -27,13 +28,6 @@ from legato.backends.tensorflow.scope import StepScope
 from legato.compat import keras_tracing
 from legato.errors import StepError
 from legato.phases import DEVICE, TRANSFER
-
-_PYTHON_VALUE = (
-    "The step asks for the value of a tensor in Python (by `if`, `while`, "
-    "`for` or `bool()`), but it is traced once for all batches, and there is "
-    "no value yet. Use keras.ops.cond, keras.ops.where, "
-    "keras.ops.while_loop or keras.ops.scan."
-)
 
 _NOT_COMPILABLE = (
     "The step cannot be compiled by XLA: {}. Train it with "
@@ -102,7 +96,11 @@ def compile_loop(
                 count, count, *specs
             )
         except tf.errors.OperatorNotAllowedInGraphError as error:
-            raise StepError(_PYTHON_VALUE) from error
+            raise StepError(PYTHON_VALUE) from error
+        except (AttributeError, NotImplementedError, TypeError) as error:
+            if "ymbolic" not in str(error):  # of no such tensor
+                raise
+            raise StepError(PYTHON_VALUE) from error
     loop = TensorFlowLoop(traced, scopes[-1], names, leaves, len(scopes))
     loop.choose_mode(mode, compilation, keeping)
     return loop
