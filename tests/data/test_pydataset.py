@@ -330,6 +330,30 @@ def test_draws_in_threads_are_named_when_they_come(tmp_path):
         legato.fit(model, DrawsSeldom(workers=2), run_dir=tmp_path, **run)
 
 
+class DrawsEarly(Plain):
+    """And works on while another batch is taken."""
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(0)
+        time.sleep(0.06 if index in (6, 8) else 0.02)
+        if index == 7:
+            x = x + np.random.rand()
+            time.sleep(0.1)
+        return x, y
+
+
+def test_taking_a_batch_does_not_undo_what_threads_draw():
+    """It would be seen by chance only."""
+    source = fit_source(DrawsEarly(workers=3))
+    iterator = source.iterate(seed=1, capacity=1)
+    take(iterator, source, 9)
+    assert "__getitem__(7) draws" in source.inexact
+    iterator.close()
+
+
 def test_draws_of_others_are_not_those_of_threads():
     """Nor does it matter who draws where there is one thread."""
     source = fit_source(Slow(workers=2))

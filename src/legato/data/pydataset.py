@@ -410,11 +410,16 @@ class _Iterator(DataIterator):
     # -- batches ------------------------------------------------------------
 
     def next_chunk(self, max_batches: int) -> Chunk:
+        found = None
         with streams.kept():
             self._take()
             if self._chunks.pending is None:
                 self._open_epoch()
                 self._begin_pass()
+            if self._pool is None:
+                found = self._chunks.next(max_batches)
+        if self._pool is not None:
+            # (What threads draw is not undone: it is to be seen.)
             found = self._chunks.next(max_batches)
         assert found is not None  # an epoch has a batch
         return found.chunk(state=None)
