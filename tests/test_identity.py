@@ -119,6 +119,14 @@ def test_of_another_first_batch_the_causes_are_told():
     assert why.startswith("validation_data: the first batch is another one")
 
 
+def test_a_first_batch_that_does_not_repeat_is_no_other_run():
+    saved = made(data={"first_sha256": "0123456789abcdef", "examples": 10})
+    present = made(data={"examples": 10})
+    for one, other in ((saved, present), (present, saved)):
+        (why,) = compare(one, other)
+        assert why.startswith("data: whether the first batch is still the same")
+
+
 def test_override_takes_the_programs_optimizer_but_not_other_data():
     changed = made(optimizer=keras.optimizers.Adam(0.5))
     (sentence,) = compare(made(), changed, override=True)
