@@ -99,6 +99,34 @@ def test_another_run_is_refused_with_both_values(changes, words):
         assert word in str(caught.value)
 
 
+def test_of_another_first_batch_the_causes_are_told():
+    saved = made(data={"first_sha256": "0123456789abcdef", "examples": 10})
+    present = made(data={"first_sha256": "f" * 16, "examples": 10})
+    with pytest.raises(RestoreError) as error:
+        compare(saved, present)
+    for words in (
+        "data: the first batch is another one than when the run began",
+        "0123456789ab... -> ffffffffffff...",
+        "draws without a seed",
+        "torch.Generator().manual_seed(1)",
+        "seeds PyTorch only where that is the backend",
+    ):
+        assert words in str(error.value)
+    (why,) = compare(
+        made(validation_data={"first_sha256": "a"}),
+        made(validation_data={"first_sha256": "b"}),
+    )
+    assert why.startswith("validation_data: the first batch is another one")
+
+
+def test_a_first_batch_that_does_not_repeat_is_no_other_run():
+    saved = made(data={"first_sha256": "0123456789abcdef", "examples": 10})
+    present = made(data={"examples": 10})
+    for one, other in ((saved, present), (present, saved)):
+        (why,) = compare(one, other)
+        assert why.startswith("data: whether the first batch is still the same")
+
+
 def test_override_takes_the_programs_optimizer_but_not_other_data():
     changed = made(optimizer=keras.optimizers.Adam(0.5))
     (sentence,) = compare(made(), changed, override=True)

@@ -105,6 +105,21 @@ def make_identity(
 
 ORIGIN = "init_from"
 
+_FIRST = "first_sha256"
+_NO_FIRST = (
+    "whether the first batch is still the same could not be compared, for it "
+    "does not repeat"
+)
+_ANOTHER_FIRST = (
+    "{}: the first batch is another one than when the run began (sha256 {}... "
+    "-> {}...). Either the data changed, or something that makes them draws "
+    "without a seed, anew in each process. Seed it: PyTorch's loaders, "
+    "samplers and random_split take a generator "
+    "(torch.Generator().manual_seed(1)), NumPy's and tf.data's take a seed. "
+    "keras.utils.set_random_seed must come before the data are made, and seeds "
+    "PyTorch only where that is the backend: call torch.manual_seed elsewhere"
+)
+
 
 def keep_origin(saved: Any, present: dict[str, JSON]) -> None:
     """What a run began with is read once, and remembered from there on.
@@ -169,6 +184,15 @@ def compare(
     for path, before, after in _differences(saved, present, ()):
         sentence = f"{'.'.join(path)}: {before!r} -> {after!r}"
         top = path[0]
+        if path[-1] == _FIRST and None in (before, after):
+            # Of data that do not repeat there is none; to find that out may
+            # be luck, so that it makes no other run.
+            mild.append(f"{'.'.join(path[:-1])}: {_NO_FIRST}")
+            continue
+        if path[-1] == _FIRST:
+            sentence = _ANOTHER_FIRST.format(
+                ".".join(path[:-1]), f"{before!s:.12}", f"{after!s:.12}"
+            )
         if top == "data" or path in (
             ("config", "seed"),
             ("config", "initial_epoch"),

@@ -442,11 +442,38 @@ def hugging_face(kind=None, **kwargs):
     return RandomAccessSource(data, 5, **kwargs)
 
 
-def hugging_face_stream(shuffle=False):
+def hugging_face_stream(shuffle=False, batch_size=5):
     data = hugging_face().recipe.dataset.to_iterable_dataset(num_shards=3)
     if shuffle:
         data = data.shuffle(seed=3, buffer_size=7)
-    return data.batch(5)
+    return data.batch(batch_size) if batch_size else data
+
+
+class HoldsStreams:
+    """Has streams of Hugging Face's, and goes from epoch to epoch."""
+
+    def __init__(self):
+        self.stream = hugging_face_stream(shuffle=True)
+        self.more = [hugging_face_stream()]
+
+    def __len__(self):
+        return 5
+
+    def __iter__(self):
+        self.stream.set_epoch(self.stream.epoch + 1)
+        for one, other in zip(self.stream, self.more[0], strict=True):
+            yield (
+                np.asarray(one["x"]) + np.random.rand(),
+                np.asarray(other["y"]),
+            )
+
+
+def torch_of_stream():
+    from torch.utils.data import DataLoader
+
+    data = hugging_face_stream(shuffle=True, batch_size=None)
+    data = data.remove_columns("name").with_format("torch")
+    return DataLoader(data, batch_size=5)
 
 
 NAMED = {
@@ -508,6 +535,8 @@ HUGGING_FACE = {
     "hf shuffled": lambda: fit_source(
         hugging_face_stream(shuffle=True), steps_per_epoch=5
     ),
+    "hf held": lambda: fit_source(HoldsStreams()),
+    "hf in torch": lambda: fit_source(torch_of_stream(), steps_per_epoch=5),
 }
 KINDS = {**SOURCES, **GRAIN, **HUGGING_FACE}
 if keras.config.backend() == "torch":

@@ -343,3 +343,35 @@ def test_torchs_workers_that_fail(how, words, tmp_path):
     assert "train (torch DataLoader) was read" in text
     if how == "raises":
         assert "example 40 is bad" in text and "__getitem__" in text
+
+
+def stateful():
+    loader = pytest.importorskip("torchdata.stateful_dataloader")
+    return loader.StatefulDataLoader(list(zip(X, Y, strict=True)), 5, True)
+
+
+def split():
+    from torch.utils import data
+
+    part, _ = data.random_split(list(zip(X, Y, strict=True)), [15, 8])
+    return data.DataLoader(part, 5)
+
+
+@pytest.mark.parametrize("make", [stateful, split])
+def test_of_data_without_a_seed_the_cause_is_told(make, tmp_path):
+    import torch
+
+    def fit(epochs):
+        torch.manual_seed(epochs)  # as no two processes have the same
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        legato.fit(
+            model, make(), epochs=epochs, verbose=0,
+            run_dir=tmp_path, exact="strict",
+        )  # fmt: skip
+
+    fit(1)
+    with pytest.raises(RestoreError) as error:
+        fit(2)
+    assert "data: the first batch is another one than when" in str(error.value)
+    assert "random_split take a generator" in str(error.value)

@@ -246,6 +246,72 @@ TF_INEXACT = {
 }
 
 
+def noisy(x):
+    return tf().cast(x, "float32") + tf().random.uniform([], seed=3)
+
+
+def conditional(x):
+    return tf().cond(x > 3, lambda: noisy(x), lambda: 0.0)
+
+
+def generated():
+    generator = tf().random.Generator.from_seed(1)
+    return integers().map(lambda _: generator.uniform([]), num_parallel_calls=2)
+
+
+def integers():
+    return tf().data.Dataset.range(20)
+
+
+def inner(_, **kwargs):
+    return integers().map(noisy, **kwargs)
+
+
+# The first batches may well come out right: no trial is needed to tell.
+IN_TURNS = {
+    "map": lambda: random_function(2, seed=3),
+    "without a seed": lambda: random_function(2),
+    "condition": lambda: integers().map(conditional, num_parallel_calls=2),
+    "function": lambda: integers().map(
+        tf().function(noisy), num_parallel_calls=2
+    ),
+    "generator": generated,
+    "interleave": lambda: integers().interleave(
+        inner, cycle_length=2, num_parallel_calls=2
+    ),
+    "within": lambda: integers().flat_map(
+        lambda x: inner(x, num_parallel_calls=2)
+    ),
+    "large": lambda: large().map(noisy, num_parallel_calls=2),
+    "large, within": lambda: large().flat_map(
+        lambda x: inner(x, num_parallel_calls=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_TURNS)
+def test_draws_in_parallel_calls_of_tf_are_named(name, monkeypatch):
+    from legato.data.adapters import tf_data
+
+    monkeypatch.setattr(tf_data.TensorFlowDataset, "cheap", False)
+    monkeypatch.setattr(tf_data, "_COPIED_BYTES", 300)
+    source = fit_source(IN_TURNS[name]().batch(5), steps_per_epoch=4)
+    assert "draws in calls that run in parallel, in an order" in source.inexact
+    assert "stateless_uniform" in source.inexact
+    assert "set_random_seed" not in source.inexact
+    assert "first_sha256" not in source.identity
+
+
+def test_draws_of_tf_one_after_another_are_exact():
+    for data in (
+        integers().map(noisy).map(tf().identity, num_parallel_calls=2),
+        integers().interleave(inner, cycle_length=2),
+        integers().filter(lambda x: noisy(x) > 4).prefetch(2),
+    ):
+        source = fit_source(data.batch(5), steps_per_epoch=3)
+        assert source.inexact is None
+
+
 @pytest.mark.parametrize("name", TF_INEXACT)
 def test_what_is_inexact_about_tf_is_named(name):
     make, words = TF_INEXACT[name]

@@ -1,14 +1,16 @@
 """PyDatasets: the hooks, their state, threads, and what is inexact."""
 
 import random
+import re
 import time
 
 import keras
 import numpy as np
 import pytest
 
+import legato
 from legato.data import Feed, fit_source
-from legato.errors import DamagedError, RestoreError
+from legato.errors import DamagedError, ExactnessError, RestoreError
 from tests.data.reading import assert_equal, read, read_with_states, take
 from tests.data.sources import Buckets, Plain, Reshuffles, X, Y
 from tests.waiting import until
@@ -283,6 +285,91 @@ def test_draws_in_threads_are_named(cls, words):
     source = fit_source(cls(workers=2))
     assert f"with workers=2, __getitem__ {words}" in source.inexact
     assert "workers=1" in source.inexact
+
+
+class DrawsSeldom(Plain):
+    """Not in the first batch, nor in the others that are tried."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return (x + np.random.rand() if index == 3 else x), y
+
+
+class DrawsOnce(Plain):
+    """What it drew for a batch it keeps."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.cache = {}
+
+    def __getitem__(self, index):
+        if index not in self.cache:
+            self.cache[index] = random.random()
+        x, y = super().__getitem__(index)
+        return x + self.cache[index], y
+
+
+def test_draws_that_are_kept_are_named():
+    source = fit_source(DrawsOnce(workers=2))
+    assert "__getitem__ draws from the global generators" in source.inexact
+    assert not source.dataset.cache.keys() - {0}
+
+
+def test_draws_in_threads_are_named_when_they_come(tmp_path):
+    source = fit_source(DrawsSeldom(workers=2))
+    assert source.inexact is None
+    read(source, 5)
+    words = r"workers=2, __getitem__\(3\) draws from the global generators"
+    assert re.search(words, source.inexact)
+    assert source.inexact.count("workers=2") == 1
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    run = {"epochs": 3, "verbose": 0, "exact": "strict"}
+    with pytest.raises(ExactnessError, match=words):
+        legato.fit(model, DrawsSeldom(workers=2), run_dir=tmp_path, **run)
+
+
+class DrawsEarly(Plain):
+    """And works on while another batch is taken."""
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(0)
+        time.sleep(0.06 if index in (6, 8) else 0.02)
+        if index == 7:
+            x = x + np.random.rand()
+            time.sleep(0.1)
+        return x, y
+
+
+def test_taking_a_batch_does_not_undo_what_threads_draw():
+    """It would be seen by chance only."""
+    source = fit_source(DrawsEarly(workers=3))
+    iterator = source.iterate(seed=1, capacity=1)
+    take(iterator, source, 9)
+    assert "__getitem__(7) draws" in source.inexact
+    iterator.close()
+
+
+def test_draws_of_others_are_not_those_of_threads():
+    """Nor does it matter who draws where there is one thread."""
+    source = fit_source(Slow(workers=2))
+    iterator = source.iterate(seed=1, capacity=4)
+    for _ in range(10):
+        iterator.next_chunk(1)
+        np.random.rand()
+        random.random()
+    assert source.watch.suspects
+    state = np.random.get_state()[2], random.getstate()
+    assert source.inexact is None
+    assert (np.random.get_state()[2], random.getstate()) == state
+    iterator.close()
+    source = fit_source(DrawsSeldom())
+    read(source, 5)
+    assert source.inexact is None
 
 
 # -- threads ----------------------------------------------------------------

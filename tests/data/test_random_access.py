@@ -300,6 +300,32 @@ def test_threads_that_draw_from_the_global_generators_are_named():
     assert "processes=True" in source(datasets.Draws(), workers=2).inexact
 
 
+class DrawsSeldom:
+    """Draws for one example, which is not in the first batch."""
+
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, index):
+        noise = np.random.rand() if index == 12 else 0.0
+        return np.full(2, index + noise, "float32"), index
+
+
+@pytest.mark.parametrize("kind", ["here", "2 threads", "2 processes"])
+def test_threads_that_draw_later_are_named_then(kind):
+    kinds = {**KINDS, "2 threads": {"workers": 2}}
+    made = legato.RandomAccessSource(
+        DrawsSeldom(), 5, shuffle=False, **kinds[kind]
+    )
+    assert made.inexact is None
+    read(made, 7)
+    if kind != "2 threads":
+        assert made.inexact is None
+        return
+    assert "threads, it (in batch 2) draws from the global" in made.inexact
+    assert made.inexact.count("threads, it") == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dataset_that_changes_itself_is_named(kind):
     made = source(datasets.Counts(), **KINDS[kind])

@@ -107,8 +107,8 @@ class Names:
                 return thing
         raise RestoreError(
             f"`{module}.{qualname}` cannot be looked up: only classes and "
-            "functions of the modules that define the callback can be. Make "
-            "it an attribute of the callback when that is constructed, or "
+            "functions of the modules that define the object itself can be. "
+            "Make it an attribute of the object when that is constructed, or "
             "define `get_state` and `set_state`."
         )
 

@@ -30,6 +30,7 @@ from legato.data.readers import (
     told_by,
 )
 from legato.data.source import DataSource
+from legato.data.stream_state import is_stream
 from legato.data.structure import Structure
 from legato.errors import DataError
 
@@ -280,19 +281,11 @@ def _refuse_beside(x: Any, name: str, **given: Any) -> None:
 def _is_iterable(x: Any) -> bool:
     if isinstance(x, list | tuple | dict | set | str | bytes):
         return False
-    if _is_hugging_face_stream(x):
+    if is_stream(x):
         return True
     if keras_data.is_array(x) or _gives_examples(x):
         return False
     return hasattr(x, "__iter__") or isinstance(x, keras_data.DataAdapter)
-
-
-def _is_hugging_face_stream(x: Any) -> bool:
-    return any(
-        cls.__module__ == "datasets.iterable_dataset"
-        and cls.__name__ == "IterableDataset"
-        for cls in type(x).__mro__
-    )
 
 
 def _gives_examples(x: Any) -> bool:
@@ -322,7 +315,7 @@ def _reader(x: Any) -> Reader:
         from legato.data.adapters.grain_data import GrainDataset
 
         return GrainDataset(x)
-    if _is_hugging_face_stream(x):
+    if is_stream(x):
         from legato.data.adapters.hugging_face import HuggingFaceStream
 
         return HuggingFaceStream(x)

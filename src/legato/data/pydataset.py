@@ -1,6 +1,7 @@
 """`keras.utils.PyDataset`: batches that are asked for by their number."""
 
 import collections
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,9 +27,12 @@ from legato.data.source import Chunk, DataIterator, DataState
 from legato.errors import DataError, LegatoWarning, RestoreError
 from legato.rng import Permutation, derive_seed
 from legato.types import JSON
+from legato.workers.watching import Watch
 
 # Of Keras's base class: how batches are made, not which.
 _SETTINGS = frozenset({"_workers", "_use_multiprocessing", "_max_queue_size"})
+
+_DRAWS = "draws from the global generators"
 
 
 class PyDatasetSource(BatchSource):
@@ -80,6 +84,7 @@ class PyDatasetSource(BatchSource):
         self._class_weight = class_weight
         self._steps = steps_per_epoch
         self._notes: list[str] = []
+        self.watch = Watch() if self.workers > 1 else None
         if dataset.use_multiprocessing:
             warnings.warn(
                 f"{self.what} has use_multiprocessing=True: its batches are "
@@ -117,6 +122,13 @@ class PyDatasetSource(BatchSource):
         """The arrays of one batch."""
         return self._layout.leaves(self._standardised(index))
 
+    def draw_in_thread(self, index: int) -> Leaves:
+        """The same, in one of several threads."""
+        watch = self.watch
+        if watch is None:
+            return self.draw(index)
+        return watch.watched(index, index, self.draw)
+
     def _draws_repeat(self) -> bool:
         """Draws the first batch again, and tells what is not the same."""
         if self.attributes.unseen is not None:
@@ -145,16 +157,40 @@ class PyDatasetSource(BatchSource):
                 "Draw from a seeded generator in an attribute, or from "
                 "`numpy.random`",
             )
-        if self.workers > 1 and (drawn or look.state is not None):
-            what = "draws from the global generators"
-            if look.state is not None:
-                what = "changes attributes"
-            self.note(
-                f"with workers={self.workers}, __getitem__ {what} in an order "
-                "that varies",
-                "Set workers=1, or make what is random a function of the index",
-            )
+        if look.state is not None:
+            self._note_threads("changes attributes")
+        elif drawn or self._others_draw():
+            self._note_threads(_DRAWS)
         return first == again
+
+    def _note_threads(self, what: str, arguments: str = "") -> None:
+        """It does something that several threads must not; said once."""
+        if self.watch is None:
+            return
+        self.watch = None
+        self.note(
+            f"with workers={self.workers}, __getitem__{arguments} {what} in "
+            "an order that varies",
+            "Set workers=1, or make what is random a function of the index",
+        )
+
+    def _others_draw(self) -> bool:
+        """Whether batches do from which threads would take turns to draw.
+
+        What is drawn once, and kept, shows in what was not drawn yet only.
+        """
+        if self.watch is None:
+            return False
+        last = 2 if self.length is None else self.length - 1
+        before = streams.fingerprint()
+        for index in sorted({last // 2, last} - {0}):
+            # (What it raises there is raised again in its turn.)
+            with contextlib.suppress(Exception):
+                self.draw(index)
+        drawn = streams.fingerprint() != before
+        if self.attributes.look().state is not None:
+            self.attributes.reset()
+        return drawn
 
     def note(self, why: str, remedy: str) -> None:
         """Remember something that makes resuming inexact."""
@@ -165,6 +201,11 @@ class PyDatasetSource(BatchSource):
     @property
     def inexact(self) -> str | None:
         """What was found when its batches were drawn."""
+        if self.watch is not None and self.watch.suspects:
+            with streams.kept():
+                index = self.watch.drawing(self.draw)
+            if index is not None:
+                self._note_threads(_DRAWS, f"({index})")
         return " ".join(self._notes) or None
 
     @property
@@ -369,11 +410,16 @@ class _Iterator(DataIterator):
     # -- batches ------------------------------------------------------------
 
     def next_chunk(self, max_batches: int) -> Chunk:
+        found = None
         with streams.kept():
             self._take()
             if self._chunks.pending is None:
                 self._open_epoch()
                 self._begin_pass()
+            if self._pool is None:
+                found = self._chunks.next(max_batches)
+        if self._pool is not None:
+            # (What threads draw is not undone: it is to be seen.)
             found = self._chunks.next(max_batches)
         assert found is not None  # an epoch has a batch
         return found.chunk(state=None)
@@ -434,7 +480,7 @@ class _Pool:
                 break
             if i >= len(self._futures):
                 self._futures.append(
-                    self._threads.submit(self._source.draw, index)
+                    self._threads.submit(self._source.draw_in_thread, index)
                 )
         return self._futures.popleft().result()
 

@@ -164,13 +164,19 @@ class RandomAccessSource(BatchSource):
                 "it uses something that cannot be put back. Draw from the "
                 "generator that `transform` gets, or from `numpy.random`."
             )
-        if findings.draws and self.workers and not processes:
-            self._notes.append(
-                f"{self.what}: with workers={self.workers} threads, it draws "
-                "from the global generators in an order that varies. Draw "
-                "from the generator that `transform` gets, or take "
-                "processes=True."
-            )
+        if findings.draws:
+            self._note_draws("it")
+
+    def _note_draws(self, who: str) -> None:
+        if self.lender.watch is None:
+            return
+        self.lender.watch = None  # once is enough
+        self._notes.append(
+            f"{self.what}: with workers={self.workers} threads, {who} draws "
+            "from the global generators in an order that varies. Draw "
+            "from the generator that `transform` gets, or take "
+            "processes=True."
+        )
 
     def leaves(self, batch: Any) -> Leaves:
         """The arrays of a batch, with the dtypes of the device."""
@@ -178,7 +184,15 @@ class RandomAccessSource(BatchSource):
 
     @property
     def inexact(self) -> str | None:
-        """What was found when its first batch was made."""
+        """What was found when batches were made."""
+        watch = self.lender.watch
+        if watch is not None and watch.suspects:
+            with streams.kept():
+                number = watch.drawing(
+                    lambda job: self.recipe.make(job, alone=False)
+                )
+            if number is not None:
+                self._note_draws(f"it (in batch {number})")
         return " ".join(self._notes) or None
 
     @property

@@ -16,6 +16,7 @@ from legato.data.batches import copied
 from legato.data.encoding import decode, encode
 from legato.data.holding import Tracked
 from legato.data.source import DataState
+from legato.data.stream_state import StreamState, streams_in
 from legato.errors import DataError, RestoreError
 
 END = object()
@@ -156,7 +157,9 @@ class Iterable(Reader):
         self.data = data
         self.length = length if length is not None else _length(data)
         if hasattr(data, "__dict__"):
-            self.track(Attributes(data))
+            held = streams_in(data)
+            self.tracked += map(StreamState, held)
+            self.track(Attributes(data, apart=held))
 
     def track(self, attributes: Attributes) -> None:
         """Save what changes in an object with the position."""

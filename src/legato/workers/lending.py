@@ -4,6 +4,7 @@ import threading
 from typing import Any
 
 from legato.workers.recipe import Recipe, Workers, never
+from legato.workers.watching import Watch
 
 # A validation ends its iterator, and the next one begins another.
 _LINGER_SECS = 30.0
@@ -18,6 +19,9 @@ class Lender:
         processes: which of them.
         prefetch: batches that each makes ahead.
         timeout: seconds after which one is taken to hang.
+
+    Attributes:
+        watch: on what threads draw; None if it is known, or does not matter.
     """
 
     def __init__(
@@ -32,6 +36,9 @@ class Lender:
         self._recipe = recipe
         self._processes = processes
         self._arguments = (workers, prefetch, timeout)
+        self.watch: Watch | None = None
+        if workers and not processes:
+            self.watch = Watch()
         self._lock = threading.Lock()
         self._spare: list[Workers] = []
         self._timer: Any = None
@@ -47,7 +54,7 @@ class Lender:
             return Processes(self._recipe, *self._arguments)
         from legato.workers.threads import Threads
 
-        return Threads(self._recipe, *self._arguments)
+        return Threads(self._recipe, *self._arguments, self.watch)
 
     def take_back(self, workers: Workers) -> None:
         """Keep workers for the next one, or end them after a while."""

@@ -1,6 +1,7 @@
 """Workers that are threads: for data that are waited for."""
 
 import collections
+import functools
 import queue
 import sys
 import threading
@@ -16,6 +17,7 @@ from legato.workers.recipe import (
     StoppedWaiting,
     never,
 )
+from legato.workers.watching import Watch
 
 
 class _Task:
@@ -38,10 +40,16 @@ class Threads:
         count: how many threads.
         prefetch: batches that each makes ahead.
         timeout: seconds to wait for a batch.
+        watch: on what they draw from the global generators.
     """
 
     def __init__(
-        self, recipe: Recipe, count: int, prefetch: int, timeout: float
+        self,
+        recipe: Recipe,
+        count: int,
+        prefetch: int,
+        timeout: float,
+        watch: Watch | None = None,
     ) -> None:
         self.broken = False
         self.gives_up = never
@@ -53,7 +61,7 @@ class Threads:
         self._threads = [
             threading.Thread(
                 target=_work,
-                args=(recipe, self._tasks),
+                args=(recipe, self._tasks, watch),
                 name=f"legato-worker-{i}",
                 daemon=True,
             )
@@ -123,13 +131,22 @@ class Threads:
         self.close()
 
 
-def _work(recipe: Recipe, tasks: "queue.SimpleQueue[_Task | None]") -> None:
+def _work(
+    recipe: Recipe,
+    tasks: "queue.SimpleQueue[_Task | None]",
+    watch: Watch | None,
+) -> None:
+    make = functools.partial(recipe.make, alone=False)
     while (task := tasks.get()) is not None:
         if not task.wanted:
             continue
         task.thread = threading.current_thread()
         try:
-            task.batch = recipe.make(task.job, alone=False)
+            job = task.job
+            if watch is None:
+                task.batch = make(job)
+            else:
+                task.batch = watch.watched(job.batch, job, make)
         except BaseException as error:
             task.error = error
         task.done.set()

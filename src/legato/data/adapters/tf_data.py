@@ -8,7 +8,7 @@ those of its threads depends on the instant.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,21 @@ _COMPRESSED_TYPE = "tensorflow.data.CompressedElement"
 # be read from the file.
 _NESTED_KEY = b"is_dataset"
 _FAIL_IF_STATEFUL = 2
+
+
+# What calls its functions several at a time.
+_PARALLEL = (
+    *("ParallelMap", "ParallelInterleave", "ParallelFilter"),
+    *("MapAndBatch", "LegacyParallelInterleave"),
+)
+# What draws from a `tf.random.Generator`.
+_GENERATORS = (
+    *("RngReadAndSkip", "StatefulRandom", "StatefulStandardNormal"),
+    *("StatefulTruncatedNormal", "StatefulUniform", "NonDeterministicInts"),
+)
+
+_Library = dict[str, list[Any]]
+"""The operations of each function, by its name."""
 
 
 class TensorFlowDataset(Reader):
@@ -97,9 +112,9 @@ class TensorFlowDataset(Reader):
             for node in graph.node
             if node.op == "Const"
         }
-        functions = [
-            node for f in graph.library.function for node in f.node_def
-        ]
+        library = _library(graph)
+        functions = [node for nodes in library.values() for node in nodes]
+        in_turn = self._note_parallel((*graph.node, *functions), library)
         for node in (*graph.node, *functions):
             order = _attribute(node, "deterministic")
             if order is not None and order.s == b"false":
@@ -122,7 +137,7 @@ class TensorFlowDataset(Reader):
             if seeds and not any(int(tf.make_ndarray(s)) for s in seeds):
                 self._note_seed(f"{node.op.removesuffix('V3')} has no seed")
         for node in functions:
-            if _draws(node) and not _has_seed(node):
+            if in_turn and _draws(node) and not _has_seed(node):
                 self._note_seed(f"{node.op} in one of its functions has none")
             if node.op.startswith(("Assign", "ResourceScatter")):
                 self.notes.append(
@@ -135,6 +150,47 @@ class TensorFlowDataset(Reader):
         if any(map(_reshuffles, shuffles)):
             self._graph = graph
             self._find_counts(graph, shuffles)
+
+    def _note_parallel(self, nodes: Iterable[Any], library: _Library) -> bool:
+        """Tells of calls that take turns to draw; True if there are none.
+
+        The order of the turns varies: what a trial shows of it is luck.
+        """
+        for node in nodes:
+            if not _calls_in_parallel(node):
+                continue
+            for called in _called(node, library):
+                if _takes_turns(called):
+                    self._note_turns(f"{called.op} in a function of {node.op}")
+                    return False
+        return True
+
+    def _note_parallel_of(self, dataset: Any) -> bool:
+        """The same of a dataset that is not in a graph; True if it does."""
+        for function in getattr(dataset, "_functions", list)():
+            graph = function.function.graph.as_graph_def()
+            library = _library(graph)
+            nodes = [
+                *graph.node,
+                *(node for each in library.values() for node in each),
+            ]
+            name = type(dataset).__name__.strip("_")
+            if name.startswith(_PARALLEL):
+                for node in nodes:
+                    if _takes_turns(node):
+                        self._note_turns(f"{node.op} in a function of {name}")
+                        return True
+            if not self._note_parallel(nodes, library):
+                return True
+        return False
+
+    def _note_turns(self, what: str) -> None:
+        self.notes.append(
+            f"{what} draws in calls that run in parallel, in an order that "
+            "varies, whatever its seed is. Use tf.random.stateless_uniform "
+            "(or another stateless operation) with a seed made of the element "
+            "or of its number (`enumerate()`), or leave out num_parallel_calls"
+        )
 
     def _find_counts(self, graph: Any, shuffles: list[Any]) -> None:
         """Finds where the graph keeps what it counts."""
@@ -179,7 +235,11 @@ class TensorFlowDataset(Reader):
                 )
                 graph.ParseFromString(text.numpy())
                 return graph
-        # Its own objects tell less, but whether it shuffles.
+        # Its own objects tell less, but what is called, and whether it
+        # shuffles.
+        for each in _chain(self._dataset):
+            if self._note_parallel_of(each):
+                break
         shuffles = [
             each
             for each in _chain(self._dataset)
@@ -420,6 +480,31 @@ def _has_seed(node: Any) -> bool:
 def _draws(node: Any) -> bool:
     """Whether it is an operation with a generator of its own."""
     return "seed2" in node.attr and "Dataset" not in node.op
+
+
+def _library(graph: Any) -> _Library:
+    return {f.signature.name: list(f.node_def) for f in graph.library.function}
+
+
+def _calls_in_parallel(node: Any) -> bool:
+    return node.op.startswith(_PARALLEL)
+
+
+def _takes_turns(node: Any) -> bool:
+    return _draws(node) or node.op.startswith(_GENERATORS)
+
+
+def _called(node: Any, library: _Library) -> Iterator[Any]:
+    """The operations of a node's functions, and of those that they call."""
+    seen: set[str] = set()
+    upcoming = [node]
+    while upcoming:
+        for value in upcoming.pop().attr.values():
+            for each in (value.func, *value.list.func):
+                if each.name and each.name not in seen:
+                    seen.add(each.name)
+                    yield from library.get(each.name, ())
+                    upcoming += library.get(each.name, ())
 
 
 def _is_integer(tensor: Any) -> bool:

@@ -13,6 +13,7 @@ from legato.data.attributes import Attributes, Look
 from legato.data.encoding import decode, encode
 from legato.data.readers import END, Iterable, Method, Passes, told_by
 from legato.data.source import DataState
+from legato.data.stream_state import StreamState, is_stream, streams_in
 from legato.errors import DamagedError, RestoreError
 from legato.workers.loading import Numbers, SeedsBatches
 
@@ -46,13 +47,20 @@ class TorchLoader(Iterable):
             for each in found
             if isinstance(each, torch.Generator)
         }
+        streams = {
+            id(each): each
+            for part in parts.values()
+            for each in (part, *streams_in(part))
+            if is_stream(each)
+        }
         self.tracked.clear()
         self.tracked.extend(map(_Generator, generators.values()))
+        self.tracked.extend(map(StreamState, streams.values()))
+        apart = {**parts, **generators, **streams}.values()
         for part in parts.values():
-            if hasattr(part, "__dict__"):
-                apart = [*parts.values(), *generators.values()]
-                apart = [other for other in apart if other is not part]
-                self.track(Attributes(part, apart=apart))
+            if hasattr(part, "__dict__") and not is_stream(part):
+                others = [other for other in apart if other is not part]
+                self.track(Attributes(part, apart=others))
         self.methods = tuple(self._find_methods())
         orders = [*_orders(loader), loader]
         ordering = {id(part) for part in orders} | {
