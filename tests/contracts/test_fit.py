@@ -18,8 +18,10 @@ from legato.errors import (
     ConfigError,
     DataError,
     ExactnessError,
+    ExactnessWarning,
     Interrupted,
     LegatoError,
+    LegatoWarning,
     RestoreError,
     RunDirError,
 )
@@ -608,3 +610,44 @@ def test_evaluate_refuses(tmp_path):
         legato.evaluate(made(), (X, Y), checkpoint=tmp_path / "nowhere")
     with pytest.raises(DataError):
         legato.evaluate(made(), (X, Y[:3]))
+
+
+def batches():
+    """Others each time that it is asked."""
+    for i in range(100):
+        yield X[i % 4 * 16 :][:16], Y[i % 4 * 16 :][:16]
+
+
+KEEPS = r"validation_data \(generator\).*first validation_steps=2 .*kept in me"
+
+
+def test_a_generator_measures_the_same_each_time(tmp_path):
+    """As arrays do that hold its first batches; also where it goes on."""
+    wanted = fit(
+        made(), tmp_path / "arrays", epochs=3, validation_data=(X[:32], Y[:32])
+    ).history
+    given = {"validation_data": batches(), "validation_steps": 2}
+    with pytest.warns(LegatoWarning, match=KEEPS):
+        found = fit(made(), tmp_path / "whole", epochs=3, **given).history
+    assert found == wanted
+    for epochs in (1, 3):
+        given["validation_data"] = batches()  # as a new process does
+        with pytest.warns(LegatoWarning, match=KEEPS):
+            found = fit(made(), tmp_path / "run", epochs=epochs, **given)
+    assert found.history == wanted
+
+
+@pytest.mark.filterwarnings(f"ignore:{KEEPS}")
+def test_a_generator_that_is_gone_on_in_is_named(tmp_path):
+    given = {"validation_data": batches(), "validation_steps": 2}
+    fit(made(), tmp_path, epochs=1, **given)
+    with pytest.warns(ExactnessWarning, match=r"validation_data\.first_sha256"):
+        fit(made(), tmp_path, epochs=2, **given)
+
+
+def test_a_generator_without_an_end_in_validation(tmp_path):
+    with pytest.raises(DataError, match=r"validation_data.*validation_steps"):
+        fit(made(), tmp_path / "run", validation_data=batches())
+    with pytest.raises(DataError, match=r"data \(generator\).*give steps,"):
+        legato.evaluate(made(), batches())
+    assert not (tmp_path / "run").exists()

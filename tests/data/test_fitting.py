@@ -335,6 +335,7 @@ def test_a_custom_adapter_of_kerass():
     assert_as_kerass(read(source, 10), expected * 2)
 
 
+@pytest.mark.filterwarnings("ignore:x .generator. can be read once")
 def test_an_array_that_is_filled_again_and_again():
     class Refills(Plain):
         buffer = np.zeros((5, 2), "float32")
@@ -453,14 +454,59 @@ def test_a_generator_goes_on_in_the_same_process():
 
 
 def test_a_generator_that_is_kept():
-    source = fit_source(generator(), steps_per_epoch=3, keep=True)
+    with pytest.warns(
+        LegatoWarning,
+        match=r"val \(generator\).*first validation_steps=3 batches .*0\.0 MB",
+    ):
+        source = kept(generator())
     assert source.batches_per_epoch == 3
     first = read(source, 3)
     for found in (read(source, 3), read(source, 6)[3:]):
         for one, other in zip(found, first, strict=True):
             np.testing.assert_array_equal(one[0], other[0])
-    with pytest.raises(DataError, match=r"ended after 1 batches, and 3 are"):
-        fit_source(iter([(X, Y)]), steps_per_epoch=3, keep=True)
+    with pytest.raises(
+        DataError, match=r"ended after 1 batches, and 3 .*validation_steps"
+    ):
+        kept(iter([(X, Y)]))
+
+
+@pytest.mark.filterwarnings("ignore::legato.errors.LegatoWarning")
+@pytest.mark.parametrize("made", ["numpy", "torch"])
+def test_a_kept_generator_may_fill_the_same_array(made):
+    import torch
+
+    def filled():
+        array = np.zeros((2, 1), "float32")
+        batch = array if made == "numpy" else torch.from_numpy(array)
+        for i in range(3):
+            array[:] = i
+            yield (batch,)
+
+    found = [batch[0][0, 0] for batch in read(kept(filled()), 6)]
+    assert found == [0, 1, 2, 0, 1, 2]
+
+
+def kept(batches):
+    return fit_source(
+        batches,
+        steps_per_epoch=3,
+        keep=True,
+        name="val",
+        steps_name="validation_steps",
+    )
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (generator, r"\(generator\) can be read once, .*: give validation_st"),
+        (Endless, r"no length"),
+        (lambda: tf_dataset().repeat(), r"no end: give validation_steps, the"),
+    ],
+)
+def test_the_callers_steps_are_named(data, words):
+    with pytest.raises(DataError, match=words):
+        fit_source(data(), steps_name="validation_steps")
 
 
 # -- what is refused --------------------------------------------------------

@@ -223,9 +223,14 @@ class Layout:
 
 def copied(batch: Any) -> Any:
     """A batch whose arrays are copies: the user's code may fill its again."""
-    return keras.tree.map_structure(
-        lambda a: beside.owned(a) if isinstance(a, np.ndarray) else a, batch
-    )
+    return keras.tree.map_structure(_copied, batch)
+
+
+def _copied(array: Any) -> Any:
+    if isinstance(array, np.ndarray):
+        return beside.owned(array)
+    # (Of the tensors, those of PyTorch alone can change.)
+    return array.clone() if hasattr(array, "clone") else array
 
 
 def digest(leaves: Leaves) -> str:

@@ -7,6 +7,7 @@ silence, the argument is named here. Those of a Task are left as they are.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
@@ -31,7 +32,7 @@ from legato.data.readers import (
 )
 from legato.data.source import DataSource
 from legato.data.structure import Structure
-from legato.errors import DataError
+from legato.errors import DataError, LegatoWarning
 
 _BATCH_SIZE = 32  # Keras's
 
@@ -46,6 +47,7 @@ def fit_source(
     class_weight: Mapping[int, float] | None = None,
     steps_per_epoch: int | None = None,
     name: str = "x",
+    steps_name: str = "steps_per_epoch",
     keep: bool = False,
 ) -> DataSource:
     """The data of `keras.Model.fit`, by the same arguments.
@@ -72,8 +74,10 @@ def fit_source(
             Data that end sooner begin anew there (Keras ends the epoch with a
             warning). It stands for the length of data that have none.
         name: what the caller calls `x`, for messages.
-        keep: take the first `steps_per_epoch` batches of a generator, and
-            give them again in each epoch; for validation.
+        steps_name: what it calls `steps_per_epoch`, likewise.
+        keep: take the first `steps_per_epoch` batches of a generator, keep
+            them in memory, and give them again in each epoch, which is
+            announced; for validation.
 
     Returns:
         A source whose batches are tuples as `fit` makes them.
@@ -83,7 +87,7 @@ def fit_source(
             the message names the argument, the rule and the remedy.
     """
     _check_number("batch_size", batch_size)
-    _check_number("steps_per_epoch", steps_per_epoch)
+    _check_number(steps_name, steps_per_epoch)
     _check_class_weight(class_weight)
     if x is None:
         raise DataError(f"{name}=None: give the data to train on.")
@@ -113,6 +117,7 @@ def fit_source(
             class_weight=class_weight,
             steps_per_epoch=steps_per_epoch,
             name=name,
+            steps_name=steps_name,
             keep=keep,
         )
     return _array_source(
@@ -160,6 +165,7 @@ def task_source(
         class_weight=None,
         steps_per_epoch=steps_per_epoch,
         name=name,
+        steps_name="steps_per_epoch" if shuffle else "validation_steps",
         keep=not shuffle,
         as_given=True,
     )
@@ -226,6 +232,7 @@ def _batch_source(
     class_weight: Mapping[int, float] | None,
     steps_per_epoch: int | None,
     name: str,
+    steps_name: str,
     keep: bool,
     as_given: bool = False,
 ) -> DataSource:
@@ -247,14 +254,26 @@ def _batch_source(
         )
     reader = _reader(x)
     if keep and isinstance(reader, OneShot) and steps_per_epoch is not None:
-        reader = Kept(reader, steps_per_epoch)
-    return IterableSource(
+        reader = Kept(reader, steps_per_epoch, steps_name)
+    source = IterableSource(
         reader,
         class_weight=class_weight,
         steps_per_epoch=steps_per_epoch,
         name=name,
+        steps_name=steps_name,
         as_given=as_given,
     )
+    if isinstance(reader, Kept) and not as_given:
+        # (Keras goes on in the generator.)
+        warnings.warn(
+            f"{name} (generator) can be read once: its first "
+            f"{steps_name}={reader.count} batches are kept in memory (about "
+            f"{source.batch_bytes * reader.count / 1e6:.1f} MB) and used "
+            "each time, so that all results are of the same data.",
+            LegatoWarning,
+            stacklevel=5,
+        )
+    return source
 
 
 _BESIDE = {
