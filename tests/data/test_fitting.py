@@ -636,6 +636,49 @@ def test_batches_that_are_unlike_the_first(batch, words):
         assert word in str(caught.value)
 
 
+class Given:
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize(
+    "batch, words",
+    [
+        ((X[:3], Y[:2], Y[:3]), "(x: 3, y: 2, sample_weight: 3). Every"),
+        ((X[:3], Y[:3], Y[:1]), "(x: 3, y: 3, sample_weight: 1). Every"),
+        ((X[:0], Y[:0], Y[:0]), "gave a batch of 0 examples: there must be"),
+        (([X[:3]], Y[:3], Y[:3]), "Give the same in every batch."),
+    ],
+)
+def test_a_batch_that_is_no_good_is_numbered(batch, words):
+    whole = X[:3], Y[:3], Y[:3]
+    source = fit_source(Given([whole, whole, whole, batch]))
+    with pytest.raises(DataError) as caught:
+        read(source, 4)
+    assert words in str(caught.value)
+    assert "(It was batch 4 of a pass.)" in str(caught.value)
+
+
+def test_a_first_batch_without_examples():
+    with pytest.raises(DataError, match=r"Bad\)\[0\] gave a batch of 0 exam"):
+        fit_source(Bad(({"a": X[:0], "b": Y[:0]},)))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_bags_of_examples_may_have_one_label(size):
+    """As long as the first, or all, are not equally long by chance."""
+    bags = [(X[: size + i], Y[:1]) for i in range(4)]
+    for one, other in zip(read(fit_source(Given(bags)), 4), bags, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
+
+
 def test_a_length_that_changes():
     class Grows(Plain):
         length = 3

@@ -102,10 +102,10 @@ class IterableSource(BatchSource):
         reader = self.reader
         if isinstance(reader, OneShot):
             first = self._standardised(reader.peek())
-            return Layout(first, self.what), False
+            return self._layout_of(first), False
         with streams.kept():
             attempt = self._attempt()
-            layout = Layout(self._first(attempt), self.what)
+            layout = self._layout_of(self._first(attempt))
             if reader.threads and attempt.drew_globally:
                 reader.threads = reader.ahead = False  # said once
                 reader.notes.append(
@@ -130,6 +130,9 @@ class IterableSource(BatchSource):
                 "let it draw from `numpy.random`"
             )
         return layout, not reader.notes
+
+    def _layout_of(self, first: Any) -> Layout:
+        return Layout(first, self.what, of_fit=not self._as_given)
 
     def _attempt(self) -> Attempt:
         attempt = Attempt(self.reader)

@@ -327,7 +327,12 @@ class IterableIterator(DataIterator):
         self._mark_if_due()
         for batch in self._batches:
             self._drawn += 1
-            return self._source.leaves(batch)
+            try:
+                return self._source.leaves(batch)
+            except DataError as error:
+                raise DataError(
+                    f"{error} (It was batch {self._drawn} of a pass.)"
+                ) from error
         self._ended = True
         return None
 
