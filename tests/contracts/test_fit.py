@@ -651,3 +651,61 @@ def test_a_generator_without_an_end_in_validation(tmp_path):
     with pytest.raises(DataError, match=r"data \(generator\).*give steps,"):
         legato.evaluate(made(), batches())
     assert not (tmp_path / "run").exists()
+
+
+class Silent(keras.layers.Layer):
+    """Adds a loss of its own."""
+
+    def call(self, x):
+        self.add_loss(keras.ops.mean(x**2))
+        return x
+
+
+class Reconstructs(keras.Sequential):
+    def compute_loss(self, x, y, y_pred, *_, **__):
+        return keras.ops.mean((x[:, :1] - y_pred[:, :1]) ** 2)
+
+
+N = len(X)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"y": None}, r"^The training data hold no y, .*Give y, or batches"),
+        ({"validation_data": (X,)}, r"^The validation data hold no y"),
+        (
+            {"sample_weight": {"a": np.ones(N)}},
+            r"^The training data: sample_weight is a dict of \['a'\], .*single",
+        ),
+        (
+            {"sample_weight": np.ones((N, 7))},
+            r"sample_weight of shape \(16, 7\) .* of y of shape \(16, ?1?\): "
+            r".*\. Give one weight for each example: shape \(examples,\)\.",
+        ),
+        (
+            {"validation_data": (X, Y, np.ones((N, 7)))},
+            r"^The validation data: sample_weight of shape \(16, 7\)",
+        ),
+    ],
+)
+def test_what_the_loss_cannot_be_computed_with(given, words, tmp_path):
+    with pytest.raises(DataError, match=f"(?s){words}"):
+        fit(made(), tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_needs_no_targets(tmp_path):
+    """Or any weights, as Keras takes them."""
+    model = keras.Sequential([keras.Input(X.shape[1:])])
+    model.add(keras.layers.Dense(1))
+    model.add(Silent())
+    model.compile("sgd")
+    assert fit(model, tmp_path / "added", y=None).history["loss"]
+    own = Reconstructs([keras.Input(X.shape[1:]), keras.layers.Dense(1)])
+    own.compile("sgd", "mse")
+    assert fit(own, tmp_path / "own", y=None).history["loss"]
+    weighted = {"sample_weight": {"any": np.ones((N, 7))}}
+    assert fit(own, tmp_path / "any", **weighted).history["loss"]
+    listed = {"sample_weight": [np.ones((N, 1, 1))]}
+    assert fit(made(), tmp_path / "listed", **listed).history["loss"]
