@@ -14,6 +14,7 @@ import keras
 from legato import backends
 from legato.compat import keras_models
 from legato.data import DataSource, HostValue
+from legato.data.batches import named_part
 from legato.data.beside import without
 from legato.data.structure import Structure
 from legato.errors import ConfigError, DataError
@@ -219,14 +220,28 @@ class CompiledTask(Task):
 
 def _refuse_on_host(batch: Any) -> None:
     """What stays on the host is for host metrics, in dicts alone."""
-    for leaf in keras.tree.flatten(batch):
+    for path, leaf in keras.tree.flatten_with_path(batch):
         if isinstance(leaf, HostValue):
+            as_numbers = 'Where these are numbers, take .astype("float32").'
+            remedies = [as_numbers] if leaf.holds == "objects" else []
+            match path[0]:
+                case 1:
+                    remedies.append(
+                        "Number the classes: "
+                        "np.unique(y, return_inverse=True)[1]."
+                    )
+                case 2:
+                    remedies = [as_numbers]
+                case _:
+                    remedies.append(
+                        "Turn it into numbers before: run a preprocessing "
+                        "layer, such as keras.layers.StringLookup, in the "
+                        "data (dataset.map(lookup)), not in the model."
+                    )
             raise DataError(
-                f"The batches hold {leaf!r}, which no device takes. Turn it "
-                "into numbers before: run a preprocessing layer, such as "
-                "keras.layers.StringLookup, in the data (dataset.map(lookup)), "
-                "not in the model. In a dict among x or y, beside what the "
-                "model takes, it goes to host metrics."
+                f"{named_part('.'.join(map(str, path)))} holds {leaf.holds}, "
+                f"which no device takes. {' '.join(remedies)} In a dict among "
+                "x or y, beside what the model takes, it goes to host metrics."
             )
 
 

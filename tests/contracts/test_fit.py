@@ -709,3 +709,52 @@ def test_a_loss_that_needs_no_targets(tmp_path):
     assert fit(own, tmp_path / "any", **weighted).history["loss"]
     listed = {"sample_weight": [np.ones((N, 1, 1))]}
     assert fit(made(), tmp_path / "listed", **listed).history["loss"]
+
+
+def table(**columns):
+    import pandas as pd
+
+    zeros = np.zeros(N, "float32")
+    given = {"a": zeros, "b": zeros, "c": np.arange(N), **columns}
+    return pd.DataFrame({k: pd.Series(v) for k, v in given.items()})
+
+
+def series(values, dtype):
+    import pandas as pd
+
+    return pd.Series(values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda: {"x": table(b=X[:, 0] > 0)}, r"^x: the column 'b' is of dtype "
+         r"bool, .*Give x\.astype\(\"float32\"\)"),
+        (lambda: {"x": {"t": table(b=series([1, None] * (N // 2), "Int64"))}},
+         r"^x\.t: the column 'b' is of dtype Int64.*Give x\.t\.astype"),
+        (lambda: {"x": table(c=["u"] * N)}, r"^x: the column 'c' \(\w+\) holds "
+         r"no numbers.*pandas\.factorize"),
+        (lambda: {"y": series([1, None] * (N // 2), "Int64")},
+         r"^y is of dtype Int64, .*Give y\.astype"),
+        (lambda: {"y": series([0] * N, "boolean"), "class_weight": {0: 1}},
+         r"^y is of dtype boolean"),
+        (lambda: {"y": series(["u", "v"] * (N // 2), "category")},
+         r"^y holds objects.*numbers, take .*Number the classes: np\.unique"),
+        (lambda: {"y": np.array(["u"] * N)}, r"^y holds strings.*Number the"),
+        (lambda: {"y": np.array(["u"] * N), "class_weight": {0: 1}},
+         r"class_weight was given, and y holds strings.*np\.unique"),
+        (lambda: {"sample_weight": np.array(["1"] * N)},
+         r"^sample_weight holds strings, .*take \.astype"),
+        (lambda: {"sample_weight": 2}, r"^sample_weight=2: there must be one "
+         r"weight for each.*np\.full\(len\(x\), 2\.0\)"),
+        (lambda: {"sample_weight": np.array(2.0)}, r"^sample_weight: The data "
+         r"hold the scalar"),
+        (lambda: {"x": batches, "y": None, "batch_size": None},
+         r"^x is a function, which is no data.*call it: x\(\)"),
+        (lambda: {"validation_data": batches}, r"call it: validation_data\(\)"),
+    ],
+)  # fmt: skip
+def test_arrays_of_no_numbers_are_named(given, words, tmp_path):
+    with pytest.raises(DataError, match=f"(?s){words}"):
+        fit(made(), tmp_path / "run", **given())
+    assert not (tmp_path / "run").exists()

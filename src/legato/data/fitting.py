@@ -6,7 +6,9 @@ user's data are. Where Keras fails deep inside, or passes over an argument in
 silence, the argument is named here. Those of a Task are left as they are.
 """
 
+import inspect
 import math
+import numbers
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
@@ -16,8 +18,9 @@ import numpy as np
 
 from legato.compat import keras_data
 from legato.data.arrays import ArraySource
-from legato.data.beside import gathered
-from legato.data.columns import as_column
+from legato.data.batches import named_part
+from legato.data.beside import gathered, stays_on_host, what_holds
+from legato.data.columns import Column, as_column
 from legato.data.iterables import IterableSource
 from legato.data.pydataset import PyDatasetSource
 from legato.data.random_access import RandomAccessSource
@@ -205,8 +208,8 @@ def split_validation(
             f"{type(x).__name__}: only arrays can be split. Give "
             "validation_data instead."
         )
-    columns = [as_column(a, every_float=True) for a in Structure.leaves(arrays)]
     structure = Structure(arrays)
+    columns = _columns(arrays, structure, "x")
     _check_lengths(columns, structure, "x")
     length = columns[0].shape[0]
     first = math.floor(length * (1.0 - validation_split))
@@ -389,14 +392,21 @@ def _array_source(
                 "with a single output. Give sample_weight, with an array for "
                 "each output."
             )
-        labels = keras_data.to_numpy(y)
+        labels = keras_data.to_numpy(_column(y, "y"))
+        if stays_on_host(labels.dtype):
+            raise DataError(
+                "class_weight was given, and y holds "
+                f"{what_holds(labels.dtype)}: its keys are the numbers of "
+                "classes. Number the classes in y: "
+                "np.unique(y, return_inverse=True)[1]."
+            )
         sample_weight = keras_data.class_weight_to_sample_weights(
             labels, class_weight
         )
     data = (x, y, sample_weight)
     data = data[: 1 if y is None else 2 if sample_weight is None else 3]
     structure = Structure(data)
-    columns = [as_column(a, every_float=True) for a in Structure.leaves(data)]
+    columns = _columns(data, structure, name)
     if not Structure.leaves(x):
         raise DataError(f"{name}={x!r:.80} holds no array. Give at least one.")
     length = _check_lengths(columns, structure, name)
@@ -405,6 +415,58 @@ def _array_source(
         if steps_per_epoch is not None:
             batch_size = math.ceil(length / steps_per_epoch)
     return ArraySource(structure.pack(columns), batch_size, shuffle=shuffle)
+
+
+def _columns(data: Any, structure: Structure, name: str) -> list[Column]:
+    """The arrays of `(x, y, sample_weight)`; a bad one is named."""
+    names = (name, "y", "sample_weight")
+    return [
+        _column(value, named_part(path, names))
+        for path, value in zip(
+            structure.paths(), Structure.leaves(data), strict=True
+        )
+    ]
+
+
+def _column(value: Any, argument: str) -> Column:
+    try:
+        column = as_column(value, every_float=True)
+    except DataError as error:
+        _refuse_table(value, argument)
+        raise DataError(f"{argument}: {error}") from error
+    if stays_on_host(column.dtype):
+        _refuse_table(value, argument)
+    return column
+
+
+def _refuse_table(value: Any, argument: str) -> None:
+    """Columns of pandas' of which no array of numbers comes, by name."""
+    if type(value).__module__.split(".")[0] != "pandas" or value.ndim > 2:
+        return
+    names = [argument] if value.ndim == 1 else [repr(c) for c in value.columns]
+    dtypes = value.dtypes.tolist() if value.ndim == 2 else [value.dtype]
+    columns = list(zip(names, dtypes, strict=True))
+    others = [f"{name} ({d})" for name, d in columns if d.kind not in "biuf"]
+    if len(others) == len(columns):
+        return  # what stays on the host
+    where = "" if value.ndim == 1 else f"{argument}: the column "
+    if others:
+        raise DataError(
+            f"{where}{others[0]} holds no numbers, and others do. Number what "
+            "it holds (pandas.factorize), leave the column out, or, where it "
+            'holds numbers as objects, take .astype("float32").'
+        )
+    odd = [
+        (name, d)
+        for name, d in columns
+        if not isinstance(d, np.dtype) or d.kind == "b"
+    ]
+    if odd:
+        name, dtype = odd[0]
+        raise DataError(
+            f"{where}{name} is of dtype {dtype}, of which pandas makes objects "
+            f'here, not numbers. Give {argument}.astype("float32").'
+        )
 
 
 def _spread_weight(y: Any, sample_weight: Any) -> Any:
@@ -481,6 +543,17 @@ def _refuse(x: Any, y: Any, sample_weight: Any, name: str) -> NoReturn:
             if keras_data.is_array(leaf):
                 continue
             kind = type(leaf).__name__
+            if part == "sample_weight" and isinstance(leaf, numbers.Real):
+                raise DataError(
+                    f"sample_weight={leaf!r}: there must be one weight for "
+                    "each example, in an array of shape (examples,), such as "
+                    f"np.full(len(x), {float(leaf)})."
+                )
+            if inspect.isfunction(value) or inspect.ismethod(value):
+                raise DataError(
+                    f"{part} is a {kind}, which is no data. If it gives them, "
+                    f"call it: {part}()."
+                )
             if leaf is value:
                 raise DataError(
                     f"{part} is a {kind}, which are no data that `fit` takes. "
