@@ -14,7 +14,7 @@ import keras
 from legato import backends
 from legato.compat import keras_models
 from legato.data import DataSource, HostValue
-from legato.data.batches import named_part
+from legato.data.batches import BATCH_PARTS, named_part
 from legato.data.beside import without
 from legato.data.structure import Structure
 from legato.errors import ConfigError, DataError
@@ -47,6 +47,8 @@ class CompiledTask(Task):
         ConfigError: the model is not compiled, or what is asked for does not
             fit it.
     """
+
+    batch_parts = BATCH_PARTS
 
     def __init__(
         self,
