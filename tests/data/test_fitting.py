@@ -97,6 +97,9 @@ def staging(request, monkeypatch):
         ((X, [None, X], [None, FLOATS]), {"batch_size": 6}),
         ((X, LABELS), {"class_weight": WEIGHTS, "batch_size": 5}),
         ((X, LABELS[:, None]), {"class_weight": WEIGHTS}),
+        # All of these are numbers of classes, and weights, to Keras.
+        ((X, LABELS), {"class_weight": {0.0: 1, np.int64(1): -2, True: 3}}),
+        ((X, LABELS), {"class_weight": {np.float32(2): np.array(0.5)}}),
         ((X, np.eye(3)[LABELS]), {"class_weight": WEIGHTS}),
         ((X.astype("float16"), Y > 3), {"batch_size": 5}),
     ],
@@ -574,6 +577,25 @@ def tf_endless():
         ((X, [Y, Y], X), {}, ["shape (23, 2)", "(examples,)"]),
         ((X, Y), {"class_weight": [1, 2]}, ["class_weight=[1, 2]", "dict"]),
         ((X, Y), {"class_weight": {}}, ["class_weight={}", "dict"]),
+        *(
+            ((X, LABELS), {"class_weight": {0: 1, key: 2}}, words)
+            for key, words in [
+                ("1", ["class_weight has the key '1'", "numbers of classes"]),
+                (0.5, ["class_weight has the key 0.5", "numbers of classes"]),
+                (np.nan, ["class_weight has the key nan"]),
+                (None, ["class_weight has the key None"]),
+            ]
+        ),
+        *(
+            ((X, LABELS), {"class_weight": {0: 1, 2: weight}}, words)
+            for weight, words in [
+                (np.nan, ["class_weight[2]=nan", "finite number"]),
+                (np.float32("inf"), ["class_weight[2]=", "finite number"]),
+                ("3", ["class_weight[2]='3'", "finite number"]),
+                ([1.0], ["class_weight[2]=[1.0]", "finite number"]),
+            ]
+        ),
+        ((Plain(),), {"class_weight": {"1": 2}}, ["has the key '1'"]),
         ((X, Y), {"batch_size": 0}, ["batch_size=0", "at least 1"]),
         ((X, Y), {"batch_size": 2.0}, ["batch_size=2.0", "int"]),
         ((X, Y), {"steps_per_epoch": True}, ["steps_per_epoch=True", "int"]),

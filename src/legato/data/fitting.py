@@ -534,6 +534,25 @@ def _check_class_weight(class_weight: Any) -> None:
             f"class_weight={class_weight!r:.80}: it must be a dict, such as "
             "{0: 1.0, 1: 2.5}: class -> weight."
         )
+    for key, weight in (class_weight or {}).items():
+        if not isinstance(key, numbers.Real) or key != key // 1:
+            raise DataError(
+                f"class_weight has the key {key!r}: its keys are the numbers "
+                "of classes, such as {0: 1.0, 1: 2.5}, and no label is ever "
+                "equal to this one."
+            )
+        if not _is_finite(weight):
+            raise DataError(
+                f"class_weight[{key!r}]={weight!r:.80}: it must be a finite "
+                "number, the weight of the examples of that class."
+            )
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return not isinstance(weight, str) and math.isfinite(weight)
+    except (TypeError, ValueError):
+        return False
 
 
 def _refuse(x: Any, y: Any, sample_weight: Any, name: str) -> NoReturn:
