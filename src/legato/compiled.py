@@ -14,7 +14,9 @@ import keras
 from legato import backends
 from legato.compat import keras_models
 from legato.data import DataSource, HostValue
+from legato.data.batches import BATCH_PARTS, named_part
 from legato.data.beside import without
+from legato.data.structure import Structure
 from legato.errors import ConfigError, DataError
 from legato.identity import code_hash, describe_value
 from legato.metrics import HostMetric, HostStepMetric, StepMetric
@@ -45,6 +47,8 @@ class CompiledTask(Task):
         ConfigError: the model is not compiled, or what is asked for does not
             fit it.
     """
+
+    batch_parts = BATCH_PARTS
 
     def __init__(
         self,
@@ -80,7 +84,21 @@ class CompiledTask(Task):
         if not (own_step or own_test_step):
             _refuse_on_host(batch)
         with_compiled = any(each.is_compiled for each in used)
-        keras_models.build(model, batch, with_compiled=with_compiled)
+        compared = {"training": batch} if validation is not train else {}
+        if validation is not None:
+            spec = validation.batch_spec(validation.full_batch_size)
+            compared["validation"] = without(spec)
+        if own_step or not keras_models.compares(model):
+            compared.pop("training", None)
+        if own_test_step or not keras_models.compares(model):
+            compared.pop("validation", None)
+        _refuse_targets(compared)
+        try:
+            keras_models.build(model, batch, with_compiled=with_compiled)
+        except Exception:  # of the model's, or a backend's
+            _refuse_weights(model, compared)
+            raise
+        _refuse_weights(model, compared)  # of validation, or a second `fit`
         self.label_classes = keras_models.label_classes(model, batch)
         for argument, asked, each in zip(
             ("train_metrics", "validation_metrics"),
@@ -204,15 +222,76 @@ class CompiledTask(Task):
 
 def _refuse_on_host(batch: Any) -> None:
     """What stays on the host is for host metrics, in dicts alone."""
-    for leaf in keras.tree.flatten(batch):
+    for path, leaf in keras.tree.flatten_with_path(batch):
         if isinstance(leaf, HostValue):
+            as_numbers = 'Where these are numbers, take .astype("float32").'
+            remedies = [as_numbers] if leaf.holds == "objects" else []
+            match path[0]:
+                case 1:
+                    remedies.append(
+                        "Number the classes: "
+                        "np.unique(y, return_inverse=True)[1]."
+                    )
+                case 2:
+                    remedies = [as_numbers]
+                case _:
+                    remedies.append(
+                        "Turn it into numbers before: run a preprocessing "
+                        "layer, such as keras.layers.StringLookup, in the "
+                        "data (dataset.map(lookup)), not in the model."
+                    )
             raise DataError(
-                f"The batches hold {leaf!r}, which no device takes. Turn it "
-                "into numbers before: run a preprocessing layer, such as "
-                "keras.layers.StringLookup, in the data (dataset.map(lookup)), "
-                "not in the model. In a dict among x or y, beside what the "
-                "model takes, it goes to host metrics."
+                f"{named_part('.'.join(map(str, path)))} holds {leaf.holds}, "
+                f"which no device takes. {' '.join(remedies)} In a dict among "
+                "x or y, beside what the model takes, it goes to host metrics."
             )
+
+
+def _refuse_targets(compared: Mapping[str, Any]) -> None:
+    """What no loss of Keras's can be computed with.
+
+    Args:
+        compared: batches in which it compares outputs with targets, by what
+            they are for.
+    """
+    for name, batch in compared.items():
+        _, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if y is None:
+            raise DataError(
+                f"The {name} data hold no y, with which the loss that the "
+                "model was compiled with compares its outputs. Give y, or "
+                "batches (x, y); or compile the model without a loss, if its "
+                "layers add their own."
+            )
+        if isinstance(weight, dict) and not keras.tree.is_nested(y):
+            raise DataError(
+                f"The {name} data: sample_weight is a dict of {[*weight]}, and "
+                "y is a single array. Give a single array of weights too, one "
+                "for each example."
+            )
+
+
+def _refuse_weights(model: keras.Model, compared: Mapping[str, Any]) -> None:
+    """Weights whose shapes do not go with the model's losses."""
+    for name, batch in compared.items():
+        _, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        why = keras_models.misfit(model, batch) if weight is not None else None
+        if why is not None:
+            why = " ".join(why.split())[:200].rstrip(".")
+            shapes = [
+                [tuple(leaf.shape) for leaf in Structure.leaves(each)]
+                for each in (weight, y)
+            ]
+            raise DataError(
+                f"The {name} data: sample_weight of shape "
+                f"{_listed(shapes[0])} does not go with the loss of y of shape "
+                f"{_listed(shapes[1])}: {why}. Give one "
+                "weight for each example: shape (examples,)."
+            )
+
+
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _is_on_host(metric: Any) -> bool:

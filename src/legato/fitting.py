@@ -63,6 +63,8 @@ def fit(
       what `keras.utils.set_random_seed` seeds).
     - With `steps_per_epoch`, data that end in the middle of an epoch begin
       anew there; Keras ends the epoch with a warning.
+    - A generator for validation is measured by the same batches each time;
+      Keras goes on in it.
     - `verbose` 1 shows a bar, and 2 shows plain lines.
 
     Of what the model was compiled with, `run_eagerly` and
@@ -79,7 +81,9 @@ def fit(
         verbose: "auto" or 1, 0 for nothing, 2 for plain lines.
         callbacks: Keras callbacks; their state is saved and restored.
         validation_split: part of the arrays that is kept for validation.
-        validation_data: `(x, y)`, `(x, y, sample_weight)`, or a data set.
+        validation_data: `(x, y)`, `(x, y, sample_weight)`, or a data set. Of
+            a generator the first `validation_steps` batches are kept in
+            memory, and measured each time.
         shuffle: whether arrays are visited in a new order in each epoch.
         class_weight: class -> weight of its examples in the loss.
         sample_weight: weights of the examples.
@@ -133,7 +137,10 @@ def fit(
         steps_per_epoch=steps_per_epoch,
     )
     validation = _validation_source(
-        validation_data, validation_batch_size or batch_size, validation_steps
+        validation_data,
+        validation_batch_size or batch_size,
+        validation_steps,
+        keep=True,
     )
     if validation is None and validation_metrics not in ("compiled", None):
         raise ConfigError(
@@ -225,7 +232,9 @@ def evaluate(
             "nothing to measure. Give metrics=[...], or compile the model."
         )
     check_weights(weights)
-    source = _validation_source(data, batch_size, steps)
+    source = _validation_source(
+        data, batch_size, steps, name="data", steps_name="steps"
+    )
     if source is None:
         raise ConfigError("data=None: give the data to measure the model on.")
     task = CompiledTask(
@@ -297,7 +306,13 @@ def _check_epochs(epochs: Any, initial_epoch: Any) -> None:
 
 
 def _validation_source(
-    data: Any, batch_size: int | None, steps: int | None
+    data: Any,
+    batch_size: int | None,
+    steps: int | None,
+    *,
+    name: str = "validation_data",
+    steps_name: str = "validation_steps",
+    keep: bool = False,
 ) -> DataSource | None:
     if data is None:
         return None
@@ -309,7 +324,9 @@ def _validation_source(
         weight,
         batch_size=batch_size if of_arrays else None,
         steps_per_epoch=None if of_arrays else steps,
-        name="validation_data",
+        name=name,
+        steps_name=steps_name,
+        keep=keep,
     )
 
 

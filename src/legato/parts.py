@@ -339,6 +339,6 @@ def _build_source(
 
 def _build_checks(task: Task, source: DataSource, what: str) -> InputChecks:
     """Also looks at the labels at once, where that costs next to nothing."""
-    checks = InputChecks(source, what, task.label_classes)
+    checks = InputChecks(source, what, task.label_classes, task.batch_parts)
     checks.check_labels()
     return checks

@@ -38,6 +38,8 @@ class Task:
             places of a batch, such as `{"1": 10}` for batches of (features,
             labels), or `{"1.digit": 10}`. Labels in arrays are checked before
             training, others with `TrainerConfig.check_numerics`.
+        batch_parts: what the parts of a batch are called in messages, where
+            batches are tuples.
         configured_inputs: what makes the data of a split, in the place of
             `build_inputs`, where a config says what they are.
         configured_optimizer: what makes the optimizer, in the place of
@@ -49,6 +51,7 @@ class Task:
     validation_logs = LogStyle.MEANS
     order_seed: int | None = None
     label_classes: Mapping[str, int] = types.MappingProxyType({})
+    batch_parts: Sequence[str] = ()
     configured_inputs: Mapping[str, Callable[[], Any]] = types.MappingProxyType(
         {}
     )

@@ -18,8 +18,10 @@ from legato.errors import (
     ConfigError,
     DataError,
     ExactnessError,
+    ExactnessWarning,
     Interrupted,
     LegatoError,
+    LegatoWarning,
     RestoreError,
     RunDirError,
 )
@@ -608,3 +610,151 @@ def test_evaluate_refuses(tmp_path):
         legato.evaluate(made(), (X, Y), checkpoint=tmp_path / "nowhere")
     with pytest.raises(DataError):
         legato.evaluate(made(), (X, Y[:3]))
+
+
+def batches():
+    """Others each time that it is asked."""
+    for i in range(100):
+        yield X[i % 4 * 16 :][:16], Y[i % 4 * 16 :][:16]
+
+
+KEEPS = r"validation_data \(generator\).*first validation_steps=2 .*kept in me"
+
+
+def test_a_generator_measures_the_same_each_time(tmp_path):
+    """As arrays do that hold its first batches; also where it goes on."""
+    wanted = fit(
+        made(), tmp_path / "arrays", epochs=3, validation_data=(X[:32], Y[:32])
+    ).history
+    given = {"validation_data": batches(), "validation_steps": 2}
+    with pytest.warns(LegatoWarning, match=KEEPS):
+        found = fit(made(), tmp_path / "whole", epochs=3, **given).history
+    assert found == wanted
+    for epochs in (1, 3):
+        given["validation_data"] = batches()  # as a new process does
+        with pytest.warns(LegatoWarning, match=KEEPS):
+            found = fit(made(), tmp_path / "run", epochs=epochs, **given)
+    assert found.history == wanted
+
+
+@pytest.mark.filterwarnings(f"ignore:{KEEPS}")
+def test_a_generator_that_is_gone_on_in_is_named(tmp_path):
+    given = {"validation_data": batches(), "validation_steps": 2}
+    fit(made(), tmp_path, epochs=1, **given)
+    with pytest.warns(ExactnessWarning, match=r"validation_data\.first_sha256"):
+        fit(made(), tmp_path, epochs=2, **given)
+
+
+def test_a_generator_without_an_end_in_validation(tmp_path):
+    with pytest.raises(DataError, match=r"validation_data.*validation_steps"):
+        fit(made(), tmp_path / "run", validation_data=batches())
+    with pytest.raises(DataError, match=r"data \(generator\).*give steps,"):
+        legato.evaluate(made(), batches())
+    assert not (tmp_path / "run").exists()
+
+
+class Silent(keras.layers.Layer):
+    """Adds a loss of its own."""
+
+    def call(self, x):
+        self.add_loss(keras.ops.mean(x**2))
+        return x
+
+
+class Reconstructs(keras.Sequential):
+    def compute_loss(self, x, y, y_pred, *_, **__):
+        return keras.ops.mean((x[:, :1] - y_pred[:, :1]) ** 2)
+
+
+N = len(X)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"y": None}, r"^The training data hold no y, .*Give y, or batches"),
+        ({"validation_data": (X,)}, r"^The validation data hold no y"),
+        (
+            {"sample_weight": {"a": np.ones(N)}},
+            r"^The training data: sample_weight is a dict of \['a'\], .*single",
+        ),
+        (
+            {"sample_weight": np.ones((N, 7))},
+            r"sample_weight of shape \(16, 7\) .* of y of shape \(16, ?1?\): "
+            r".*\. Give one weight for each example: shape \(examples,\)\.",
+        ),
+        (
+            {"validation_data": (X, Y, np.ones((N, 7)))},
+            r"^The validation data: sample_weight of shape \(16, 7\)",
+        ),
+    ],
+)
+def test_what_the_loss_cannot_be_computed_with(given, words, tmp_path):
+    with pytest.raises(DataError, match=f"(?s){words}"):
+        fit(made(), tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_needs_no_targets(tmp_path):
+    """Or any weights, as Keras takes them."""
+    model = keras.Sequential([keras.Input(X.shape[1:])])
+    model.add(keras.layers.Dense(1))
+    model.add(Silent())
+    model.compile("sgd")
+    assert fit(model, tmp_path / "added", y=None).history["loss"]
+    own = Reconstructs([keras.Input(X.shape[1:]), keras.layers.Dense(1)])
+    own.compile("sgd", "mse")
+    assert fit(own, tmp_path / "own", y=None).history["loss"]
+    weighted = {"sample_weight": {"any": np.ones((N, 7))}}
+    assert fit(own, tmp_path / "any", **weighted).history["loss"]
+    listed = {"sample_weight": [np.ones((N, 1, 1))]}
+    assert fit(made(), tmp_path / "listed", **listed).history["loss"]
+
+
+def table(**columns):
+    import pandas as pd
+
+    zeros = np.zeros(N, "float32")
+    given = {"a": zeros, "b": zeros, "c": np.arange(N), **columns}
+    return pd.DataFrame({k: pd.Series(v) for k, v in given.items()})
+
+
+def series(values, dtype):
+    import pandas as pd
+
+    return pd.Series(values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda: {"x": table(b=X[:, 0] > 0)}, r"^x: the column 'b' is of dtype "
+         r"bool, .*Give x\.astype\(\"float32\"\)"),
+        (lambda: {"x": {"t": table(b=series([1, None] * (N // 2), "Int64"))}},
+         r"^x\.t: the column 'b' is of dtype Int64.*Give x\.t\.astype"),
+        (lambda: {"x": table(c=["u"] * N)}, r"^x: the column 'c' \(\w+\) holds "
+         r"no numbers.*pandas\.factorize"),
+        (lambda: {"y": series([1, None] * (N // 2), "Int64")},
+         r"^y is of dtype Int64, .*Give y\.astype"),
+        (lambda: {"y": series([0] * N, "boolean"), "class_weight": {0: 1}},
+         r"^y is of dtype boolean"),
+        (lambda: {"y": series(["u", "v"] * (N // 2), "category")},
+         r"^y holds objects.*numbers, take .*Number the classes: np\.unique"),
+        (lambda: {"y": np.array(["u"] * N)}, r"^y holds strings.*Number the"),
+        (lambda: {"y": np.array(["u"] * N), "class_weight": {0: 1}},
+         r"class_weight was given, and y holds strings.*np\.unique"),
+        (lambda: {"sample_weight": np.array(["1"] * N)},
+         r"^sample_weight holds strings, .*take \.astype"),
+        (lambda: {"sample_weight": 2}, r"^sample_weight=2: there must be one "
+         r"weight for each.*np\.full\(len\(x\), 2\.0\)"),
+        (lambda: {"sample_weight": np.array(2.0)}, r"^sample_weight: The data "
+         r"hold the scalar"),
+        (lambda: {"x": batches, "y": None, "batch_size": None},
+         r"^x is a function, which is no data.*call it: x\(\)"),
+        (lambda: {"validation_data": batches}, r"call it: validation_data\(\)"),
+    ],
+)  # fmt: skip
+def test_arrays_of_no_numbers_are_named(given, words, tmp_path):
+    with pytest.raises(DataError, match=f"(?s){words}"):
+        fit(made(), tmp_path / "run", **given())
+    assert not (tmp_path / "run").exists()

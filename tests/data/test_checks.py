@@ -55,7 +55,7 @@ def test_arrays_on_the_device(bad, tmp_path):
     x[17, 2, 1] = bad
     with pytest.raises(
         DataError,
-        match=rf"^The training data: example 17 holds {bad} in '0' at "
+        match=rf"^The training data: example 17 holds {bad} in 'x' at "
         r"\[2, 1\]\. Clean the data",
     ):
         fit(x, y, run_dir=tmp_path, check_numerics=True)
@@ -71,7 +71,7 @@ def test_arrays_that_are_moved(tmp_path, monkeypatch):
     with pytest.raises(
         DataError,
         match=r"example \d of the batch \(example 17 of the data\) holds nan "
-        r"in '0' at \[0, 0\], in the batch of step \d\.",
+        r"in 'x' at \[0, 0\], in the batch of step \d\.",
     ):
         fit(x, y, batch_size=8, run_dir=tmp_path, check_numerics=True)
 
@@ -111,12 +111,51 @@ def test_validation(tmp_path):
 def test_labels_in_arrays_are_looked_at_always(label, tmp_path):
     x, y = data()
     y[5] = label
-    message = rf"example 5 holds the label {label} in '1', and the model has 4"
+    message = rf"example 5 holds the label {label} in 'y', and the model has 4"
     with pytest.raises(DataError, match=f"^The training data: {message}"):
         fit(x, y, run_dir=tmp_path)
     with pytest.raises(DataError, match=f"^The validation data: {message}"):
         fit(*data(), validation_data=(x, y), run_dir=tmp_path)
     assert not (tmp_path / "checkpoints").exists()  # before anything dear
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_labels_that_are_no_whole_numbers(kind, tmp_path):
+    """A loss cuts them off, in silence."""
+    x, y = data()
+    whole = y.astype(kind)
+    assert fit(x, whole, run_dir=tmp_path / "whole").history["loss"]
+    broken = whole.copy()
+    broken[7] = 2.5
+    with pytest.raises(
+        DataError,
+        match=r"^The training data: example 7 holds the label 2\.5 in 'y', "
+        r"which is no whole number, and the model has 4 classes: 0 to 3\. ",
+    ):
+        fit(x, broken, run_dir=tmp_path / "broken")
+    with pytest.raises(
+        DataError, match=r"example 7 of the batch .* 2\.5 in 'y'"
+    ):
+        fit(
+            Batches(x, broken),
+            shuffle=False,
+            run_dir=tmp_path / "batches",
+            check_numerics=True,
+        )
+
+
+def test_weights_are_called_by_their_name(tmp_path):
+    x, y = data()
+    weights = np.ones(N)
+    weights[3] = np.nan
+    with pytest.raises(DataError, match=r"3 holds nan in 'sample_weight'\."):
+        fit(
+            x,
+            y,
+            sample_weight=weights,
+            run_dir=tmp_path,
+            check_numerics=True,
+        )
 
 
 def test_labels_in_batches(tmp_path):
@@ -145,7 +184,7 @@ def test_labels_of_several_outputs(tmp_path):
         },
     )
     y = {"digit": np.arange(8) % 4, "size": np.arange(8.0)}
-    with pytest.raises(DataError, match=r"example 3 .* label 3 in '1\.digit'"):
+    with pytest.raises(DataError, match=r"example 3 .* label 3 in 'y\.digit'"):
         legato.fit(several, np.zeros((8, 2)), y, run_dir=tmp_path)
 
 

@@ -97,6 +97,9 @@ def staging(request, monkeypatch):
         ((X, [None, X], [None, FLOATS]), {"batch_size": 6}),
         ((X, LABELS), {"class_weight": WEIGHTS, "batch_size": 5}),
         ((X, LABELS[:, None]), {"class_weight": WEIGHTS}),
+        # All of these are numbers of classes, and weights, to Keras.
+        ((X, LABELS), {"class_weight": {0.0: 1, np.int64(1): -2, True: 3}}),
+        ((X, LABELS), {"class_weight": {np.float32(2): np.array(0.5)}}),
         ((X, np.eye(3)[LABELS]), {"class_weight": WEIGHTS}),
         ((X.astype("float16"), Y > 3), {"batch_size": 5}),
     ],
@@ -335,6 +338,7 @@ def test_a_custom_adapter_of_kerass():
     assert_as_kerass(read(source, 10), expected * 2)
 
 
+@pytest.mark.filterwarnings("ignore:x .generator. can be read once")
 def test_an_array_that_is_filled_again_and_again():
     class Refills(Plain):
         buffer = np.zeros((5, 2), "float32")
@@ -453,14 +457,59 @@ def test_a_generator_goes_on_in_the_same_process():
 
 
 def test_a_generator_that_is_kept():
-    source = fit_source(generator(), steps_per_epoch=3, keep=True)
+    with pytest.warns(
+        LegatoWarning,
+        match=r"val \(generator\).*first validation_steps=3 batches .*0\.0 MB",
+    ):
+        source = kept(generator())
     assert source.batches_per_epoch == 3
     first = read(source, 3)
     for found in (read(source, 3), read(source, 6)[3:]):
         for one, other in zip(found, first, strict=True):
             np.testing.assert_array_equal(one[0], other[0])
-    with pytest.raises(DataError, match=r"ended after 1 batches, and 3 are"):
-        fit_source(iter([(X, Y)]), steps_per_epoch=3, keep=True)
+    with pytest.raises(
+        DataError, match=r"ended after 1 batches, and 3 .*validation_steps"
+    ):
+        kept(iter([(X, Y)]))
+
+
+@pytest.mark.filterwarnings("ignore::legato.errors.LegatoWarning")
+@pytest.mark.parametrize("made", ["numpy", "torch"])
+def test_a_kept_generator_may_fill_the_same_array(made):
+    import torch
+
+    def filled():
+        array = np.zeros((2, 1), "float32")
+        batch = array if made == "numpy" else torch.from_numpy(array)
+        for i in range(3):
+            array[:] = i
+            yield (batch,)
+
+    found = [batch[0][0, 0] for batch in read(kept(filled()), 6)]
+    assert found == [0, 1, 2, 0, 1, 2]
+
+
+def kept(batches):
+    return fit_source(
+        batches,
+        steps_per_epoch=3,
+        keep=True,
+        name="val",
+        steps_name="validation_steps",
+    )
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (generator, r"\(generator\) can be read once, .*: give validation_st"),
+        (Endless, r"no length"),
+        (lambda: tf_dataset().repeat(), r"no end: give validation_steps, the"),
+    ],
+)
+def test_the_callers_steps_are_named(data, words):
+    with pytest.raises(DataError, match=words):
+        fit_source(data(), steps_name="validation_steps")
 
 
 # -- what is refused --------------------------------------------------------
@@ -528,6 +577,25 @@ def tf_endless():
         ((X, [Y, Y], X), {}, ["shape (23, 2)", "(examples,)"]),
         ((X, Y), {"class_weight": [1, 2]}, ["class_weight=[1, 2]", "dict"]),
         ((X, Y), {"class_weight": {}}, ["class_weight={}", "dict"]),
+        *(
+            ((X, LABELS), {"class_weight": {0: 1, key: 2}}, words)
+            for key, words in [
+                ("1", ["class_weight has the key '1'", "numbers of classes"]),
+                (0.5, ["class_weight has the key 0.5", "numbers of classes"]),
+                (np.nan, ["class_weight has the key nan"]),
+                (None, ["class_weight has the key None"]),
+            ]
+        ),
+        *(
+            ((X, LABELS), {"class_weight": {0: 1, 2: weight}}, words)
+            for weight, words in [
+                (np.nan, ["class_weight[2]=nan", "finite number"]),
+                (np.float32("inf"), ["class_weight[2]=", "finite number"]),
+                ("3", ["class_weight[2]='3'", "finite number"]),
+                ([1.0], ["class_weight[2]=[1.0]", "finite number"]),
+            ]
+        ),
+        ((Plain(),), {"class_weight": {"1": 2}}, ["has the key '1'"]),
         ((X, Y), {"batch_size": 0}, ["batch_size=0", "at least 1"]),
         ((X, Y), {"batch_size": 2.0}, ["batch_size=2.0", "int"]),
         ((X, Y), {"steps_per_epoch": True}, ["steps_per_epoch=True", "int"]),
@@ -588,6 +656,49 @@ def test_batches_that_are_unlike_the_first(batch, words):
         read(source, 5)
     for word in ["Changes", *words]:
         assert word in str(caught.value)
+
+
+class Given:
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize(
+    "batch, words",
+    [
+        ((X[:3], Y[:2], Y[:3]), "(x: 3, y: 2, sample_weight: 3). Every"),
+        ((X[:3], Y[:3], Y[:1]), "(x: 3, y: 3, sample_weight: 1). Every"),
+        ((X[:0], Y[:0], Y[:0]), "gave a batch of 0 examples: there must be"),
+        (([X[:3]], Y[:3], Y[:3]), "Give the same in every batch."),
+    ],
+)
+def test_a_batch_that_is_no_good_is_numbered(batch, words):
+    whole = X[:3], Y[:3], Y[:3]
+    source = fit_source(Given([whole, whole, whole, batch]))
+    with pytest.raises(DataError) as caught:
+        read(source, 4)
+    assert words in str(caught.value)
+    assert "(It was batch 4 of a pass.)" in str(caught.value)
+
+
+def test_a_first_batch_without_examples():
+    with pytest.raises(DataError, match=r"Bad\)\[0\] gave a batch of 0 exam"):
+        fit_source(Bad(({"a": X[:0], "b": Y[:0]},)))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_bags_of_examples_may_have_one_label(size):
+    """As long as the first, or all, are not equally long by chance."""
+    bags = [(X[: size + i], Y[:1]) for i in range(4)]
+    for one, other in zip(read(fit_source(Given(bags)), 4), bags, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
 
 
 def test_a_length_that_changes():

@@ -174,6 +174,38 @@ def build(model: Any, batch: Any, *, with_compiled: bool) -> None:
         attributes["_compile_metrics"] = before
 
 
+def compares(model: Any) -> bool:
+    """Whether Keras itself compares outputs with targets, for its loss."""
+    return has_loss(model) and not overridden(
+        model, ("compute_loss", "_compute_loss")
+    )
+
+
+def misfit(model: Any, batch: Any) -> str | None:
+    """Why the loss cannot be computed with the weights of a batch.
+
+    Args:
+        model: a model that is built.
+        batch: see `build`.
+
+    Returns:
+        None where it can be, or cannot be without them either.
+    """
+
+    def measure(x: Any, y: Any, weight: Any) -> Any:
+        y_pred = call_model(model, x, training=False)
+        return compute_loss(model, x, y, y_pred, weight, training=False)
+
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(_symbols(batch))
+    try:
+        keras_backend.compute_output_spec(measure, x, y, weight)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            keras_backend.compute_output_spec(measure, x, y, None)
+            return str(error)
+    return None
+
+
 def build_metrics(model: Any, batch: Any, metrics: CompileMetrics) -> None:
     """Make what metrics need, by what they will be updated with.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -39,7 +39,8 @@ def standardise(
         what: what gave the batch, for messages.
 
     Raises:
-        DataError: it is none of these, or has weights of its own too.
+        DataError: it is none of these, is empty, or has weights of its own
+            too.
     """
     if isinstance(batch, list):
         batch = tuple(batch)
@@ -51,6 +52,7 @@ def standardise(
             "(x, y, sample_weight). Put several inputs into a tuple or a dict "
             "of their own."
         )
+    _refuse_empty(batch[0], what)
     if class_weight is None:
         return batch
     if len(batch) == 3:
@@ -71,20 +73,50 @@ def standardise(
     return batch
 
 
+def _refuse_empty(x: Any, what: str) -> None:
+    leaves = [x] if hasattr(x, "shape") else keras.tree.flatten(x)
+    shapes = [tuple(leaf.shape) for leaf in leaves if hasattr(leaf, "shape")]
+    if shapes and all(shape[:1] == (0,) for shape in shapes):
+        raise DataError(
+            f"{what} gave a batch of 0 examples: there must be at least one in "
+            "each. Leave empty batches out."
+        )
+
+
+BATCH_PARTS = ("x", "y", "sample_weight")
+"""What the parts of a batch of `fit` are called."""
+
+
+def named_part(path: str, names: Sequence[str] = BATCH_PARTS) -> str:
+    """The path of an array with the name of its part: "1.left" is "y.left".
+
+    Args:
+        path: in a batch.
+        names: of the parts of a batch.
+    """
+    first, dot, rest = path.partition(".")
+    known = first.isdecimal() and int(first) < len(names)
+    return f"{names[int(first)] if known else first}{dot}{rest}"
+
+
 class Layout:
     """What all batches of a source have in common, learnt from the first.
 
     Args:
         first: a batch, as `standardise` returns it or nested in any way.
         what: what gave it, for messages.
+        of_fit: whether it is the former. Then, if its arrays are equally
+            long, those of each batch must be. (Where they are not, as in bags
+            of examples with one label, the model knows what to make of it.)
 
     Raises:
         DataError: it holds no array that a device takes, or something that is
             none.
     """
 
-    def __init__(self, first: Any, what: str) -> None:
+    def __init__(self, first: Any, what: str, *, of_fit: bool = False) -> None:
         self._what = what
+        self._is_even = False  # not known yet
         first = beside.gathered(first)
         self._structure = Structure(first)
         x = first[0] if isinstance(first, tuple) and first else first
@@ -100,13 +132,15 @@ class Layout:
                 f"{self.first[0].dtype}, which no device takes: there must be "
                 "one of numbers too. (Turn strings into numbers first.)"
             )
+        lengths = {len(array) for array in self.first}
+        self._is_even = of_fit and len(lengths) == 1 and lengths != {1}
 
     def leaves(self, batch: Any) -> Leaves:
         """The arrays of a batch, with the dtypes of the device.
 
         Raises:
-            DataError: they are not nested as in the first batch, or have
-                other dtypes, or something is no array.
+            DataError: they are not nested as in the first batch, have other
+                dtypes or unequal lengths, or something is no array.
         """
         batch = beside.gathered(batch)
         structure = Structure(batch)
@@ -115,10 +149,25 @@ class Layout:
                 f"{self._what} gave a batch nested as {structure}, and the "
                 f"first was {self._structure}. Give the same in every batch."
             )
-        return [
+        found = [
             self._array(leaf, index)
             for index, leaf in enumerate(Structure.leaves(batch))
         ]
+        if self._is_even and len({len(array) for array in found}) > 1:
+            self._refuse_uneven(found)
+        return found
+
+    def _refuse_uneven(self, arrays: Leaves) -> NoReturn:
+        paths = map(named_part, self._structure.paths())
+        listed = ", ".join(
+            f"{path}: {len(array)}"
+            for path, array in zip(paths, arrays, strict=True)
+        )
+        raise DataError(
+            f"{self._what} gave a batch whose arrays have different numbers of "
+            f"examples ({listed}). Every array must have one row for each "
+            "example, as in the first batch."
+        )
 
     def _array(self, leaf: Any, index: int) -> np.ndarray:
         try:
@@ -223,9 +272,14 @@ class Layout:
 
 def copied(batch: Any) -> Any:
     """A batch whose arrays are copies: the user's code may fill its again."""
-    return keras.tree.map_structure(
-        lambda a: beside.owned(a) if isinstance(a, np.ndarray) else a, batch
-    )
+    return keras.tree.map_structure(_copied, batch)
+
+
+def _copied(array: Any) -> Any:
+    if isinstance(array, np.ndarray):
+        return beside.owned(array)
+    # (Of the tensors, those of PyTorch alone can change.)
+    return array.clone() if hasattr(array, "clone") else array
 
 
 def digest(leaves: Leaves) -> str:

@@ -108,17 +108,18 @@ class HostValue:
 
     Attributes:
         index: which it is among those of its batch.
+        holds: what it stands for, in a word.
     """
 
-    __slots__ = ("_holds", "_path", "index")
+    __slots__ = ("_path", "holds", "index")
 
     def __init__(self, index: int, path: str, holds: str) -> None:
         self.index = index
         self._path = path
-        self._holds = holds
+        self.holds = holds
 
     def __repr__(self) -> str:
-        return f"<{self._holds} at {self._path!r}, on the host>"
+        return f"<{self.holds} at {self._path!r}, on the host>"
 
     __hash__ = object.__hash__
 
@@ -130,7 +131,7 @@ class HostValue:
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise StepError(
-            f"A step used the {self._holds} at {self._path!r} of its batch as "
+            f"A step used the {self.holds} at {self._path!r} of its batch as "
             "a tensor. No device takes them: a step can only pass them on, to "
             "host metrics (update_state) and to aggregate_logs. Turn them into "
             "numbers in the data (by a transform, or a dataset's map), or "

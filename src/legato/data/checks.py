@@ -5,12 +5,13 @@ the model has no output for counts as none on one backend, reads beyond the
 array on another.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import keras
 import numpy as np
 
 from legato.data.arrays import ArraySource
+from legato.data.batches import named_part
 from legato.data.source import Chunk, DataSource, array_specs
 from legato.errors import DataError
 
@@ -26,6 +27,7 @@ class InputChecks:
         what: what to call it in messages, such as "The training data".
         num_classes: how many outputs the model has for the labels at some
             paths, such as `{"1": 10}`.
+        names: of the parts of a batch, for messages; none: their numbers.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class InputChecks:
         source: DataSource,
         what: str,
         num_classes: Mapping[str, int] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self._source = source
         self._what = what
         self._num_classes = num_classes or {}
+        self._names = names
         self._paths: list[str] | None = None
         self._are_residents_good = False
 
@@ -48,8 +52,8 @@ class InputChecks:
             step: the number of steps that were completed before it.
 
         Raises:
-            DataError: a value is NaN or infinite, or a label is out of range;
-                the message names its place.
+            DataError: a value is NaN or infinite, or a label is none of the
+                classes; the message names its place.
         """
         if self._source.resident is not None:
             if not self._are_residents_good:
@@ -88,7 +92,7 @@ class InputChecks:
         """Look at the labels of all arrays, and at nothing else.
 
         Raises:
-            DataError: one is out of range.
+            DataError: one is none of the classes.
         """
         if not isinstance(self._source, ArraySource):
             return
@@ -162,21 +166,33 @@ class InputChecks:
         value = batch[example].reshape(-1)[place]
         inner = np.unravel_index(place, batch.shape[1:])
         at = f" at {[int(i) for i in inner]}" if inner else ""
-        return example, f"{float(value)} in {path!r}{at}"
+        where = named_part(path, self._names)
+        return example, f"{float(value)} in {where!r}{at}"
 
     def _find_label(
         self, path: str, labels: np.ndarray
     ) -> tuple[int, str] | None:
         classes = self._num_classes[path]
-        if not labels.size or (labels.min() >= 0 and labels.max() < classes):
+        # (A loss cuts off what comes after the point, in silence.)
+        broken = labels != np.floor(labels) if _is_float(labels.dtype) else None
+        is_broken = broken is not None and broken.any()
+        in_range = not labels.size or (
+            labels.min() >= 0 and labels.max() < classes
+        )
+        if in_range and not is_broken:
             return None
-        bad = ((labels < 0) | (labels >= classes)).reshape(len(labels), -1)
-        bad |= (labels != labels).reshape(len(labels), -1)
+        bad = (labels < 0) | (labels >= classes)
+        if broken is not None:
+            bad |= broken  # NaN too
+        bad = bad.reshape(len(labels), -1)
         example = int(np.flatnonzero(bad.any(1))[0])
         label = labels[example].reshape(-1)[np.flatnonzero(bad[example])[0]]
+        where = named_part(path, self._names)
+        found = f"the label {label} in {where!r}"
+        if 0 <= label < classes:
+            found += ", which is no whole number"
         return example, (
-            f"the label {label} in {path!r}, and the model has {classes} "
-            f"classes: 0 to {classes - 1}"
+            f"{found}, and the model has {classes} classes: 0 to {classes - 1}"
         )
 
 

@@ -6,7 +6,10 @@ user's data are. Where Keras fails deep inside, or passes over an argument in
 silence, the argument is named here. Those of a Task are left as they are.
 """
 
+import inspect
 import math
+import numbers
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
@@ -15,8 +18,9 @@ import numpy as np
 
 from legato.compat import keras_data
 from legato.data.arrays import ArraySource
-from legato.data.beside import gathered
-from legato.data.columns import as_column
+from legato.data.batches import named_part
+from legato.data.beside import gathered, stays_on_host, what_holds
+from legato.data.columns import Column, as_column
 from legato.data.iterables import IterableSource
 from legato.data.pydataset import PyDatasetSource
 from legato.data.random_access import RandomAccessSource
@@ -32,7 +36,7 @@ from legato.data.readers import (
 from legato.data.source import DataSource
 from legato.data.stream_state import is_stream
 from legato.data.structure import Structure
-from legato.errors import DataError
+from legato.errors import DataError, LegatoWarning
 
 _BATCH_SIZE = 32  # Keras's
 
@@ -47,6 +51,7 @@ def fit_source(
     class_weight: Mapping[int, float] | None = None,
     steps_per_epoch: int | None = None,
     name: str = "x",
+    steps_name: str = "steps_per_epoch",
     keep: bool = False,
 ) -> DataSource:
     """The data of `keras.Model.fit`, by the same arguments.
@@ -73,8 +78,10 @@ def fit_source(
             Data that end sooner begin anew there (Keras ends the epoch with a
             warning). It stands for the length of data that have none.
         name: what the caller calls `x`, for messages.
-        keep: take the first `steps_per_epoch` batches of a generator, and
-            give them again in each epoch; for validation.
+        steps_name: what it calls `steps_per_epoch`, likewise.
+        keep: take the first `steps_per_epoch` batches of a generator, keep
+            them in memory, and give them again in each epoch, which is
+            announced; for validation.
 
     Returns:
         A source whose batches are tuples as `fit` makes them.
@@ -84,7 +91,7 @@ def fit_source(
             the message names the argument, the rule and the remedy.
     """
     _check_number("batch_size", batch_size)
-    _check_number("steps_per_epoch", steps_per_epoch)
+    _check_number(steps_name, steps_per_epoch)
     _check_class_weight(class_weight)
     if x is None:
         raise DataError(f"{name}=None: give the data to train on.")
@@ -114,6 +121,7 @@ def fit_source(
             class_weight=class_weight,
             steps_per_epoch=steps_per_epoch,
             name=name,
+            steps_name=steps_name,
             keep=keep,
         )
     return _array_source(
@@ -161,6 +169,7 @@ def task_source(
         class_weight=None,
         steps_per_epoch=steps_per_epoch,
         name=name,
+        steps_name="steps_per_epoch" if shuffle else "validation_steps",
         keep=not shuffle,
         as_given=True,
     )
@@ -200,8 +209,8 @@ def split_validation(
             f"{type(x).__name__}: only arrays can be split. Give "
             "validation_data instead."
         )
-    columns = [as_column(a, every_float=True) for a in Structure.leaves(arrays)]
     structure = Structure(arrays)
+    columns = _columns(arrays, structure, "x")
     _check_lengths(columns, structure, "x")
     length = columns[0].shape[0]
     first = math.floor(length * (1.0 - validation_split))
@@ -227,6 +236,7 @@ def _batch_source(
     class_weight: Mapping[int, float] | None,
     steps_per_epoch: int | None,
     name: str,
+    steps_name: str,
     keep: bool,
     as_given: bool = False,
 ) -> DataSource:
@@ -248,14 +258,26 @@ def _batch_source(
         )
     reader = _reader(x)
     if keep and isinstance(reader, OneShot) and steps_per_epoch is not None:
-        reader = Kept(reader, steps_per_epoch)
-    return IterableSource(
+        reader = Kept(reader, steps_per_epoch, steps_name)
+    source = IterableSource(
         reader,
         class_weight=class_weight,
         steps_per_epoch=steps_per_epoch,
         name=name,
+        steps_name=steps_name,
         as_given=as_given,
     )
+    if isinstance(reader, Kept) and not as_given:
+        # (Keras goes on in the generator.)
+        warnings.warn(
+            f"{name} (generator) can be read once: its first "
+            f"{steps_name}={reader.count} batches are kept in memory (about "
+            f"{source.batch_bytes * reader.count / 1e6:.1f} MB) and used "
+            "each time, so that all results are of the same data.",
+            LegatoWarning,
+            stacklevel=5,
+        )
+    return source
 
 
 _BESIDE = {
@@ -363,14 +385,21 @@ def _array_source(
                 "with a single output. Give sample_weight, with an array for "
                 "each output."
             )
-        labels = keras_data.to_numpy(y)
+        labels = keras_data.to_numpy(_column(y, "y"))
+        if stays_on_host(labels.dtype):
+            raise DataError(
+                "class_weight was given, and y holds "
+                f"{what_holds(labels.dtype)}: its keys are the numbers of "
+                "classes. Number the classes in y: "
+                "np.unique(y, return_inverse=True)[1]."
+            )
         sample_weight = keras_data.class_weight_to_sample_weights(
             labels, class_weight
         )
     data = (x, y, sample_weight)
     data = data[: 1 if y is None else 2 if sample_weight is None else 3]
     structure = Structure(data)
-    columns = [as_column(a, every_float=True) for a in Structure.leaves(data)]
+    columns = _columns(data, structure, name)
     if not Structure.leaves(x):
         raise DataError(f"{name}={x!r:.80} holds no array. Give at least one.")
     length = _check_lengths(columns, structure, name)
@@ -379,6 +408,58 @@ def _array_source(
         if steps_per_epoch is not None:
             batch_size = math.ceil(length / steps_per_epoch)
     return ArraySource(structure.pack(columns), batch_size, shuffle=shuffle)
+
+
+def _columns(data: Any, structure: Structure, name: str) -> list[Column]:
+    """The arrays of `(x, y, sample_weight)`; a bad one is named."""
+    names = (name, "y", "sample_weight")
+    return [
+        _column(value, named_part(path, names))
+        for path, value in zip(
+            structure.paths(), Structure.leaves(data), strict=True
+        )
+    ]
+
+
+def _column(value: Any, argument: str) -> Column:
+    try:
+        column = as_column(value, every_float=True)
+    except DataError as error:
+        _refuse_table(value, argument)
+        raise DataError(f"{argument}: {error}") from error
+    if stays_on_host(column.dtype):
+        _refuse_table(value, argument)
+    return column
+
+
+def _refuse_table(value: Any, argument: str) -> None:
+    """Columns of pandas' of which no array of numbers comes, by name."""
+    if type(value).__module__.split(".")[0] != "pandas" or value.ndim > 2:
+        return
+    names = [argument] if value.ndim == 1 else [repr(c) for c in value.columns]
+    dtypes = value.dtypes.tolist() if value.ndim == 2 else [value.dtype]
+    columns = list(zip(names, dtypes, strict=True))
+    others = [f"{name} ({d})" for name, d in columns if d.kind not in "biuf"]
+    if len(others) == len(columns):
+        return  # what stays on the host
+    where = "" if value.ndim == 1 else f"{argument}: the column "
+    if others:
+        raise DataError(
+            f"{where}{others[0]} holds no numbers, and others do. Number what "
+            "it holds (pandas.factorize), leave the column out, or, where it "
+            'holds numbers as objects, take .astype("float32").'
+        )
+    odd = [
+        (name, d)
+        for name, d in columns
+        if not isinstance(d, np.dtype) or d.kind == "b"
+    ]
+    if odd:
+        name, dtype = odd[0]
+        raise DataError(
+            f"{where}{name} is of dtype {dtype}, of which pandas makes objects "
+            f'here, not numbers. Give {argument}.astype("float32").'
+        )
 
 
 def _spread_weight(y: Any, sample_weight: Any) -> Any:
@@ -446,6 +527,25 @@ def _check_class_weight(class_weight: Any) -> None:
             f"class_weight={class_weight!r:.80}: it must be a dict, such as "
             "{0: 1.0, 1: 2.5}: class -> weight."
         )
+    for key, weight in (class_weight or {}).items():
+        if not isinstance(key, numbers.Real) or key != key // 1:
+            raise DataError(
+                f"class_weight has the key {key!r}: its keys are the numbers "
+                "of classes, such as {0: 1.0, 1: 2.5}, and no label is ever "
+                "equal to this one."
+            )
+        if not _is_finite(weight):
+            raise DataError(
+                f"class_weight[{key!r}]={weight!r:.80}: it must be a finite "
+                "number, the weight of the examples of that class."
+            )
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return not isinstance(weight, str) and math.isfinite(weight)
+    except (TypeError, ValueError):
+        return False
 
 
 def _refuse(x: Any, y: Any, sample_weight: Any, name: str) -> NoReturn:
@@ -455,6 +555,17 @@ def _refuse(x: Any, y: Any, sample_weight: Any, name: str) -> NoReturn:
             if keras_data.is_array(leaf):
                 continue
             kind = type(leaf).__name__
+            if part == "sample_weight" and isinstance(leaf, numbers.Real):
+                raise DataError(
+                    f"sample_weight={leaf!r}: there must be one weight for "
+                    "each example, in an array of shape (examples,), such as "
+                    f"np.full(len(x), {float(leaf)})."
+                )
+            if inspect.isfunction(value) or inspect.ismethod(value):
+                raise DataError(
+                    f"{part} is a {kind}, which is no data. If it gives them, "
+                    f"call it: {part}()."
+                )
             if leaf is value:
                 raise DataError(
                     f"{part} is a {kind}, which are no data that `fit` takes. "

@@ -46,6 +46,7 @@ class IterableSource(BatchSource):
         steps_per_epoch: the length of an epoch. Data that end sooner begin
             anew in mid-epoch.
         name: what the caller calls the data, for messages.
+        steps_name: what it calls `steps_per_epoch`, likewise.
         as_given: batches are nested in any way, and stay so; not those of
             `fit`.
 
@@ -61,9 +62,11 @@ class IterableSource(BatchSource):
         class_weight: Mapping[int, float] | None = None,
         steps_per_epoch: int | None = None,
         name: str = "x",
+        steps_name: str = "steps_per_epoch",
         as_given: bool = False,
     ) -> None:
         self.reader = reader
+        self.steps_name = steps_name
         self._as_given = as_given
         self.is_one_shot = reader.one_shot
         self.what = f"{name} ({reader.kind})"
@@ -72,15 +75,16 @@ class IterableSource(BatchSource):
         self._lost: list[str] = []
         if reader.length is not None:
             check_count(reader.length, f"The length of {self.what}")
-        elif steps_per_epoch is None and reader.one_shot:
+        elif steps_per_epoch is None and (reader.one_shot or reader.endless):
+            why = "has no end"
+            if reader.one_shot:
+                why = "can be read once, and does not say how long it is"
+            share = "an epoch"
+            if steps_name != "steps_per_epoch":
+                share = "a pass over it"
             raise DataError(
-                f"{self.what} can be read once, and does not say how long it "
-                "is: give steps_per_epoch, the number of batches in an epoch."
-            )
-        elif steps_per_epoch is None and reader.endless:
-            raise DataError(
-                f"{self.what} has no end: give steps_per_epoch, the number of "
-                "batches in an epoch."
+                f"{self.what} {why}: give {steps_name}, the number of batches "
+                f"in {share}."
             )
         with self.named():
             self._layout, self._repeatable = self._look()
@@ -98,10 +102,10 @@ class IterableSource(BatchSource):
         reader = self.reader
         if isinstance(reader, OneShot):
             first = self._standardised(reader.peek())
-            return Layout(first, self.what), False
+            return self._layout_of(first), False
         with streams.kept():
             attempt = self._attempt()
-            layout = Layout(self._first(attempt), self.what)
+            layout = self._layout_of(self._first(attempt))
             if reader.threads and attempt.drew_globally:
                 reader.threads = reader.ahead = False  # said once
                 reader.notes.append(
@@ -127,6 +131,9 @@ class IterableSource(BatchSource):
             )
         return layout, not reader.notes
 
+    def _layout_of(self, first: Any) -> Layout:
+        return Layout(first, self.what, of_fit=not self._as_given)
+
     def _attempt(self) -> Attempt:
         attempt = Attempt(self.reader)
         attempt.begin()
@@ -143,7 +150,7 @@ class IterableSource(BatchSource):
         """The number of batches in a pass, by reading them all."""
         warnings.warn(
             f"{self.what} does not say how many batches it has: they are "
-            "counted, by reading all of them once. Give steps_per_epoch to "
+            f"counted, by reading all of them once. Give {self.steps_name} to "
             "save the time.",
             LegatoWarning,
             stacklevel=4,

@@ -311,8 +311,8 @@ class IterableIterator(DataIterator):
         if self._drawn != source.length and not source.restarts:
             raise DataError(
                 f"it ended after {self._drawn} batches, and has "
-                f"{source.length} by its length. Give steps_per_epoch, and "
-                "the data begin anew when they end."
+                f"{source.length} by its length. Give {source.steps_name}, "
+                "and the data begin anew when they end."
             )
         self._pass, self._given, self._drawn = self._pass + 1, 0, 0
         self._tracked = self._batches = self._told = None
@@ -327,7 +327,12 @@ class IterableIterator(DataIterator):
         self._mark_if_due()
         for batch in self._batches:
             self._drawn += 1
-            return self._source.leaves(batch)
+            try:
+                return self._source.leaves(batch)
+            except DataError as error:
+                raise DataError(
+                    f"{error} (It was batch {self._drawn} of a pass.)"
+                ) from error
         self._ended = True
         return None
 

@@ -388,13 +388,18 @@ class Kept(Reader):
     Args:
         reader: the generator's.
         count: how many.
+        argument: what the caller calls that, for messages.
+
+    Attributes:
+        count: how many.
     """
 
     kind = "kept"
 
-    def __init__(self, reader: OneShot, count: int) -> None:
+    def __init__(self, reader: OneShot, count: int, argument: str) -> None:
         super().__init__()
-        self.length = count
+        self.length = self.count = count
+        self._argument = argument
         self._reader = reader
         self._batches: list[Any] = []
 
@@ -402,12 +407,12 @@ class Kept(Reader):
         """Draws them, the first time."""
         if not self._batches:
             with self._reader._stream.active():
-                found = itertools.islice(self._reader.batches(), self.length)
+                found = itertools.islice(self._reader.batches(), self.count)
                 self._batches = [copied(batch) for batch in found]
-            if len(self._batches) != self.length:
+            if len(self._batches) != self.count:
                 raise DataError(
                     f"it ended after {len(self._batches)} batches, and "
-                    f"{self.length} are wanted"
+                    f"{self.count} are wanted ({self._argument}). Give fewer"
                 )
         return _Again(self._batches)
 
