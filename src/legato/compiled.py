@@ -275,7 +275,11 @@ def _refuse_weights(model: keras.Model, compared: Mapping[str, Any]) -> None:
     """Weights whose shapes do not go with the model's losses."""
     for name, batch in compared.items():
         _, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        why = keras_models.misfit(model, batch) if weight is not None else None
+        if weight is None or all(
+            len(each.shape) == 1 for each in Structure.leaves(weight)
+        ):
+            continue  # one for each example
+        why = keras_models.misfit(model, batch)
         if why is not None:
             why = " ".join(why.split())[:200].rstrip(".")
             shapes = [

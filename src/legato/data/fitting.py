@@ -254,6 +254,7 @@ def _batch_source(
             class_weight=class_weight,
             steps_per_epoch=steps_per_epoch,
             name=name,
+            steps_name=steps_name,
             as_given=as_given,
         )
     reader = _reader(x)

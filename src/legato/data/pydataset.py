@@ -51,6 +51,7 @@ class PyDatasetSource(BatchSource):
         steps_per_epoch: the length of an epoch for the hooks, where that is
             not a whole pass.
         name: what the caller calls it, for messages.
+        steps_name: what it calls `steps_per_epoch`, likewise.
         as_given: batches are nested in any way, and stay so; not those of
             `fit`.
 
@@ -67,6 +68,7 @@ class PyDatasetSource(BatchSource):
         class_weight: Mapping[int, float] | None = None,
         steps_per_epoch: int | None = None,
         name: str = "x",
+        steps_name: str = "steps_per_epoch",
         as_given: bool = False,
     ) -> None:
         self.dataset = dataset
@@ -76,7 +78,7 @@ class PyDatasetSource(BatchSource):
         if self.length is None and steps_per_epoch is None:
             raise DataError(
                 f"{self.what} has no length (num_batches is None): give "
-                "steps_per_epoch, the number of batches in an epoch."
+                f"{steps_name}, the number of batches in an epoch."
             )
         # Infinite ones order themselves, as in Keras.
         self.shuffle = bool(shuffle) and self.length is not None
@@ -94,7 +96,9 @@ class PyDatasetSource(BatchSource):
             )
         with streams.kept():
             streams.begin(0, "first")
-            self._layout = Layout(self._standardised(0), self.what)
+            self._layout = Layout(
+                self._standardised(0), self.what, of_fit=not as_given
+            )
             # After the first batch: files that are opened once are open now.
             self.attributes = Attributes(dataset, _SETTINGS)
             self._repeatable = self._draws_repeat()
