@@ -1,5 +1,6 @@
 """What callbacks set in layers and optimizers: seen by steps, and saved."""
 
+import enum
 import json
 from pathlib import Path
 
@@ -200,6 +201,63 @@ def test_a_program_without_them_is_told(tmp_path):
     ]
 
 
+class Keeps(keras.layers.Layer):
+    """Leaves what it computed in validation, perhaps a tracer, lying about."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.last = 0.0
+        self.none = None
+
+    def call(self, x, training=False):
+        if not training:
+            self.last, self.none = x, x
+        return x
+
+
+class Reads(Keeps):
+    def read(self):
+        return self.last, self.none
+
+
+@pytest.mark.parametrize("layer", [Keeps, Reads])
+def test_what_a_trace_leaves_ends_no_run(layer, tmp_path, monkeypatch):
+    build_model = Task.build_model
+
+    def build(task):
+        model = build_model(task)
+        model.add(layer())
+        return model
+
+    monkeypatch.setattr(Task, "build_model", build)
+    # (It is told where something looks at it.)
+    exact = "strict" if layer is Keeps else "off"
+    train(tmp_path, exact=exact)
+
+
+class Mode(enum.IntEnum):
+    A = 1
+
+
+@pytest.mark.any_backend
+def test_what_only_looks_plain_is_not_saved():
+    model = Task().build_model()
+    changed = ChangedSettings()
+    changed.begin({"model": model})
+    model.layers[1].factor = Mode.A
+    assert changed.get_state() == {}
+    assert "2_gain.factor was set to <Mode.A: 1>" in changed.inexact
+
+
+@pytest.mark.any_backend
+def test_metrics_have_settings():
+    metric = keras.metrics.Precision(top_k=1)
+    changed = ChangedSettings()
+    changed.begin({"metrics": {metric: legato.Every(2)}}, [metric])
+    metric.top_k = 3
+    assert changed.get_state() == {"metrics/0": {"top_k": 3}}
+
+
 @pytest.mark.any_backend
 def test_which_count():
     model = Task().build_model()
@@ -220,6 +278,7 @@ def test_which_count():
     )
     values = settings.read()
     assert values["model/2_gain"].keys() == {"factor", "calls"}
+    assert "built" not in values["model/4_dense"]
     assert values["model/3_dropout"]["rate"] == 0.25
     assert values["model/4_dense/kernel_regularizer"]["l2"] == 0.01
     inner = values["optimizer/inner_optimizer"]

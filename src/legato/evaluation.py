@@ -237,7 +237,8 @@ class Evaluator:
             Anything: what a host metric raised.
         """
         self._reads.check()
-        if self._settings.have_changed:
+        is_traced = any(loop.mode != "eager" for loop in self._loops)
+        if is_traced and self._settings.have_changed:
             # A callback changed what the step holds as a constant.
             self._begin_anew()
         hooks.on_test_begin()

@@ -56,6 +56,13 @@ class Parts:
     program: dict[str, JSON]
     initial_rates: dict[str, float]
 
+    def all_metrics(self) -> list[Any]:
+        """Those of training, and those of validation."""
+        return [
+            *self.metrics,
+            *(self.evaluator.metrics if self.evaluator else ()),
+        ]
+
     def directions(self) -> dict[str, str]:
         """Whether less or more is better, by log, where that is known."""
         validation = self.evaluator.on_device if self.evaluator else []

@@ -275,7 +275,7 @@ class Session:
             checks=parts.checks,
             phases=self._phases,
         )
-        self._settings.begin(self._roots())
+        self._settings.begin(self._roots(), parts.all_metrics())
         self._exactness.name_parts(parts.source, parts.evaluator)
         for why in self._log.inexact:
             self._exactness.name(why)

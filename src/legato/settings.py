@@ -6,10 +6,11 @@ hold. So who sets one in the midst of a run is found out: the step is traced
 again, and the value is saved.
 """
 
+import dis
 import functools
 import operator
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -29,7 +30,7 @@ _HELD = (
 )
 _WITH_SETTINGS = (keras.Layer, *_HELD)
 _SMALL = 100
-_ATOMS = (bool, int, float, str, type(None), np.generic)
+_ATOMS = {bool, int, float, str, type(None)}
 
 # What these classes look at is the books that Keras and the backends keep.
 _BOOKKEEPING = (
@@ -42,6 +43,7 @@ _NOT_IN_STEPS = {
     "__init__", "__repr__", "build", "get_config", "from_config",
     "get_build_config", "build_from_config",
 }  # fmt: skip
+_NO_SETTING = "built"
 
 Values = dict[str, dict[str, Any]]
 """Of attributes, by the path of their object and by name."""
@@ -75,7 +77,7 @@ class Settings:
                 name
                 for name, value in space.items()
                 if name in mentioned
-                and isinstance(value, _ATOMS)
+                and _is_atom(value)
                 and (path, name) not in moved
             ]
             if names:
@@ -90,7 +92,7 @@ class Settings:
         """Whether one is another now than when this was made."""
         try:
             return not all(get(now) == seen for now, get, seen in self._seen)
-        except (KeyError, ValueError):  # it is gone, or an array now
+        except Exception:  # it is gone, or a tensor, perhaps of a trace
             return True
 
     def _changed(self) -> dict[tuple[str, str], tuple[Any, Any]]:
@@ -141,10 +143,17 @@ class ChangedSettings:
         self._restored: Values = {}
         self.inexact: str | None = None
 
-    def begin(self, roots: Mapping[str, Any]) -> None:
-        """Note how they are before a callback has its turn; once."""
+    def begin(
+        self, roots: Mapping[str, Any], metrics: Sequence[Any] = ()
+    ) -> None:
+        """Note how they are before a callback has its turn; once.
+
+        Args:
+            roots: what holds them, by name.
+            metrics: of training, and of validation.
+        """
         if not self._first:
-            self._settings = Settings(roots)
+            self._settings = Settings({**roots, "metrics": list(metrics)})
             self._first = self._settings.read()
 
     def get_state(self) -> JSON:
@@ -157,9 +166,9 @@ class ChangedSettings:
                 same = value is first[name] or _is_same(value, first[name])
                 if same and name not in restored:
                     continue
-                if isinstance(value, _ATOMS):
+                if _is_atom(value):
                     changed[name] = _encode(value)
-                else:
+                elif first[name] is not None:  # else filled by the step itself
                     self.inexact = (
                         f"{path}.{name} was set to {value!r:.80} while the "
                         "run went on, and only numbers, strings and flags can "
@@ -185,6 +194,13 @@ class ChangedSettings:
             AuditEntry("settings", "", AuditStatus.RESTORED),
             *(AuditEntry("settings", m, AuditStatus.MISSING) for m in missing),
         ]
+
+
+def _is_atom(value: Any) -> bool:
+    """Whether it can be saved, exactly: no enumeration's member, say."""
+    if isinstance(value, np.generic):
+        return value.dtype.kind in "biuf"
+    return type(value) in _ATOMS
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -222,7 +238,7 @@ def _is_small_container(value: Any) -> bool:
 
 @functools.cache
 def _mentioned(cls: type) -> frozenset[str]:
-    """The names of attributes in the code of a class that steps may run."""
+    """The attributes that are read in the code of a class."""
     found: set[str] = set()
     for base in cls.__mro__:
         if base.__module__.startswith(_BOOKKEEPING):
@@ -237,7 +253,7 @@ def _mentioned(cls: type) -> frozenset[str]:
         if base.__module__.startswith("keras."):
             names = {name for name in names if not name.startswith("_")}
         found |= names
-    return frozenset(found)
+    return frozenset(found - {_NO_SETTING})
 
 
 def _codes(value: Any) -> Iterator[types.CodeType]:
@@ -253,7 +269,9 @@ def _codes(value: Any) -> Iterator[types.CodeType]:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield instruction.argval
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):  # of a function within
             yield from _names(constant)
@@ -280,6 +298,6 @@ def _decode_all(state: Any) -> Values:
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         return np.dtype(value["dtype"]).type(value["value"])
-    if not isinstance(value, _ATOMS):
+    if not _is_atom(value):
         raise TypeError(f"{value!r:.80} is none")
     return value

@@ -338,6 +338,25 @@ def test_nor_through_that_of_an_inner_pass():
     assert float(gradients[1]) == 24 + 24 + 1
 
 
+@pytest.mark.skipif(PLAIN_MODE != "eager", reason="it is PyTorch's")
+def test_an_assignment_without_autograd_in_two_passes():
+    import torch
+
+    w = variable(2.0, "w")
+
+    def inner():
+        with torch.no_grad():
+            w.assign(w * 10)
+        return w * w
+
+    def forward():
+        loss, (gradient,) = legato.value_and_grad(inner, [w])
+        return loss + gradient
+
+    loss, gradients = legato.value_and_grad(forward, [w])
+    assert (float(loss), float(gradients[0])) == (400 + 40, 40 + 2)
+
+
 def test_the_loss_is_unscaled_and_gradients_are_scaled():
     a = variable(3.0, "a")
     optimizer = keras.optimizers.LossScaleOptimizer(

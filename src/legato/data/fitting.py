@@ -529,7 +529,8 @@ def _check_class_weight(class_weight: Any) -> None:
             "{0: 1.0, 1: 2.5}: class -> weight."
         )
     for key, weight in (class_weight or {}).items():
-        if not isinstance(key, numbers.Real) or key != key // 1:
+        is_number = isinstance(key, numbers.Real | np.bool_)
+        if not is_number or float(key) % 1 != 0:
             raise DataError(
                 f"class_weight has the key {key!r}: its keys are the numbers "
                 "of classes, such as {0: 1.0, 1: 2.5}, and no label is ever "

@@ -206,8 +206,11 @@ class PyDatasetSource(BatchSource):
     def inexact(self) -> str | None:
         """What was found when its batches were drawn."""
         if self.watch is not None and self.watch.suspects:
+            was_as_made = self.attributes.look().state is None
             with streams.kept():
                 index = self.watch.drawing(self.draw)
+            if was_as_made and self.attributes.look().state is not None:
+                self.attributes.reset()  # that was another draw
             if index is not None:
                 self._note_threads(_DRAWS, f"({index})")
         return " ".join(self._notes) or None

@@ -134,10 +134,12 @@ class StepScope(RecordingScope):
             return value
         value = value.detach()
         if value.is_floating_point() or value.is_complex():
-            for leaves in self.leaves:
-                if id(variable) in leaves:
-                    value = leaf_of(value)
-                    leaves[id(variable)].append(value)
+            # (The user may have assigned it under `torch.no_grad`.)
+            with torch.enable_grad():
+                for leaves in self.leaves:
+                    if id(variable) in leaves:
+                        value = leaf_of(value)
+                        leaves[id(variable)].append(value)
         return value
 
     def hold(self, variable: keras.Variable, value: torch.Tensor) -> None:

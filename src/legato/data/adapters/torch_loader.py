@@ -118,6 +118,20 @@ def _orders(loader: DataLoader) -> Iterator[Any]:
     yield getattr(loader.batch_sampler, "sampler", None)
 
 
+def _told(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches; a worker that dies is told also where PyTorch is not.
+
+    It is while it hands a batch over that PyTorch knows only of an end.
+    """
+    try:
+        yield from batches
+    except EOFError as error:
+        raise RuntimeError(
+            "A worker process of the DataLoader ended while it handed a batch "
+            "over: it was killed, perhaps for want of memory, or crashed"
+        ) from error
+
+
 class _Passes(Passes):
     def __init__(self, loader: DataLoader) -> None:
         self._loader: Any = loader
@@ -128,7 +142,7 @@ class _Passes(Passes):
         if self._loader.persistent_workers or told_by(self._loader):
             self._loader._iterator = None
         self._iterator = iter(self._loader)
-        return self._iterator
+        return _told(self._iterator)
 
     def get_state(self) -> DataState | None:
         names = told_by(self._loader)
@@ -141,21 +155,21 @@ class _Passes(Passes):
         self._loader._iterator = None
         getattr(self._loader, names[1])(decode(state))
         self._iterator = iter(self._loader)
-        return self._iterator
+        return _told(self._iterator)
 
     def skip_to(
         self, number: int, skipped: int, each: Callable[[int], None]
     ) -> Iterator[Any]:
-        iterator: Any = self.begin(number)
+        batches = self.begin(number)
         for batch in range(skipped):
             each(batch)
-            if next(iterator._sampler_iter, END) is END:
+            if next(self._iterator._sampler_iter, END) is END:
                 raise RestoreError(
                     f"the checkpoint is at batch {skipped} of pass {number} "
                     f"over the data, and there are only {batch} now. Resume "
                     "with the data of the run"
                 )
-        return iterator
+        return batches
 
     def close(self) -> None:
         # Now: it would be done when garbage is collected, perhaps in a fork.
@@ -181,7 +195,7 @@ class _WorkerPasses(_Passes):
         parts["worker_init_fn"] = SeedsBatches(loader.worker_init_fn)
         parts["_iterator"] = None
         self._iterator = iter(loader)
-        return self._iterator
+        return _told(self._iterator)
 
     def skip_to(
         self, number: int, skipped: int, each: Callable[[int], None]
