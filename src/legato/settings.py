@@ -163,8 +163,7 @@ class ChangedSettings:
             first, restored = self._first[path], self._restored.get(path, {})
             changed: dict[str, JSON] = {}
             for name, value in values.items():
-                same = value is first[name] or _is_same(value, first[name])
-                if same and name not in restored:
+                if _is_same(value, first[name]) and name not in restored:
                     continue
                 if _is_atom(value):
                     changed[name] = _encode(value)

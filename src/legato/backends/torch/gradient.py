@@ -70,7 +70,7 @@ def _differentiate(
     is_nested = torch.is_grad_enabled()
     scope = StepScope(parent=outer, losses=True, in_forward=True)
     with torch.enable_grad(), scope:
-        leaves = [_leaf(scope.get_current_value(v)) for v in variables]
+        leaves = [leaf_of(scope.get_current_value(v)) for v in variables]
         for variable, leaf in zip(variables, leaves, strict=True):
             scope.hold(variable, leaf)
         found = {
@@ -102,12 +102,6 @@ def _differentiate(
     own = outer.root.own
     aux = keras.tree.map_structure(own, result.aux)
     return result.like_returned(own(result.loss), aux), gradients
-
-
-def _leaf(value: torch.Tensor) -> torch.Tensor:
-    """What is differentiated by; of whole numbers, they themselves."""
-    can = value.is_floating_point() or value.is_complex()
-    return leaf_of(value) if can else value
 
 
 def _gradients(

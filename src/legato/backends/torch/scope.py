@@ -133,13 +133,12 @@ class StepScope(RecordingScope):
         if not self.in_forward:
             return value
         value = value.detach()
-        if value.is_floating_point() or value.is_complex():
-            # (The user may have assigned it under `torch.no_grad`.)
-            with torch.enable_grad():
-                for leaves in self.leaves:
-                    if id(variable) in leaves:
-                        value = leaf_of(value)
-                        leaves[id(variable)].append(value)
+        # (The user may have assigned it under `torch.no_grad`.)
+        with torch.enable_grad():
+            for leaves in self.leaves:
+                if id(variable) in leaves:
+                    value = leaf_of(value)
+                    leaves[id(variable)].append(value)
         return value
 
     def hold(self, variable: keras.Variable, value: torch.Tensor) -> None:
@@ -327,7 +326,12 @@ class IsolatedScope(StepScope):
 
 
 def leaf_of(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same memory to differentiate by."""
+    """A tensor of the same memory to differentiate by.
+
+    Of whole numbers, which there are no gradients of, the tensor itself.
+    """
+    if not (value.is_floating_point() or value.is_complex()):
+        return value
     if value.requires_grad:
         # Of a `value_and_grad` around this one, which goes on through it.
         return value.view_as(value)
