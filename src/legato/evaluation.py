@@ -169,7 +169,7 @@ class Evaluator:
 
     @property
     def inexact(self) -> str | None:
-        """Why a run that is resumed may measure something else, as known."""
+        """What host metrics keep that no checkpoint holds; None if nothing."""
         return self._host.inexact
 
     def follow(self, mode: LoopMode | None, config: TrainerConfig) -> None:

@@ -26,14 +26,14 @@ class Exactness:
         self._policy = policy
         self._named: set[str] = set()
 
-    def name_parts(self, *parts: Part | None) -> None:
+    def name_parts(self, *parts: Part) -> None:
         """Once; some reasons show only while data are drawn, or measured.
 
         Raises:
             ExactnessError: as `name`.
         """
         for part in parts:
-            why = None if part is None else part.inexact
+            why = part.inexact
             if why is not None and why not in self._named:
                 self._named.add(why)
                 self.name(why)

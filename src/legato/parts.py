@@ -63,6 +63,12 @@ class Parts:
             *(self.evaluator.metrics if self.evaluator else ()),
         ]
 
+    def that_may_be_inexact(self) -> list[Any]:
+        """The data, those of validation, and what it measures on the host."""
+        if self.evaluator is None:
+            return [self.source]
+        return [self.source, self.evaluator.source, self.evaluator]
+
     def directions(self) -> dict[str, str]:
         """Whether less or more is better, by log, where that is known."""
         validation = self.evaluator.on_device if self.evaluator else []

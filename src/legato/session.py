@@ -276,7 +276,7 @@ class Session:
             phases=self._phases,
         )
         self._settings.begin(self._roots(), parts.all_metrics())
-        self._exactness.name_parts(parts.source, parts.evaluator)
+        self._exactness.name_parts(*parts.that_may_be_inexact())
         for why in self._log.inexact:
             self._exactness.name(why)
         if unrepeatable := self._backend.unrepeatable():
@@ -487,9 +487,7 @@ class Session:
         """Hand everything to the checkpoint writer."""
         parts = self._parts
         settings = self._settings.get_state()
-        self._exactness.name_parts(
-            parts.source, parts.evaluator, self._settings
-        )
+        self._exactness.name_parts(*parts.that_may_be_inexact(), self._settings)
         arrays = self._read_arrays()
         callbacks, callback_arrays = self._callbacks.get_state()
         random, random_arrays = restoring.get_random_state()

@@ -646,6 +646,25 @@ def test_a_generator_that_is_gone_on_in_is_named(tmp_path):
         fit(made(), tmp_path, epochs=2, **given)
 
 
+def test_inexact_validation_data_are_named(tmp_path):
+    """As those of training are: what they measure is not the run's."""
+
+    class Entropic(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return X[:16] + os.urandom(1)[0], Y[:16]
+
+    given = {"validation_data": Entropic(), "epochs": 1}
+    named = r"validation_data \(Entropic\): batch 0 was drawn twice"
+    with pytest.warns(ExactnessWarning, match=named) as caught:
+        fit(made(), tmp_path / "warned", **given)
+    assert sum("drawn twice" in str(w.message) for w in caught) == 1
+    with pytest.raises(ExactnessError, match=named):
+        fit(made(), tmp_path / "strict", exact="strict", **given)
+
+
 def test_a_generator_without_an_end_in_validation(tmp_path):
     with pytest.raises(DataError, match=r"validation_data.*validation_steps"):
         fit(made(), tmp_path / "run", validation_data=batches())
