@@ -13,7 +13,7 @@ from legato.backends.differentiation import (
     require_reached,
 )
 from legato.backends.torch.conditional import plain_cond, probing_cond
-from legato.backends.torch.modules import scoped_modules
+from legato.backends.torch.layers import layers_of_step
 from legato.backends.torch.randomness import kept_random_state
 from legato.backends.torch.scope import (
     ExaminingScope,
@@ -40,7 +40,7 @@ def value_and_grad(
     with (
         torch.no_grad(),
         keras_tracing.bound_cond(probing_cond),
-        scoped_modules(),
+        layers_of_step(),
         kept_random_state(),
     ):
         try:
@@ -52,7 +52,7 @@ def value_and_grad(
     with (
         torch.no_grad(),
         keras_tracing.bound_cond(plain_cond),
-        scoped_modules(),
+        layers_of_step(),
     ):
         with scope:
             found = _differentiate(forward, variables, optimizer, scope)

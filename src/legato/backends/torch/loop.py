@@ -24,7 +24,7 @@ from legato.backends.scope import (
 )
 from legato.backends.torch.arrays import current_device, to_tensors
 from legato.backends.torch.conditional import plain_cond, probing_cond
-from legato.backends.torch.modules import scoped_modules
+from legato.backends.torch.layers import layers_of_step
 from legato.backends.torch.native import compile_native
 from legato.backends.torch.randomness import kept_random_state
 from legato.backends.torch.replay import Replayer
@@ -80,7 +80,7 @@ def compile_loop(
             # initialised, with values of their own.
             keras.StatelessScope(),
             keras_tracing.traced_step(probing_cond),
-            scoped_modules(),
+            layers_of_step(),
             kept_random_state(),
             torch.no_grad(),
         ):
@@ -182,7 +182,7 @@ class TorchLoop(CompiledLoop):
                 # (Here, for there to be few frames above the user's step.)
                 replayer = self._replayer
                 fetch, run = self._step.fetch, self._step.run
-                with keras_tracing.traced_step(plain_cond), scoped_modules():
+                with keras_tracing.traced_step(plain_cond), layers_of_step():
                     for index, now in enumerate(at.unbind()):
                         scope = self._step.new_scope(values)
                         trial = replayer and replayer.begin(values)

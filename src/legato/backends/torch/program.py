@@ -15,21 +15,12 @@ import keras
 import torch
 from torch.utils._pytree import tree_leaves
 
+from legato.backends.torch import operators
 from legato.backends.torch.arrays import current_device
 from legato.backends.torch.randomness import kept_random_state
 from legato.backends.torch.recording import Recording, memory_of
 from legato.backends.torch.step import ExaminedStep, Values, run_each
 from legato.errors import LegatoWarning, StepError
-
-# A copy that the compiler must make: Inductor (2.13) drops a clone of an input
-# also where the input is changed in place later on, and the clone is read after
-# that. (Registered like this and not by `custom_op`, whose wrapping takes
-# longer than the copy of a small tensor.)
-_OPERATORS = torch.library.Library("legato", "DEF")
-_OPERATORS.define("own(Tensor value) -> Tensor")
-_OPERATORS.impl("own", torch.clone, "CompositeExplicitAutograd")
-torch.library.register_fake("legato::own", torch.empty_like)
-
 
 # Shapes and types are those that it was compiled for: it is enough to look once
 # in a call. At each step it takes a fifth of the time of a small one.
@@ -185,13 +176,13 @@ def capture(
 
 
 def _keep_copies_of_inputs(graph: torch.fx.Graph) -> None:
-    """Make the compiler keep them: see `_OPERATORS`. It may drop all others."""
+    """Make the compiler keep them: see `operators`. It may drop all others."""
     nodes = list(graph.nodes)
     inputs = {memory_of(node) for node in nodes if node.op == "placeholder"}
     for node in nodes:
         copied = node.target is torch.ops.aten.clone.default
         if copied and memory_of(node.args[0]) in {*inputs, None}:
-            node.target, node.kwargs = torch.ops.legato.own.default, {}
+            node.target = operators.own
 
 
 def _reason(error: Exception) -> str:

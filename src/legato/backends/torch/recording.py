@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import (
 
 from legato.backends.scope import split_outputs
 from legato.backends.torch.conditional import Branch, merging_cond
-from legato.backends.torch.modules import scoped_modules
+from legato.backends.torch.layers import layers_of_step
 from legato.backends.torch.step import ExaminedStep, Values, to_row
 from legato.compat import keras_tracing
 
@@ -79,7 +79,7 @@ class Recording:
 
         # Runs as Python, on tensors without values.
         trace = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
-        with keras_tracing.traced_step(cond), scoped_modules():
+        with keras_tracing.traced_step(cond), layers_of_step():
             self._module = trace(
                 [values[id(v)] for v in variables], resident, operands, at
             )
