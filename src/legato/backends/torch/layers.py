@@ -9,7 +9,7 @@ import torch
 
 from legato.backends.torch import operators
 from legato.backends.torch.scope import StepScope
-from legato.compat import keras_recurrent, keras_tracing
+from legato.compat import keras_torch, keras_tracing
 from legato.errors import StepError
 
 
@@ -20,14 +20,17 @@ def layers_of_step() -> Iterator[None]:
     A module in a `TorchModuleWrapper` reads its own parameters, past the Keras
     variables that stand for them, so that autograd would not reach these.
 
-    And on a CPU, where Keras's LSTM and GRU are loops in Python, PyTorch's own
-    take their place.
+    And Keras's layers do without what makes them slow on PyTorch: images are
+    not copied before convolutions, and LSTM and GRU are no loops in Python.
     """
     cls: Any = keras.layers.TorchModuleWrapper
     original = cls.call
     cls.call = keras_tracing.only_here(_call_module, original)
     try:
-        with keras_recurrent.bound_loops(_Lstm.apply, when=_can_fuse):
+        with (
+            keras_torch.bound_loops(_Lstm.apply, when=_can_fuse),
+            keras_torch.bound_transposition(_transposed, when=_are_images),
+        ):
             yield
     finally:
         cls.call = original
@@ -56,6 +59,25 @@ def _call_module(
     return torch.func.functional_call(module, values, args, kwargs)
 
 
+def _are_images(inputs: torch.Tensor) -> bool:
+    return (
+        inputs.ndim in _CHANNELS_LAST
+        # Of formats of memory `vmap` knows nothing.
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _transposed(inputs: torch.Tensor) -> torch.Tensor:
+    """Channels first to whoever asks, and last in memory, as they come."""
+    # (A copy only of what is not in one piece.)
+    return inputs.movedim(-1, 1).contiguous(
+        memory_format=_CHANNELS_LAST[inputs.ndim]
+    )
+
+
 def _can_fuse(inputs: torch.Tensor) -> bool:
     """Whether a recurrence may be one operation here."""
     return (
@@ -71,7 +93,7 @@ def _can_fuse(inputs: torch.Tensor) -> bool:
 
 
 class _Lstm(torch.autograd.Function):
-    """See `keras_recurrent.Lstm`: 4 to 20 times as fast as Keras's."""
+    """See `keras_torch.Lstm`: 4 to 20 times as fast as Keras's."""
 
     @staticmethod
     def forward(
@@ -119,7 +141,7 @@ class _Lstm(torch.autograd.Function):
 def _by_loop(
     given: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor | None, ...]:
-    found = zip(keras_recurrent.lstm_by_loop(*given), gradients, strict=True)
+    found = zip(keras_torch.lstm_by_loop(*given), gradients, strict=True)
     used = [(out, g) for out, g in found if g is not None]
     wanted = [tensor for tensor in given if tensor.requires_grad]
     parts = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""Keras's recurrent layers on PyTorch: loops, where there is no GPU."""
+"""Keras's layers on PyTorch, without what makes them slow there."""
 
 import contextlib
 import functools
@@ -23,8 +23,9 @@ def lstm_by_loop(*given: Any) -> tuple[Any, Any, Any]:
 
 
 # (`keras.src.backend.torch.rnn` is a function of that name.)
-_MODULE: Any = sys.modules["keras.src.backend.torch.rnn"]
-_LOOP: Any = _MODULE._fallback_lstm
+_RNN: Any = sys.modules["keras.src.backend.torch.rnn"]
+_NN: Any = sys.modules["keras.src.backend.torch.nn"]
+_LOOP: Any = _RNN._fallback_lstm
 _USUAL = keras.activations.tanh, keras.activations.sigmoid
 
 
@@ -39,8 +40,8 @@ def bound_loops(lstm: Lstm, *, when: Callable[[Any], bool]) -> Iterator[None]:
         lstm: takes the place of one loop; PyTorch's own GRU that of the other.
         when: whether it may, for these inputs.
     """
-    lstm_loop = _MODULE._fallback_lstm
-    gru_loop = _MODULE._fallback_gru
+    lstm_loop = _RNN._fallback_lstm
+    gru_loop = _RNN._fallback_gru
 
     def is_usual(inputs: Any, bias: Any, *activations: Any) -> bool:
         return bias is not None and activations == _USUAL and when(inputs)
@@ -69,12 +70,39 @@ def bound_loops(lstm: Lstm, *, when: Callable[[Any], bool]) -> Iterator[None]:
         if not is_usual(inputs, bias, *functions):
             return gru_loop(*given, *functions, return_sequences)
         # (It is for GPUs that Keras has it.)
-        return _MODULE._cudnn_gru(*given, return_sequences, inputs.device)
+        return _RNN._cudnn_gru(*given, return_sequences, inputs.device)
 
-    _MODULE._fallback_lstm = only_here(chosen_lstm, lstm_loop)
-    _MODULE._fallback_gru = only_here(chosen_gru, gru_loop)
+    _RNN._fallback_lstm = only_here(chosen_lstm, lstm_loop)
+    _RNN._fallback_gru = only_here(chosen_gru, gru_loop)
     try:
         yield
     finally:
-        _MODULE._fallback_lstm = lstm_loop
-        _MODULE._fallback_gru = gru_loop
+        _RNN._fallback_lstm = lstm_loop
+        _RNN._fallback_gru = gru_loop
+
+
+@contextlib.contextmanager
+def bound_transposition(
+    transposed: Callable[[Any], Any], *, when: Callable[[Any], bool]
+) -> Iterator[None]:
+    """While active: convolutions and poolings copy no images.
+
+    Keras copies what they are given so that the channels come first in memory,
+    and before a convolution back again.
+
+    Args:
+        transposed: of `[batch, ..., channels]`, the same as `[batch, channels,
+            ...]`.
+        when: whether it can do it.
+    """
+    copied = _NN._transpose_spatial_inputs
+
+    @functools.wraps(copied)
+    def chosen(inputs: Any) -> Any:
+        return (transposed if when(inputs) else copied)(inputs)
+
+    _NN._transpose_spatial_inputs = only_here(chosen, copied)
+    try:
+        yield
+    finally:
+        _NN._transpose_spatial_inputs = copied
