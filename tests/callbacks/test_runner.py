@@ -190,6 +190,28 @@ class Feeder(Callback):
         self.count = next(self.source)
 
 
+class Feeders(keras.callbacks.Callback):
+    """Holds a thousand of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources = [(i for i in range(9)) for _ in range(1000)]
+
+    def on_train_batch_begin(self, batch, logs=None):
+        for source in self.sources:
+            next(source)
+
+
+def test_not_all_of_a_thousand_attributes_are_named():
+    runner, model = start(lambda model: [Feeders()], resuming=False)
+    finish(runner, model, list(events())[:3])
+    with pytest.warns(ExactnessWarning, match=r"`sources\[") as caught:
+        runner.get_state()
+        runner.get_state()
+    assert len(caught) == 8
+    assert "More of callback Feeders.0 is not named" in str(caught[-1].message)
+
+
 def test_an_attribute_that_changed_and_cannot_be_saved():
     runner, model = start(lambda model: [Feeder()], resuming=False)
     with warnings.catch_warnings():

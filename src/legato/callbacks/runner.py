@@ -33,6 +33,9 @@ from legato.types import JSON, AuditEntry, AuditStatus, Logs
 
 Exact = Literal["strict", "warn", "off"]
 
+_MAX_REPORTED = 8
+"""Of one callback; some hold thousands of objects."""
+
 
 class CallbackRunner:
     """The callbacks of one run.
@@ -371,8 +374,12 @@ class CallbackRunner:
     def _report(self, entry: Entry, path: str, message: str) -> None:
         if self._exact == "strict":
             raise ExactnessError(message)
-        if self._exact == "warn" and path not in entry.reported:
-            entry.reported.add(path)
+        if self._exact != "warn" or path in entry.reported:
+            return
+        entry.reported.add(path)
+        if len(entry.reported) == _MAX_REPORTED:
+            message += f" (More of callback {entry.key} is not named.)"
+        if len(entry.reported) <= _MAX_REPORTED:
             warnings.warn(message, ExactnessWarning, stacklevel=4)
 
     def set_state(
