@@ -74,6 +74,10 @@ class Recorder:
         self._clock = clock
         self._schedule = schedule
         self._metrics = metrics
+        self._are_always_due = not schedule.skipped and all(
+            when.is_always and when.over != "summary"
+            for when in metrics.values()
+        )
         self._log_names = log_names
         self._readings = readings
         self._log = log
@@ -222,6 +226,8 @@ class Recorder:
             begin: the first step of the epoch.
             step: the last one.
         """
+        if self._are_always_due and step > begin:
+            return results
         for metric, when in self._metrics.items():
             first = begin
             if when.over == "summary":

@@ -323,6 +323,10 @@ class LossWatch:
             NonFiniteLossError: one is NaN or infinite.
             BadLossError: one is above the bound.
         """
+        highest = math.inf if self._bound is None else self._bound
+        # Quickly: this is done for each step, and the sum of all tells.
+        if math.isfinite(sum(losses)) and max(losses, default=0.0) <= highest:
+            return
         for step, loss in enumerate(losses, last + 1 - len(losses)):
             if not math.isfinite(loss):
                 self._take_nonfinite(loss, step, explain)
