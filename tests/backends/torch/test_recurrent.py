@@ -158,6 +158,20 @@ def test_a_gradient_of_a_gradient(kind, monkeypatch, without_fusing):
         np.testing.assert_allclose(a.numpy(), b.numpy(), 1e-5, 1e-6)
 
 
+def test_what_the_gradient_needs_may_not_be_changed():
+    """PyTorch sees it, as for its own operations."""
+    model = model_of("sequences", layers.LSTM)
+
+    def forward():
+        outputs = model(sequences())
+        loss = ops.sum(ops.square(outputs))
+        outputs.mul_(2.0)
+        return loss
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        legato.value_and_grad(forward, model.trainable_variables)
+
+
 def test_sequences_of_sequences():
     """`vectorized_map` is PyTorch's vmap, which knows no fused operation."""
     layer = layers.LSTM(UNITS)

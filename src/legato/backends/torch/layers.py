@@ -117,8 +117,8 @@ class _Lstm(torch.autograd.Function):
         found = operators.lstm(*given, training)
         if training:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(inputs, h, c, kernel, recurrent, bias)
-            ctx.used = *given, *found
+            taken = inputs, h, c, kernel, recurrent, bias
+            ctx.save_for_backward(*taken, *given, *found)
         outputs, h, c, _ = found
         return outputs.transpose(0, 1), h, c
 
@@ -128,12 +128,12 @@ class _Lstm(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             # Who differentiates a gradient has it from the loop.
-            return _by_loop(ctx.saved_tensors, gradients)
+            return _by_loop(ctx.saved_tensors[:6], gradients)
         of_outputs, of_h, of_c = gradients
         if of_outputs is not None:
             of_outputs = of_outputs.transpose(0, 1)
         x, kernel, recurrent, bias, h, c = operators.lstm_backward(
-            *ctx.used, of_outputs, of_h, of_c
+            *ctx.saved_tensors[6:], of_outputs, of_h, of_c
         )
         return x.transpose(0, 1), h, c, kernel.t(), recurrent.t(), bias
 
