@@ -228,6 +228,80 @@ def test_metrics_at_some_steps(when, compiled, tmp_path):
         )
 
 
+class Groups(keras.metrics.Metric):
+    """Its result is a dict, with a dict in it."""
+
+    def __init__(self, name="groups"):
+        super().__init__(name=name)
+        self.total = self.add_variable((), "zeros", name="total")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        labels = keras.ops.cast(y_true, "float32")
+        self.total.assign(self.total + keras.ops.sum(labels))
+
+    def result(self):
+        total = self.total + 0.0
+        return {"a": total, "label": total * 2, "in": {"b": total * 3}}
+
+
+def iou():
+    return keras.metrics.MeanIoU(3, name="shared", sparse_y_pred=False)
+
+
+def several(shared, weighted=False):
+    """What `compile` takes; names clash, and objects are there twice."""
+    given = {"metrics": [LabelMean(name="label"), Groups()]}
+    if shared is not None:
+        given["metrics"] += [shared, shared]
+    if weighted:
+        given["weighted_metrics"] = [shared, Groups()]
+    return given
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: several(None),
+        lambda: several(LabelMean(name="shared")),
+        lambda: several(LabelMean(name="shared"), weighted=True),
+        lambda: several(iou()),
+        lambda: several(Groups("shared"), weighted=True),
+        lambda: {"metrics": [LabelMean(name="twice")] * 2},
+    ],
+)
+def test_metrics_are_named_as_by_keras(make, tmp_path):
+    arguments = {"epochs": 2, "batch_size": 15, "shuffle": False, "verbose": 0}
+    known = {**arguments, "validation_data": (X, Y)}
+    theirs = made(**make()).fit(X, Y, **known).history
+    ours = fit(made(**make()), tmp_path / "run", **known).history
+    assert sorted(ours) == sorted(theirs)
+    for name, values in theirs.items():
+        np.testing.assert_allclose(ours[name], values, rtol=1e-5)
+    if "weighted_metrics" not in make():
+        chosen = fit(
+            made(metrics=[]),
+            tmp_path / "chosen",
+            **known,
+            train_metrics=make()["metrics"],
+            validation_metrics=make()["metrics"],
+        ).history
+        assert chosen == ours
+    model = made(**make())
+    assert sorted(legato.evaluate(model, (X, Y))) == sorted(
+        model.evaluate(X, Y, verbose=0, return_dict=True)
+    )
+
+
+def test_groups_of_a_metric_at_some_steps(tmp_path):
+    history = fit(
+        made(metrics=[Groups()]),
+        tmp_path / "run",
+        epochs=3,
+        train_metrics=legato.Every(10),
+    ).history
+    assert [*map(np.isnan, history["b"])] == [True, False, True]
+
+
 def test_a_metric_that_was_never_due_is_no_number(tmp_path):
     history = fit(
         made(), tmp_path / "run", epochs=3, train_metrics=legato.Every(10)

@@ -57,7 +57,9 @@ class Results:
         out: dict[str, Any] = {}
         for metric, is_own in zip(self._metrics, self._is_own, strict=True):
             value = next(computed) if is_own else metric.result()
-            named = value if isinstance(value, dict) else {metric.name: value}
+            named = _flat(
+                value if isinstance(value, dict) else {metric.name: value}
+            )
             self._names[metric] = list(named)
             for name, each in named.items():
                 out[name] = each if type(each) is float else _on_host(each)
@@ -160,6 +162,16 @@ def _divide_all(totals: np.ndarray, counts: np.ndarray) -> list[float]:
     counts = counts.astype(totals.dtype)
     np.divide(totals, counts, out=found, where=counts != 0)
     return found.tolist()
+
+
+def _flat(named: dict[str, Any]) -> dict[str, Any]:
+    """Without groups, as in Keras's `fit`: of equal names its last counts."""
+    if not any(isinstance(value, dict) for value in named.values()):
+        return named
+    found: dict[str, Any] = {}
+    for name, value in sorted(named.items()):
+        found |= _flat(value) if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _on_host(result: Any) -> Any:
