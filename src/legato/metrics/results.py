@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from legato import backends
-from legato.compat.keras_models import means_by_name
+from legato.compat.keras_models import CompileMetrics, means_by_name
 
 
 class Results:
@@ -185,6 +185,12 @@ def _is_kerass_own(metric: Any) -> bool:
     return type(metric).__module__.startswith("keras.") and all(
         map(_is_kerass_own, inner)
     )
+
+
+def label(metric: keras.metrics.Metric) -> str:
+    """What checkpoints call a metric: that of `compile`, by all it holds."""
+    held = metric.metrics if isinstance(metric, CompileMetrics) else ()
+    return ",".join(each.name for each in held) or metric.name
 
 
 def directions(metrics: Sequence[keras.metrics.Metric]) -> dict[str, str]:
