@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import operator
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from legato.errors import SummaryError
@@ -15,8 +15,8 @@ from legato.summaries.worker import Worker
 _writer: contextvars.ContextVar["SummaryWriter | None"] = (
     contextvars.ContextVar("legato_summary_writer", default=None)
 )
-_step: contextvars.ContextVar[int | None] = contextvars.ContextVar(
-    "legato_summary_step", default=None
+_step: contextvars.ContextVar[Callable[[], int | None]] = (
+    contextvars.ContextVar("legato_summary_step", default=lambda: None)
 )
 
 
@@ -74,9 +74,13 @@ class SummaryWriter:
 
 
 @contextlib.contextmanager
-def as_step(step: int) -> Iterator[None]:
-    """While active: the step of summaries that are written without one."""
-    token = _step.set(step)
+def as_step(step: int | Callable[[], int]) -> Iterator[None]:
+    """While active: the step of summaries that are written without one.
+
+    Args:
+        step: the step, or what returns it whenever it is asked.
+    """
+    token = _step.set(step if callable(step) else lambda: step)
     try:
         yield
     finally:
@@ -84,8 +88,8 @@ def as_step(step: int) -> Iterator[None]:
 
 
 def current_step() -> int | None:
-    """The step that a run is at, while it has its summaries written."""
-    return _step.get()
+    """The step that a run is at; None outside of one."""
+    return _step.get()()
 
 
 def scalar(name: str, value: Any, step: int | None = None) -> None:
