@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from legato import backends
+from legato.compat.keras_arrays import to_numpy
 from legato.compat.keras_models import CompileMetrics, means_by_name
 
 
@@ -175,7 +176,7 @@ def _flat(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _on_host(result: Any) -> Any:
-    array = np.asarray(keras.ops.convert_to_numpy(result))
+    array = to_numpy(result)
     return float(array) if array.ndim == 0 else array.tolist()
 
 

@@ -20,6 +20,10 @@ _step: contextvars.ContextVar[Callable[[], int | None]] = (
 )
 
 
+_MAX_STEP = 2**63 - 1
+"""What an event's step holds."""
+
+
 class SummaryWriter:
     """Writes the summaries of one directory; made by a `SummaryManager`.
 
@@ -210,13 +214,14 @@ def as_step_number(step: Any, where: str) -> int:
             raise TypeError
         # (A variable may be of floats.)
         number = operator.index(value) if array is None else int(array)
-        if number < 0 or (array is not None and number != array):
+        whole = array is None or number == array
+        if not (whole and 0 <= number <= _MAX_STEP):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise SummaryError(
             f"{where}={step!r:.80} gives {value!r:.80}: it must be a step, a "
-            "whole number of at least 0; or a function that returns one; or a "
-            "keras.Variable that holds one."
+            "whole number of at least 0 and below 2**63; or a function that "
+            "returns one; or a keras.Variable that holds one."
         ) from None
     return number
 
