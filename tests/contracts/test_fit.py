@@ -302,6 +302,17 @@ def test_groups_of_a_metric_at_some_steps(tmp_path):
     assert [*map(np.isnan, history["b"])] == [True, False, True]
 
 
+def test_steps_are_written_as_in_a_config(tmp_path):
+    whens = {"a": 2, "b": {"every": 2}, "c": legato.Every(2), "d": None}
+    history = fit(
+        made(metrics=[]),
+        tmp_path / "run",
+        train_metrics={LabelMean(name=k): when for k, when in whens.items()},
+    ).history
+    assert history["a"] == history["b"] == history["c"]
+    assert "d" not in history
+
+
 def test_a_metric_that_was_never_due_is_no_number(tmp_path):
     history = fit(
         made(), tmp_path / "run", epochs=3, train_metrics=legato.Every(10)
@@ -577,6 +588,12 @@ def test_what_is_not_exact_is_refused_or_named(tmp_path, monkeypatch):
         ({"train_metrics": "accuracy"}, "train_metrics='accuracy'"),
         ({"train_metrics": 7}, "train_metrics=7"),
         ({"train_metrics": ["nonsense"]}, "train_metrics.*nonsense"),
+        (
+            {"train_metrics": {"accuracy": legato.Every(3), "mse": "x"}},
+            "train_metrics: 'mse': 'x': it must be a number of steps",
+        ),
+        ({"train_metrics": {"accuracy": 0}}, "train_metrics: 'accuracy': Ev"),
+        ({"train_metrics": {"accuracy": {}}}, "train_metrics: 'accuracy': {}"),
         (
             {"train_metrics": ["top_k_categorical_accuracy"]},
             "train_metrics",
