@@ -387,6 +387,21 @@ def test_names_and_dicts_that_are_none(values, said, manager):
         manager.write_summaries(values)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top 1": 1.0, "top_1": 2.0},
+        {"top 1": 1.0, "top:1": 2},
+        {"/top 1": "text", "top_1": np.zeros((2, 3))},
+    ],
+)
+def test_names_that_would_be_one_are_refused(values, manager):
+    for number, (name, value) in enumerate(values.items()):
+        manager.write_summaries({f"group {number}": {name: value}})
+    with pytest.raises(SummaryError, match=r"'/?top 1' and 'top.1'.*Rename"):
+        manager.write_summaries(values)
+
+
 def test_bad_directories(tmp_path):
     file = tmp_path / "file"
     file.write_text("")

@@ -9,7 +9,7 @@ from typing import Any
 
 from legato.errors import SummaryError
 from legato.summaries import values as kinds
-from legato.summaries.events import EventFile, scalar_summary
+from legato.summaries.events import EventFile, clean_tag, scalar_summary
 from legato.summaries.worker import Worker
 
 _writer: contextvars.ContextVar["SummaryWriter | None"] = (
@@ -35,6 +35,8 @@ class SummaryWriter:
     def __init__(self, file: EventFile, worker: Worker) -> None:
         self._file = file
         self._worker = worker
+        self._names: dict[str, str] = {}  # by the tags that they become
+        self._seen: set[tuple[str, ...]] = set()
 
     @contextlib.contextmanager
     def as_default(self) -> Iterator["SummaryWriter"]:
@@ -46,7 +48,12 @@ class SummaryWriter:
             _writer.reset(token)
 
     def write(self, step: int, prepared: kinds.Prepared, name: str) -> None:
-        """Write a value, at once or when what was given before is written."""
+        """Write a value, at once or when what was given before is written.
+
+        Raises:
+            SummaryError: see `write_scalars`.
+        """
+        self._check_names((name,))
         now = time.time()
         if prepared.is_quick and self._worker.is_idle:
             self._file.write(now, step, prepared.make())
@@ -65,7 +72,12 @@ class SummaryWriter:
         self._worker.submit(convert)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write several numbers in one event."""
+        """Write several numbers in one event.
+
+        Raises:
+            SummaryError: TensorBoard would take two names for one.
+        """
+        self._check_names(tuple(scalars))
         now = time.time()
         if self._worker.is_idle:
             self._file.write_summary(now, step, scalar_summary(scalars))
@@ -75,6 +87,20 @@ class SummaryWriter:
                     now, step, scalar_summary(scalars)
                 )
             )
+
+    def _check_names(self, names: tuple[str, ...]) -> None:
+        if names in self._seen:  # the same ones come again and again
+            return
+        for name in names:
+            tag = clean_tag(name)
+            other = self._names.setdefault(tag, name)
+            if other != name:
+                raise SummaryError(
+                    f"The summaries {other!r} and {name!r} would be one: "
+                    f"TensorBoard takes both for {tag!r}, since only letters, "
+                    "digits and -_./ are kept. Rename one of them."
+                )
+        self._seen.add(names)
 
 
 @contextlib.contextmanager
