@@ -391,8 +391,8 @@ def _plain(value: Any, what: str) -> Any:
             return float(value)
         except OverflowError:
             raise StepError(
-                f"{what}, a number of {value.bit_length()} bits: it must fit "
-                "into a float. Return its logarithm, for example."
+                f"{what}, a number of {int(value).bit_length()} bits: it must "
+                "fit into a float. Return its logarithm, for example."
             ) from None
     if isinstance(value, np.generic | np.ndarray) or keras.ops.is_tensor(value):
         array = _to_numpy(value, what)
