@@ -9,6 +9,7 @@ import io
 import json
 import math
 import random
+import sys
 import tempfile
 import time
 
@@ -21,7 +22,7 @@ from rich.console import Console
 import legato
 from legato import cli
 from legato.errors import ConfigError
-from legato.phases import NAMES
+from legato.phases import NAMES, between
 from legato.profiling import (
     Cost,
     Estimate,
@@ -38,6 +39,7 @@ from legato.profiling.estimates import (
 )
 from legato.profiling.measuring import interval_of, validation_interval
 from legato.schedule import Schedule
+from legato.training import TrainSteps
 from tests.slow_source import SlowSource
 
 EXAMPLES, BATCH = 200, 16  # 12 batches and a partial one
@@ -236,7 +238,7 @@ def test_a_cost_by_hand():
     assert auc.share == 0.8 / 200
     assert (auc.low, auc.high) == pytest.approx((0.72, 0.88))
     assert by_hand()["never"].us_per_step == 0
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"'nobody' is none of the costs: .*auc"):
         by_hand()["nobody"]
 
 
@@ -332,6 +334,9 @@ def test_a_picture(tmp_path, name):
 
 
 def test_pictures_that_cannot_be(tmp_path, monkeypatch):
+    for path in (None, 3):
+        with pytest.raises(ConfigError, match=f"plot={path}: it must be"):
+            by_hand().plot(path)
     with pytest.raises(ConfigError, match=r"must end in \.png, \.svg or \.pdf"):
         by_hand().plot(tmp_path / "costs.gif")
     with pytest.raises(ConfigError, match=r"there is no directory .*gone"):
@@ -490,6 +495,35 @@ def test_metrics_are_told_apart(temporary, five_rounds):
     )
     kinds = {each.kind for each in profile.costs}
     assert "validation" not in kinds and "callback" not in kinds
+
+
+def test_compilations_of_the_loop_are_their_own(temporary, monkeypatch):
+    told = []
+    run = TrainSteps.run
+
+    def noting(steps, step, chunk):
+        phases = steps._phases
+        before = phases.read()
+        began = time.perf_counter()
+        logs = run(steps, step, chunk)
+        told.append(
+            (
+                sys._getframe(1).f_globals["__name__"],
+                time.perf_counter() - began,
+                between(before, phases.read())["compile"],
+            )
+        )
+        return logs
+
+    monkeypatch.setattr(TrainSteps, "run", noting)
+    profile = legato.profile(
+        Small({}), config=config(validation_interval=None), seconds=1
+    )
+    in_loop = [each[1:] for each in told if each[0] == "legato.loop"]
+    # The first call there has batches from the host, and is compiled again.
+    seconds, compiling = in_loop[0]
+    assert compiling > 0.5 * seconds
+    assert profile.loop_steps > 0 and profile.phases["compile"] == 0
 
 
 @pytest.mark.any_backend

@@ -92,11 +92,13 @@ def test_tensors_and_variables_of_the_backend(manager):
         {
             "scalar": keras.ops.mean(tensor),
             "variable": keras.Variable(2.5),
+            "half": keras.ops.cast(1.5, "bfloat16"),
             "histogram": tensor,
         },
     )
     assert found["scalar"] == [(4, 1.5)]
     assert found["variable"] == [(4, 2.5)]
+    assert found["half"] == [(4, 1.5)]
     ((_, histogram),) = found["histogram"]
     assert (histogram[0], histogram[1], histogram[2]) == (0.0, 3.0, 4.0)
 
@@ -328,7 +330,7 @@ def test_global_steps(tmp_path):
     assert found == [2, 2, 1, 1, 9, 9, 7, 8]
 
 
-@pytest.mark.parametrize("step", [-1, 1.5, "1", True, np.zeros(2)])
+@pytest.mark.parametrize("step", [-1, 1.5, "1", True, np.zeros(2), 2**63])
 def test_what_is_no_step(step, tmp_path):
     with pytest.raises(ConfigError, match=r"global_step=.*must be a step"):
         SummaryManager(tmp_path, global_step=step)
@@ -377,11 +379,26 @@ def test_without_a_writer_or_a_step(manager):
         ({".x": {"y": 1.0}}, "begin neither with a dot"),
         ({EVENTS: {"y": 1.0}}, "begin neither with a dot"),
         ({"x" * 300: {"y": 1.0}}, "at most 200 bytes"),
-        ({"x\0": {"y": 1.0}}, "cannot be a directory"),
+        ({"x\0": {"y": 1.0}}, "no null character"),
     ],
 )
 def test_names_and_dicts_that_are_none(values, said, manager):
     with pytest.raises(SummaryError, match=said):
+        manager.write_summaries(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top 1": 1.0, "top_1": 2.0},
+        {"top 1": 1.0, "top:1": 2},
+        {"/top 1": "text", "top_1": np.zeros((2, 3))},
+    ],
+)
+def test_names_that_would_be_one_are_refused(values, manager):
+    for number, (name, value) in enumerate(values.items()):
+        manager.write_summaries({f"group {number}": {name: value}})
+    with pytest.raises(SummaryError, match=r"'/?top 1' and 'top.1'.*Rename"):
         manager.write_summaries(values)
 
 

@@ -22,7 +22,7 @@ from legato.identity import code_hash, describe_value
 from legato.metrics import HostMetric, HostStepMetric, StepMetric
 from legato.task import Task
 from legato.types import JSON, LogStyle
-from legato.when import Every, When
+from legato.when import Every, When, read_when
 
 CompileMetrics = keras_models.CompileMetrics
 
@@ -302,6 +302,18 @@ def _is_on_host(metric: Any) -> bool:
     return isinstance(metric, HostMetric)
 
 
+def _says_when(asked: Mapping[Any, Any]) -> bool:
+    """Whether the values are steps, and no metrics, by the names of outputs."""
+    return all(value is None for value in asked.values()) or any(
+        isinstance(value, When | int | float)
+        or (
+            isinstance(value, Mapping)
+            and (not value or not value.keys().isdisjoint({"every", "sample"}))
+        )
+        for value in asked.values()
+    )
+
+
 class _Chosen:
     """Which metrics are computed in training, or in validation.
 
@@ -325,11 +337,15 @@ class _Chosen:
     @classmethod
     def of_training(cls, model: Any, asked: Any) -> "_Chosen":
         """See `legato.fit(train_metrics=...)`."""
-        if isinstance(asked, Mapping) and all(
-            isinstance(when, When) or when is None for when in asked.values()
-        ):
+        if isinstance(asked, Mapping) and _says_when(asked):
             together: dict[When, list[Any]] = {}
-            for metric, when in asked.items():
+            for metric, value in asked.items():
+                try:
+                    when = read_when(value)
+                except ConfigError as error:
+                    raise ConfigError(
+                        f"train_metrics: {metric!r:.80}: {error}"
+                    ) from None
                 if when is not None:
                     together.setdefault(when, []).append(metric)
             return cls(

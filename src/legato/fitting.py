@@ -100,8 +100,9 @@ def fit(
         train_metrics: "compiled" computes those that the model was compiled
             with, at each step; `legato.Every(50)` or `legato.Sample(0.02)`
             computes them at some steps; a list of metrics, as `compile` takes
-            it, or a dict `{metric: legato.Every(50)}` takes others; None
-            leaves all out of the compiled step. The loss is always measured.
+            it, or a dict `{metric: legato.Every(50)}` takes others (or 50, or
+            what else `TrainerConfig.train_metrics` takes); None leaves all
+            out of the compiled step. The loss is always measured.
         validation_metrics: "compiled", a list of metrics, or None.
         check_numerics: look at every batch before it is used, for NaN,
             infinities and labels out of range, and name the example. (Labels

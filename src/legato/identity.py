@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -24,8 +24,9 @@ from legato.compat.keras_decay import exempt_from_decay
 from legato.config import TrainerConfig
 from legato.errors import RestoreError
 from legato.losses import WeightedSum
+from legato.metrics import label
 from legato.task import Optimizers, Task
-from legato.types import JSON
+from legato.types import JSON, AuditEntry, AuditStatus
 from legato.version import __version__
 from legato.when import When
 
@@ -82,7 +83,7 @@ def make_identity(
         config: of the trainer.
         data: the identity of the training data.
         validation_data: that of the validation split.
-        metrics: when each training metric is updated, by name.
+        metrics: when each training metric is updated, by its label.
 
     Returns:
         All but "program", which is known only when the step is traced.
@@ -144,22 +145,43 @@ def rates_that_differ(saved: Any, present: dict[str, Any]) -> set[str]:
     return found
 
 
-def reset_where_windows_differ(
-    metrics: Mapping[keras.metrics.Metric, When],
+def reset_metrics(
+    metrics: Iterable[keras.metrics.Metric],
     saved: Any,
     present: dict[str, Any],
-) -> None:
-    """Reset metrics that were taken over other steps before.
+    variables: Mapping[str, keras.Variable],
+    audit: Sequence[AuditEntry],
+) -> list[str]:
+    """Reset metrics that were taken over other steps, or are others, now.
 
     Args:
         metrics: the training metrics, as they were restored.
         saved: the identity in the checkpoint.
         present: that of the program.
+        variables: by path.
+        audit: what became of each.
+
+    Returns:
+        Those that `compare` did not tell of, a sentence each.
     """
     before, now = saved.get("metrics", {}), present["metrics"]
+    restored = {
+        id(variables[each.name])
+        for each in audit
+        if each.status is AuditStatus.RESTORED
+    }
+    told = []
     for metric in metrics:
-        if before.get(metric.name) != now[metric.name]:
+        name = label(metric)
+        if before.get(name) != now.get(name):
             metric.reset_state()
+        elif not restored.issuperset(map(id, metric.variables)):
+            metric.reset_state()
+            told.append(
+                f"metrics.{name}: its variables are others, so that it begins "
+                "anew"
+            )
+    return told
 
 
 def compare(

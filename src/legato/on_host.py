@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from legato.compat.keras_arrays import to_numpy
 from legato.data import Chunk, HostValue
 from legato.errors import LegatoWarning, StepError
 from legato.metrics import HostMetric, HostStepMetric
@@ -307,7 +308,9 @@ class HostThread:
                 if self._cancelled:
                     return
                 packed, tensors, num_steps, beside = item
-                stacks = [_to_numpy(tensor) for tensor in tensors]
+                stacks = [
+                    _to_numpy(tensor, "A step gave") for tensor in tensors
+                ]
                 for index in range(num_steps):
                     if self._cancelled:
                         return
@@ -370,30 +373,47 @@ def _named(found: Any, who: str) -> dict[str, Any]:
         name: (
             _named(value, f"{who}, {name!r},")
             if isinstance(value, Mapping)
-            else _plain(value)
+            else _plain(value, f"{who} returned {name!r}")
         )
         for name, value in found.items()
     }
 
 
-def _plain(value: Any) -> Any:
-    """Numbers as floats, whatever held them; the rest as it is."""
+def _plain(value: Any, what: str) -> Any:
+    """Numbers as floats, whatever held them; the rest as it is.
+
+    Raises:
+        StepError: it is of a kind that would be taken for numbers, or too
+            large a number; `what` begins the message.
+    """
     if isinstance(value, bool | int | float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise StepError(
+                f"{what}, a number of {int(value).bit_length()} bits: it must "
+                "fit into a float. Return its logarithm, for example."
+            ) from None
     if isinstance(value, np.generic | np.ndarray) or keras.ops.is_tensor(value):
-        array = _to_numpy(value)
+        array = _to_numpy(value, what)
         is_number = array.ndim == 0 and array.dtype.kind in "biuf"
         return float(array) if is_number else array
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(each, what) for each in value]
     return value
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
-    array = np.asarray(keras.ops.convert_to_numpy(tensor))
-    # What NumPy does not know, host metrics would not either.
-    known = array.dtype.kind in "biufcSUO"
-    return array if known else array.astype(np.float32)
+def _to_numpy(tensor: Any, what: str) -> np.ndarray:
+    array = to_numpy(tensor)
+    if array.dtype.kind in "biufcSUO":
+        return array
+    if array.dtype.type.__module__ == "ml_dtypes":
+        # What NumPy does not know, host metrics would not either.
+        return array.astype(np.float32)
+    raise StepError(
+        f"{what}, of dtype {array.dtype}: it must be numbers or texts. "
+        "Convert it: dates to numbers of days, or to str."
+    )
 
 
 def _seen(value: Any) -> Any:

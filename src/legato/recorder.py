@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from legato import backends
+from legato.compat.keras_arrays import to_numpy
 from legato.config import TrainerConfig
 from legato.data import Chunk, InputChecks
 from legato.errors import ConfigError, LegatoWarning
@@ -454,7 +455,7 @@ def _loggable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_loggable(each) for each in value]
     try:
-        array = np.asarray(keras.ops.convert_to_numpy(value))
+        array = to_numpy(value)
     except Exception:
         return repr(value)
     return repr(value) if array.dtype == object else array.tolist()

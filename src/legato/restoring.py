@@ -1,7 +1,7 @@
 """Putting saved state back, all of it or none, and saying what was."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,15 +53,15 @@ def assign_arrays(
     variables: Mapping[str, keras.Variable],
     checkpoint: Checkpoint,
     *,
-    lenient: Sequence[str] = (),
+    lenient: Set[str] = frozenset(),
 ) -> list[AuditEntry]:
     """Put a checkpoint's arrays into variables, all of them or none.
 
     Args:
         variables: by path (see `state.variable_paths`).
         checkpoint: what was saved.
-        lenient: first parts of paths that may differ: a variable that does
-            not fit keeps its value, and the audit says so.
+        lenient: paths, or first parts of paths, that may differ: a variable
+            that does not fit keeps its value, and the audit says so.
 
     Raises:
         RestoreError: a variable is missing, new, or of another shape or
@@ -92,7 +92,7 @@ def assign_arrays(
     problems = [
         f"{entry.name}: {entry.detail}"
         for entry in audit
-        if entry.detail and _root(entry.name) not in lenient
+        if entry.detail and lenient.isdisjoint({entry.name, _root(entry.name)})
     ]
     if problems:
         more = len(problems) - 10
@@ -101,8 +101,8 @@ def assign_arrays(
             "program:\n  "
             + "\n  ".join(problems[:10])
             + (f"\n  ... and {more} more" if more > 0 else "")
-            + "\nThe model or the optimizer changed since. Put it back, or "
-            "train the new one in another run_dir."
+            + "\nThe model, the optimizer or the Task changed since. Put it "
+            "back, or train the new one in another run_dir."
         )
     fitting = [e.name for e in audit if e.status is AuditStatus.RESTORED]
     backends.current().write(
@@ -198,7 +198,10 @@ class Held(NamedTuple):
 
 
 def hold_valid(
-    variables: Mapping[str, keras.Variable], store: CheckpointStore, step: int
+    variables: Mapping[str, keras.Variable],
+    store: CheckpointStore,
+    step: int,
+    lenient: Set[str],
 ) -> Held:
     """After a failure: values in all variables, and word of whose.
 
@@ -206,15 +209,18 @@ def hold_valid(
         variables: by name.
         store: the run's checkpoints.
         step: of which they hold the values, if none was lost.
+        lenient: see `assign_arrays`.
     """
     if backends.current().lost_variables(list(variables.values())):
         # A device call had taken its inputs when it failed.
-        return assign_newest(variables, store)
+        return _assign_newest(variables, store, lenient)
     return Held(step)
 
 
-def assign_newest(
-    variables: Mapping[str, keras.Variable], store: CheckpointStore
+def _assign_newest(
+    variables: Mapping[str, keras.Variable],
+    store: CheckpointStore,
+    lenient: Set[str],
 ) -> Held:
     """Put the newest checkpoint's arrays into variables; say whose they are."""
     try:
@@ -224,7 +230,7 @@ def assign_newest(
         return Held(None, f"nothing valid ({problem})")
     if checkpoint is None:
         return Held(None, "nothing valid, for there is no checkpoint yet")
-    assign_arrays(variables, checkpoint)
+    assign_arrays(variables, checkpoint, lenient=lenient)
     step = checkpoint.step
     return Held(step, f"step {step}, the newest checkpoint")
 

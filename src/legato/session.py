@@ -15,12 +15,10 @@ from legato.checkpoint import Checkpoint, CheckpointStore
 from legato.compat.keras_seeds import set_random_seed
 from legato.config import TrainerConfig
 from legato.data import Feed, join_arrays, split_arrays
-from legato.errors import (
-    BadLossError,
-    CheckpointError,
-)
+from legato.errors import BadLossError, CheckpointError
 from legato.exactness import Exactness
 from legato.interrupts import Interrupts
+from legato.metrics import label
 from legato.parts import Parts
 from legato.program import choose_program, choose_seed, make_schedule
 from legato.progress import VERBOSE, make_reporter
@@ -28,7 +26,7 @@ from legato.recorder import Recorder
 from legato.recovery import Recovery, watch_losses
 from legato.settings import ChangedSettings
 from legato.sinks import RunLog
-from legato.state import Clock, variable_paths
+from legato.state import Clock, metric_paths, variable_paths
 from legato.training import TrainSteps
 from legato.types import JSON, AuditEntry, AuditStatus
 
@@ -179,7 +177,7 @@ class Session:
             config,
             parts.source.identity,
             parts.evaluator and parts.evaluator.source.identity,
-            {metric.name: when for metric, when in parts.metrics.items()},
+            {label(metric): when for metric, when in parts.metrics.items()},
         )
         saved: Any = None
         if self._checkpoint is not None:
@@ -430,7 +428,7 @@ class Session:
         final = self._store.load_final()
         if final is None or final.step != self.clock.step:
             return False
-        restoring.assign_arrays(self._variables, final)
+        restoring.assign_arrays(self._variables, final, lenient=self._lenient)
         return True
 
     def _validate(self) -> dict[str, Any] | None:
@@ -449,7 +447,9 @@ class Session:
     def _leave_valid_variables(self, error: BaseException) -> None:
         """After a failure: values in all variables, and word of whose."""
         step = self.clock.step + self.steps.steps_untold
-        self.held = restoring.hold_valid(self._variables, self._store, step)
+        self.held = restoring.hold_valid(
+            self._variables, self._store, step, self._lenient
+        )
         error.add_note(
             f"legato: the model's variables hold {self.held}. The same call "
             f"(run_dir={str(self._run_dir)!r}) goes on from the newest "
@@ -463,7 +463,7 @@ class Session:
         return {
             "model": parts.model,
             "optimizer": parts.optimizer,
-            "metrics": parts.metrics,
+            "metrics": {label(metric): metric for metric in parts.metrics},
             "task": vars(parts.task),
         }
 
@@ -477,6 +477,7 @@ class Session:
         known = {id(variable) for variable in self._variables.values()}
         if not self._variables or not known.issuperset(map(id, used)):
             self._variables = variable_paths(self._roots(), used)
+            self._lenient = {"metrics", *metric_paths(self._roots())}
 
     def _read_arrays(self) -> dict[str, np.ndarray]:
         self._collect_variables()
@@ -540,8 +541,8 @@ class Session:
             parts.evaluator.build()
             self._collect_variables()
         override = self._config.resume == "override"
-        # Metrics may be switched on or off: the identity told of it.
-        lenient = ["metrics", *["optimizer"] * override]
+        # Metrics may come and go: they decide no bits of anything else.
+        lenient = {*self._lenient, *["optimizer"] * override}
         self.audit = restoring.assign_arrays(
             self._variables, checkpoint, lenient=lenient
         )
@@ -551,8 +552,8 @@ class Session:
                 parts.optimizers,
                 parts.initial_rates,
             )
-        identity.reset_where_windows_differ(
-            parts.metrics, saved, self._identity
+        self._inexact += identity.reset_metrics(
+            parts.metrics, saved, self._identity, self._variables, self.audit
         )
         arrays = restoring.by_root(checkpoint.arrays)
 

@@ -6,6 +6,7 @@ steps. Everything else about a run's future is in the parts listed in
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -184,6 +185,16 @@ def layer_paths(roots: Mapping[str, Any]) -> dict[str, keras.layers.Layer]:
     return walker.layers
 
 
+def metric_paths(roots: Mapping[str, Any]) -> set[str]:
+    """Wherever variables of metrics may be named, in one root or another."""
+    found: set[str] = set()
+    for name, root in roots.items():
+        walker = _Walker()
+        walker.visit(root, name)
+        found |= walker.of_metrics
+    return found
+
+
 def average_paths(paths: Iterable[str]) -> dict[str, str]:
     """Where optimizers keep averages of a model's variables.
 
@@ -211,6 +222,7 @@ class _Walker:
     def __init__(self) -> None:
         self.found: dict[str, keras.Variable] = {}
         self.layers: dict[str, keras.layers.Layer] = {}
+        self.of_metrics: set[str] = set()
         self._paths: dict[int, str] = {}
         # Visited objects are kept alive, so that no id is used twice.
         self._seen: dict[int, Any] = {}
@@ -234,6 +246,7 @@ class _Walker:
             return
         if isinstance(obj, keras.layers.Layer):
             self.layers[path] = obj
+        known = len(self.found)
         for name, child in _children(obj):
             self._seen[id(obj)] = obj
             if isinstance(child, keras.Variable):
@@ -241,6 +254,8 @@ class _Walker:
                 self.add(child, f"{path}/{own or name}")
             else:
                 self.visit(child, f"{path}/{name}")
+        if isinstance(obj, keras.metrics.Metric):
+            self.of_metrics.update(itertools.islice(self.found, known, None))
         if isinstance(obj, keras.optimizers.Optimizer):
             self._seen[id(obj)] = obj
             self._visit_optimizer(obj, path)

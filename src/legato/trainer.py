@@ -44,7 +44,7 @@ from legato.run_directory import (
 from legato.session import Session
 from legato.sinks import SUMMARIES, EvaluationSink, check_managers
 from legato.state import variable_paths
-from legato.summaries import SummaryManagerInterface
+from legato.summaries import SummaryManagerInterface, as_step
 from legato.task import Optimizers, Task
 from legato.types import AuditEntry
 
@@ -198,6 +198,7 @@ class Trainer:
                         },
                     ) as session,
                     self._noting_step(session),
+                    as_step(lambda clock=session.clock: clock.step),
                 ):
                     session.identify()
                     if not session.steps.is_traced:

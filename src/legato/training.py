@@ -408,6 +408,16 @@ class TrainSteps:
         self._calls.make_overlap()
         self._tell_phases()
 
+    def begin_anew(self) -> None:
+        """Take the next calls for first ones, which may compile.
+
+        Where batches will come in another way, as from the host.
+        """
+        for shapes in self._called:
+            if shapes in self._loops:
+                self._loops[shapes].phases = None
+        self._called.clear()
+
     def close(self) -> None:
         """Wait for what was begun, and overlap no more."""
         self._calls.close()

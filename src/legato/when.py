@@ -4,6 +4,7 @@ Both are functions of the step alone: the same in a run that was killed.
 """
 
 import dataclasses
+import operator
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -117,6 +118,48 @@ class Sample:
 
 
 When = Every | Sample
+
+_FORMS = (
+    "it must be a number of steps (50 for every 50th), {every: 50} or "
+    "{sample: 0.02}, each also with over: epoch, summary or batch; "
+    "legato.Every(50) or legato.Sample(0.02); or null (None) for never"
+)
+
+
+def read_when(value: Any) -> When | None:
+    """When a metric is updated, as users write it; None for never.
+
+    Raises:
+        ConfigError: it is no such thing.
+    """
+    if value is None or isinstance(value, When):
+        return value
+    number = as_whole(value)
+    if number is not None:
+        return Every(number)
+    try:
+        match value:
+            case {"every": steps, **others}:
+                whole = as_whole(steps)
+                return Every(steps if whole is None else whole, **others)
+            case {"sample": share, **others}:
+                return Sample(share, **others)
+    except TypeError:  # others are none of its arguments
+        pass
+    raise ConfigError(f"{value!r:.80}: {_FORMS}.")
+
+
+def as_whole(value: Any) -> int | None:
+    """A whole number; takes NumPy's integers and YAML's `1e5`, not True."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
 
 # Multipliers below 2**15, so that no product leaves an int32.
 _ROUNDS = (

@@ -735,10 +735,9 @@ class Board(keras.callbacks.Callback):
                 "kernel": abs(kernel[:, :, None]),
                 "plot": figure,
             }
-        with legato.summaries.as_step(int(self.model.optimizer.iterations)):
-            self.manager.write_summaries(
-                {"weights": kernel, "note": f"epoch {epoch}", **groups}
-            )
+        self.manager.write_summaries(
+            {"weights": kernel, "note": f"epoch {epoch}", **groups}
+        )
 
 
 def _no_callbacks(task: legato.Task) -> list[keras.callbacks.Callback]:

@@ -228,6 +228,91 @@ def test_metrics_at_some_steps(when, compiled, tmp_path):
         )
 
 
+class Groups(keras.metrics.Metric):
+    """Its result is a dict, with a dict in it."""
+
+    def __init__(self, name="groups"):
+        super().__init__(name=name)
+        self.total = self.add_variable((), "zeros", name="total")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        labels = keras.ops.cast(y_true, "float32")
+        self.total.assign(self.total + keras.ops.sum(labels))
+
+    def result(self):
+        total = self.total + 0.0
+        return {"a": total, "label": total * 2, "in": {"b": total * 3}}
+
+
+def iou():
+    return keras.metrics.MeanIoU(3, name="shared", sparse_y_pred=False)
+
+
+def several(shared, weighted=False):
+    """What `compile` takes; names clash, and objects are there twice."""
+    given = {"metrics": [LabelMean(name="label"), Groups()]}
+    if shared is not None:
+        given["metrics"] += [shared, shared]
+    if weighted:
+        given["weighted_metrics"] = [shared, Groups()]
+    return given
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: several(None),
+        lambda: several(LabelMean(name="shared")),
+        lambda: several(LabelMean(name="shared"), weighted=True),
+        lambda: several(iou()),
+        lambda: several(Groups("shared"), weighted=True),
+        lambda: {"metrics": [LabelMean(name="twice")] * 2},
+    ],
+)
+def test_metrics_are_named_as_by_keras(make, tmp_path):
+    arguments = {"epochs": 2, "batch_size": 15, "shuffle": False, "verbose": 0}
+    known = {**arguments, "validation_data": (X, Y)}
+    theirs = made(**make()).fit(X, Y, **known).history
+    ours = fit(made(**make()), tmp_path / "run", **known).history
+    assert sorted(ours) == sorted(theirs)
+    for name, values in theirs.items():
+        np.testing.assert_allclose(ours[name], values, rtol=1e-5)
+    if "weighted_metrics" not in make():
+        chosen = fit(
+            made(metrics=[]),
+            tmp_path / "chosen",
+            **known,
+            train_metrics=make()["metrics"],
+            validation_metrics=make()["metrics"],
+        ).history
+        assert chosen == ours
+    model = made(**make())
+    assert sorted(legato.evaluate(model, (X, Y))) == sorted(
+        model.evaluate(X, Y, verbose=0, return_dict=True)
+    )
+
+
+def test_groups_of_a_metric_at_some_steps(tmp_path):
+    history = fit(
+        made(metrics=[Groups()]),
+        tmp_path / "run",
+        epochs=3,
+        train_metrics=legato.Every(10),
+    ).history
+    assert [*map(np.isnan, history["b"])] == [True, False, True]
+
+
+def test_steps_are_written_as_in_a_config(tmp_path):
+    whens = {"a": 2, "b": {"every": 2}, "c": legato.Every(2), "d": None}
+    history = fit(
+        made(metrics=[]),
+        tmp_path / "run",
+        train_metrics={LabelMean(name=k): when for k, when in whens.items()},
+    ).history
+    assert history["a"] == history["b"] == history["c"]
+    assert "d" not in history
+
+
 def test_a_metric_that_was_never_due_is_no_number(tmp_path):
     history = fit(
         made(), tmp_path / "run", epochs=3, train_metrics=legato.Every(10)
@@ -503,6 +588,12 @@ def test_what_is_not_exact_is_refused_or_named(tmp_path, monkeypatch):
         ({"train_metrics": "accuracy"}, "train_metrics='accuracy'"),
         ({"train_metrics": 7}, "train_metrics=7"),
         ({"train_metrics": ["nonsense"]}, "train_metrics.*nonsense"),
+        (
+            {"train_metrics": {"accuracy": legato.Every(3), "mse": "x"}},
+            "train_metrics: 'mse': 'x': it must be a number of steps",
+        ),
+        ({"train_metrics": {"accuracy": 0}}, "train_metrics: 'accuracy': Ev"),
+        ({"train_metrics": {"accuracy": {}}}, "train_metrics: 'accuracy': {}"),
         (
             {"train_metrics": ["top_k_categorical_accuracy"]},
             "train_metrics",

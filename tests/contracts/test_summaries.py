@@ -81,6 +81,57 @@ def test_managers_take_the_place_of_the_engines(tmp_path):
     assert kept.given[-1][0] == 12
 
 
+class Writes(keras.callbacks.Callback):
+    """Writes in each hook to the manager of the run."""
+
+    def __init__(self, manager):
+        super().__init__()
+        self._write = lambda name: manager.write_summaries({name: 1.0})
+
+
+def _writing(hook):
+    return lambda self, *args, logs=None: self._write(hook)
+
+
+for _when in ("begin", "end"):
+    for _what in (
+        "train", "epoch", "train_batch", "test", "test_batch"
+    ):  # fmt: skip
+        _hook = f"on_{_what}_{_when}"
+        setattr(Writes, _hook, _writing(_hook))
+
+
+class Fails(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == 10:
+            raise InterruptedError
+
+
+def test_what_callbacks_write_has_the_step_and_is_rewound(tmp_path):
+    def run(name, *more):
+        manager = legato.SummaryManager(tmp_path / name)
+        make(
+            tmp_path / f"{name}-run",
+            managers={"summary_manager": manager},
+            callbacks=[Writes(manager), *more],
+            checkpoint_interval=4,
+            validation_interval=6,
+        ).train()
+        return read(tmp_path / name)
+
+    whole = run("whole")
+    steps = {tag: [step for step, _ in points] for tag, points in whole.items()}
+    assert steps["on_train_begin"] == [0]
+    assert steps["on_train_batch_begin"] == [*range(12)]
+    assert steps["on_train_batch_end"] == [*range(1, 13)]
+    assert {*steps["on_test_batch_end"]} == {6, 12}
+    assert steps["on_train_end"] == [12]
+    with pytest.raises(InterruptedError):
+        run("two", Fails())
+    assert len(read(tmp_path / "two")["on_train_batch_end"]) == 10
+    assert run("two") == whole
+
+
 class Failing:
     """A plug-in that cannot reach its server."""
 

@@ -188,6 +188,7 @@ def test_nothing_is_nan():
             {"function": sk.f1_score, "needs": "scores", "threshold": 1},
             "threshold=1.*a threshold",
         ),
+        ({"function": sk.f1_score, "threshold": "a"}, "threshold='a'.*number"),
         (
             {"function": functools.partial(sk.fbeta_score, beta=2)},
             "has no name of its own",

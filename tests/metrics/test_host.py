@@ -398,6 +398,14 @@ class Odd(Classifier):
             metric.update_state(labels, lambda: outputs)
 
 
+def test_half_precision_is_a_number(tmp_path):
+    half = keras.ops.cast(1.5, "bfloat16")
+    task = Measuring(Returns({"a": half, "b": [half]}))
+    history = make(tmp_path / "run", task).train().history
+    assert history["val_a"][-1] == 1.5
+    assert history["val_b"][-1] == [1.5]
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("task", "error", "words"),
@@ -421,6 +429,16 @@ class Odd(Classifier):
             "returned a, and so do",
         ),
         (Measuring(Returns({"loss": -1})), StepError, "returned loss, and so"),
+        (
+            Measuring(Returns({"a": 10**400})),
+            StepError,
+            r"the metric 'returns'\) returned 'a', a number of 1329 bits",
+        ),
+        (
+            Measuring(Returns({"b": {"a": [np.datetime64("2020-01-01")]}})),
+            StepError,
+            "the metric 'returns'.*returned 'a', of dtype datetime64",
+        ),
         (Measuring(Returns({"step": 7})), StepError, "each record of the logs"),
         (Halfway(), StepError, "but not reduce_aggregated_logs"),
         (Odd(), StepError, "tensors and plain data"),

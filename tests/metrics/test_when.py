@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 import legato
-from legato.errors import ConfigError, ExactnessWarning, StepError
+from legato.errors import (
+    ConfigError,
+    ExactnessError,
+    ExactnessWarning,
+    StepError,
+)
 from legato.training import TrainSteps
 from tests.contracts.scenarios import Classifier, classes_data
 
@@ -181,7 +186,9 @@ def test_only_those_that_are_named(tmp_path):
         ({"a": {"every": 2, "over": "year"}}, "since the epoch began"),
         ({"a": {"every": 2, "when": 1}}, "number of steps"),
         ({"a": {"sample": 2}}, "above 0 and at most 1"),
-        ({"a": {}}, "above 0 and at most 1"),
+        ({"a": {"every": "x"}}, "Every.'x'.*whole number"),
+        ({"a": {}}, "number of steps"),
+        ({"a": []}, "number of steps"),
         ({3: 4}, "names of metrics"),
         ([1], "names of metrics"),
     ],
@@ -302,6 +309,117 @@ def test_zero_leaves_out_all_that_the_config_does_not_name(tmp_path):
         tmp_path / "run", task, train_metrics_interval=0, train_metrics={"a": 2}
     )
     assert "a" in summaries[0] and "b" not in summaries[0]
+
+
+class Coming(Labels):
+    """Whose metrics come and go."""
+
+    def __init__(self, names, thresholds=None):
+        super().__init__({})
+        self.drawn = keras.random.SeedGenerator(1)  # a variable of its own
+        self.held = keras.metrics.Mean(name="held")
+        self._chosen = lambda: (names, thresholds)
+
+    def build_metrics(self, training):
+        names, thresholds = self._chosen()
+        made = {n: keras.metrics.Mean(name=n) for n in names}
+        made |= {"held": self.held} if "held" in made else {}
+        if thresholds:
+            made["auc"] = keras.metrics.AUC(thresholds, name="auc")
+        return [*made.values()]
+
+    def process_metrics(self, metrics, labels, outputs):
+        keras.random.uniform((), seed=self.drawn)
+        for metric in metrics or ():
+            labels = keras.ops.cast(labels, "float32")
+            if metric.name == "auc":
+                metric.update_state(labels > 0, keras.ops.sigmoid(labels))
+            else:
+                metric.update_state(labels)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fresh"),
+    [
+        ([], ["a"], {"a"}),
+        (["a"], ["b", "a"], {"b"}),
+        (["a", "b"], ["b"], set()),
+        (["a"], ["held", "a"], {"held"}),
+        (["held", "a"], ["a"], set()),
+        (["a"], [], set()),
+    ],
+)
+@pytest.mark.parametrize("resume", ["auto", "override"])
+def test_metrics_come_and_go(before, after, fresh, resume, tmp_path):
+    def run(names, steps, **changes):
+        return train(
+            tmp_path / "run", Coming(names), train_steps=steps, **changes
+        )
+
+    run(before, 7)
+    with pytest.raises(ExactnessError, match="metrics"):
+        run(after, 10, exact="strict", resume=resume)
+    with pytest.warns(ExactnessWarning, match="metrics") as warned:
+        history, _ = run(after, 10, resume=resume)
+    assert len([w for w in warned if w.category is ExactnessWarning]) == 1
+    labels = classes_data("train")[1]
+    for name in after:
+        # Steps 6 and 7 were before it came.
+        expected = labels[64:] if name in fresh else labels
+        assert history[name][-1] == pytest.approx(expected.mean())
+
+
+def test_a_metric_of_another_shape_begins_anew_and_is_named(tmp_path):
+    def run(thresholds, steps):
+        return train(
+            tmp_path / "run", Coming(["a"], thresholds), train_steps=steps
+        )
+
+    run(50, 7)
+    with pytest.warns(ExactnessWarning, match="metrics.auc.*begins anew"):
+        history, _ = run(20, 10)
+    labels = classes_data("train")[1]
+    assert history["a"][-1] == pytest.approx(labels.mean())
+    assert 0 <= history["auc"][-1] <= 1
+
+
+def test_a_run_that_is_done_may_be_given_other_metrics(tmp_path):
+    train(tmp_path / "run", Coming(["a"]), train_steps=10)
+    with pytest.warns(ExactnessWarning, match="metrics"):
+        train(tmp_path / "run", Coming(["held"]), train_steps=10)
+
+
+def test_compiled_metrics_come_and_go(tmp_path):
+    data = np.ones((40, 2), "float32"), np.ones((40, 1), "float32")
+
+    def run(names, epochs):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        made = [Constant(name) for name in names]
+        model.compile("sgd", "mse", metrics=made)
+        return legato.fit(
+            model, *data, batch_size=10, epochs=epochs, verbose=0,
+            checkpoint_interval=3, run_dir=tmp_path / "run",
+        ).history  # fmt: skip
+
+    run("a", 1)
+    with pytest.warns(ExactnessWarning, match="metrics.b,a"):
+        history = run("ba", 2)
+    assert history["a"][-1] == history["b"][-1] == 4.0
+
+
+class Constant(keras.metrics.Metric):
+    """The number of its updates."""
+
+    def __init__(self, name):
+        super().__init__(name=name)
+        self.count = self.add_variable((), "zeros", name="count")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.count.assign(self.count + 1.0)
+
+    def result(self):
+        return self.count + 0.0
 
 
 def test_another_window_on_resume_is_named_and_begins_anew(tmp_path):

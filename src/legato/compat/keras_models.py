@@ -71,8 +71,8 @@ def means_by_name(
             vars(mean)["result"] = lambda mean=mean: mean
         return metric.result()
     finally:
-        for mean in held:
-            del vars(mean)["result"]
+        for mean in held:  # one may be there twice
+            vars(mean).pop("result", None)
 
 
 def _is_mean(metric: keras.metrics.Metric) -> TypeGuard[keras.metrics.Mean]:

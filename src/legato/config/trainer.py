@@ -1,6 +1,5 @@
 """How a run is driven: length, cadences, policies."""
 
-import operator
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -10,7 +9,7 @@ from legato.config.initial import InitConfig, from_path
 from legato.config.model import Config
 from legato.config.sinks import check_names, require_known
 from legato.errors import ConfigError
-from legato.when import Every, Sample, When
+from legato.when import Every, When, as_whole, read_when
 
 
 def _whole(minimum: int, or_else: str = "") -> pydantic.BeforeValidator:
@@ -19,7 +18,7 @@ def _whole(minimum: int, or_else: str = "") -> pydantic.BeforeValidator:
     def check(value: Any) -> Any:
         if value is None:
             return None
-        number = _as_whole(value)
+        number = as_whole(value)
         if number is None or number < minimum:
             raise ValueError(
                 f"must be a whole number of at least {minimum}{or_else}"
@@ -29,20 +28,8 @@ def _whole(minimum: int, or_else: str = "") -> pydantic.BeforeValidator:
     return pydantic.BeforeValidator(check)
 
 
-def _as_whole(value: Any) -> int | None:
-    """Takes NumPy's integers and YAML's `1e5` too; not True, not "10"."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
 def _check_validation_interval(value: Any) -> Any:
-    number = _as_whole(value)
+    number = as_whole(value)
     if value is None or value == "epoch":
         return value
     if number is None or number < 1:
@@ -55,7 +42,7 @@ def _check_validation_interval(value: Any) -> Any:
 
 def _check_validation_freq(value: Any) -> Any:
     several = isinstance(value, list | tuple | set)
-    numbers = [_as_whole(each) for each in (value if several else [value])]
+    numbers = [as_whole(each) for each in (value if several else [value])]
     if not numbers or any(n is None or n < 1 for n in numbers):
         raise ValueError(
             "must be a whole number of epochs of at least 1, or a list of the "
@@ -65,7 +52,7 @@ def _check_validation_freq(value: Any) -> Any:
 
 
 def _check_checkpoint_interval(value: Any) -> Any:
-    number = _as_whole(value)
+    number = as_whole(value)
     if number is not None and number >= 1:
         return number
     if isinstance(value, str):
@@ -91,13 +78,6 @@ def _check_max_time(value: Any) -> Any:
     return float(value)
 
 
-_WHEN = (
-    "must be a number of steps (50 for every 50th), {every: 50} or "
-    "{sample: 0.02}, each also with over: epoch, summary or batch; or null "
-    "(None) for never"
-)
-
-
 def _check_train_metrics(value: Any) -> Any:
     if not isinstance(value, dict) or not all(
         isinstance(name, str) for name in value
@@ -111,34 +91,16 @@ def _check_train_metrics(value: Any) -> Any:
 
 def _plain_when(name: str, value: Any) -> dict[str, Any] | None:
     """As it is written to `config.yaml`."""
-    if value is None:
-        return None
     try:
-        when = _read_when(value)
+        when = read_when(value)
     except ConfigError as error:
         raise ValueError(f"{name}: {error}") from None
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: {_WHEN}; it is {value!r:.80}") from None
+    if when is None:
+        return None
     plain: dict[str, Any] = {"over": when.over}
     if isinstance(when, Every):
         return {"every": when.steps, **plain}
     return {"sample": when.share, "seed": when.seed, **plain}
-
-
-def _read_when(value: Any) -> When:
-    """Raises TypeError, ValueError or ConfigError for anything else."""
-    if isinstance(value, When):
-        return value
-    number = _as_whole(value)
-    if number is not None:
-        return Every(number)
-    if not isinstance(value, dict):
-        raise TypeError
-    fields = dict(value)
-    if "every" in fields:
-        steps = _as_whole(fields.pop("every"))
-        return Every(steps, **fields)  # type: ignore[arg-type]
-    return Sample(fields.pop("sample", None), **fields)
 
 
 MAX_SHAPES = 32
@@ -342,8 +304,7 @@ class TrainerConfig(Config):
         """
         if name not in self.train_metrics:
             return default
-        plain = self.train_metrics[name]
-        return None if plain is None else _read_when(plain)
+        return read_when(self.train_metrics[name])
 
     @property
     def checkpoint_seconds(self) -> float | None:

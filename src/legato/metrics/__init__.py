@@ -10,7 +10,7 @@ from legato.metrics.in_steps import (
     check_metrics,
     run_recorded,
 )
-from legato.metrics.results import Results, directions
+from legato.metrics.results import Results, directions, label
 from legato.metrics.segmentation import (
     ConfusionMatrix,
     MeanDice,
@@ -35,5 +35,6 @@ __all__ = [
     "WrappedMetric",
     "check_metrics",
     "directions",
+    "label",
     "run_recorded",
 ]

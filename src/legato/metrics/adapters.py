@@ -1,6 +1,7 @@
 """Metrics of other libraries, used as metrics of validation."""
 
 import inspect
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -63,6 +64,11 @@ class SklearnMetric(HostMetric):
                 f"SklearnMetric(needs={needs!r}, threshold={threshold!r}): it "
                 'must be "labels" for predicted classes, which a threshold '
                 'may make, or "scores" for outputs as they are.'
+            )
+        if not isinstance(threshold, numbers.Real | None):
+            raise ConfigError(
+                f"SklearnMetric(threshold={threshold!r:.80}): it must be a "
+                "number, such as 0.5 for probabilities, or None."
             )
         _check_call(function, arguments)
         self._function = function

@@ -8,7 +8,8 @@ import keras
 import numpy as np
 
 from legato import backends
-from legato.compat.keras_models import means_by_name
+from legato.compat.keras_arrays import to_numpy
+from legato.compat.keras_models import CompileMetrics, means_by_name
 
 
 class Results:
@@ -57,7 +58,9 @@ class Results:
         out: dict[str, Any] = {}
         for metric, is_own in zip(self._metrics, self._is_own, strict=True):
             value = next(computed) if is_own else metric.result()
-            named = value if isinstance(value, dict) else {metric.name: value}
+            named = _flat(
+                value if isinstance(value, dict) else {metric.name: value}
+            )
             self._names[metric] = list(named)
             for name, each in named.items():
                 out[name] = each if type(each) is float else _on_host(each)
@@ -162,8 +165,18 @@ def _divide_all(totals: np.ndarray, counts: np.ndarray) -> list[float]:
     return found.tolist()
 
 
+def _flat(named: dict[str, Any]) -> dict[str, Any]:
+    """Without groups, as in Keras's `fit`: of equal names its last counts."""
+    if not any(isinstance(value, dict) for value in named.values()):
+        return named
+    found: dict[str, Any] = {}
+    for name, value in sorted(named.items()):
+        found |= _flat(value) if isinstance(value, dict) else {name: value}
+    return found
+
+
 def _on_host(result: Any) -> Any:
-    array = np.asarray(keras.ops.convert_to_numpy(result))
+    array = to_numpy(result)
     return float(array) if array.ndim == 0 else array.tolist()
 
 
@@ -173,6 +186,12 @@ def _is_kerass_own(metric: Any) -> bool:
     return type(metric).__module__.startswith("keras.") and all(
         map(_is_kerass_own, inner)
     )
+
+
+def label(metric: keras.metrics.Metric) -> str:
+    """What checkpoints call a metric: that of `compile`, by all it holds."""
+    held = metric.metrics if isinstance(metric, CompileMetrics) else ()
+    return ",".join(each.name for each in held) or metric.name
 
 
 def directions(metrics: Sequence[keras.metrics.Metric]) -> dict[str, str]:

@@ -230,6 +230,8 @@ def check_picture(path: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: it cannot.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"plot={path!r:.80}: it must be the path of a file.")
     target = Path(path)
     if target.suffix.lower() not in _FORMATS:
         raise ConfigError(

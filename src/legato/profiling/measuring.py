@@ -36,6 +36,7 @@ from legato.profiling.report import Cost, Kind, Profile
 from legato.profiling.where import Piece
 from legato.profiling.workbench import Workbench
 from legato.schedule import Schedule
+from legato.summaries import as_step
 from legato.task import Task
 from legato.types import flat_logs
 from legato.when import Every, When
@@ -86,6 +87,8 @@ def measure(
         stack.enter_context(_kept_random_state())
         say("building and tracing")
         bench = Workbench(task, config, folder)
+        # Of what callbacks write to summary managers.
+        stack.enter_context(as_step(lambda: bench.clock.step))
         stack.callback(bench.log.close)
         stack.enter_context(_kept_model(bench.parts.whole))
         task.initialize(bench.parts.model)

@@ -160,12 +160,13 @@ class Profile:
         """The cost of a name.
 
         Raises:
-            KeyError: there is none.
+            KeyError: there is none; it names those that there are.
         """
         for cost in self.costs:
             if cost.name == name:
                 return cost
-        raise KeyError(name)
+        known = ", ".join(cost.name for cost in self.costs)
+        raise KeyError(f"{name!r} is none of the costs: {known}")
 
     def intervals(self, budget: str | float) -> dict[str, int]:
         """How rarely each part has to act to cost no more than a budget.

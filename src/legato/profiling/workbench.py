@@ -1,6 +1,7 @@
 """The parts of a run, put together so that each can be timed by itself."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from legato.data import Chunk, DataSource
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
 from legato.parts import build_parts, precision
-from legato.phases import Phases
+from legato.phases import COMPILE, Phases
 from legato.program import choose_program, make_schedule
 from legato.progress import make_reporter
 from legato.readings import Readings
@@ -202,6 +203,7 @@ class Workbench:
             max_steps=self.config.steps_per_loop,
             phases=self.phases,
         )
+        steps.compiling = functools.partial(self.phases.within, COMPILE)
         steps.trace()
         return steps
 

@@ -400,8 +400,8 @@ def _bad_path(path: Any) -> SummaryError:
     return SummaryError(
         f"{path!r:.80} cannot be a directory of summaries: the name of a group "
         "must be a str whose parts between slashes are not empty, have at "
-        f"most {_MAX_NAME_BYTES} bytes, and begin neither with a dot nor with "
-        f"{EVENTS!r}. Rename it."
+        f"most {_MAX_NAME_BYTES} bytes and no null character, and begin "
+        f"neither with a dot nor with {EVENTS!r}. Rename it."
     )
 
 

@@ -205,7 +205,10 @@ def as_array(value: Any) -> np.ndarray | None:
     tensor = value.value if isinstance(value, keras.Variable) else value
     if not keras.ops.is_tensor(tensor):
         return None
-    return np.asarray(keras.ops.convert_to_numpy(tensor))
+    # Late: it imports Keras, which there may be none of.
+    from legato.compat.keras_arrays import to_numpy
+
+    return to_numpy(tensor)
 
 
 def is_image(array: np.ndarray) -> bool:

@@ -4,20 +4,24 @@ import contextlib
 import contextvars
 import operator
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from legato.errors import SummaryError
 from legato.summaries import values as kinds
-from legato.summaries.events import EventFile, scalar_summary
+from legato.summaries.events import EventFile, clean_tag, scalar_summary
 from legato.summaries.worker import Worker
 
 _writer: contextvars.ContextVar["SummaryWriter | None"] = (
     contextvars.ContextVar("legato_summary_writer", default=None)
 )
-_step: contextvars.ContextVar[int | None] = contextvars.ContextVar(
-    "legato_summary_step", default=None
+_step: contextvars.ContextVar[Callable[[], int | None]] = (
+    contextvars.ContextVar("legato_summary_step", default=lambda: None)
 )
+
+
+_MAX_STEP = 2**63 - 1
+"""What an event's step holds."""
 
 
 class SummaryWriter:
@@ -31,6 +35,8 @@ class SummaryWriter:
     def __init__(self, file: EventFile, worker: Worker) -> None:
         self._file = file
         self._worker = worker
+        self._names: dict[str, str] = {}  # by the tags that they become
+        self._seen: set[tuple[str, ...]] = set()
 
     @contextlib.contextmanager
     def as_default(self) -> Iterator["SummaryWriter"]:
@@ -42,7 +48,12 @@ class SummaryWriter:
             _writer.reset(token)
 
     def write(self, step: int, prepared: kinds.Prepared, name: str) -> None:
-        """Write a value, at once or when what was given before is written."""
+        """Write a value, at once or when what was given before is written.
+
+        Raises:
+            SummaryError: see `write_scalars`.
+        """
+        self._check_names((name,))
         now = time.time()
         if prepared.is_quick and self._worker.is_idle:
             self._file.write(now, step, prepared.make())
@@ -61,7 +72,12 @@ class SummaryWriter:
         self._worker.submit(convert)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write several numbers in one event."""
+        """Write several numbers in one event.
+
+        Raises:
+            SummaryError: TensorBoard would take two names for one.
+        """
+        self._check_names(tuple(scalars))
         now = time.time()
         if self._worker.is_idle:
             self._file.write_summary(now, step, scalar_summary(scalars))
@@ -72,11 +88,29 @@ class SummaryWriter:
                 )
             )
 
+    def _check_names(self, names: tuple[str, ...]) -> None:
+        if names in self._seen:  # the same ones come again and again
+            return
+        for name in names:
+            tag = clean_tag(name)
+            other = self._names.setdefault(tag, name)
+            if other != name:
+                raise SummaryError(
+                    f"The summaries {other!r} and {name!r} would be one: "
+                    f"TensorBoard takes both for {tag!r}, since only letters, "
+                    "digits and -_./ are kept. Rename one of them."
+                )
+        self._seen.add(names)
+
 
 @contextlib.contextmanager
-def as_step(step: int) -> Iterator[None]:
-    """While active: the step of summaries that are written without one."""
-    token = _step.set(step)
+def as_step(step: int | Callable[[], int]) -> Iterator[None]:
+    """While active: the step of summaries that are written without one.
+
+    Args:
+        step: the step, or what returns it whenever it is asked.
+    """
+    token = _step.set(step if callable(step) else lambda: step)
     try:
         yield
     finally:
@@ -84,8 +118,8 @@ def as_step(step: int) -> Iterator[None]:
 
 
 def current_step() -> int | None:
-    """The step that a run is at, while it has its summaries written."""
-    return _step.get()
+    """The step that a run is at; None outside of one."""
+    return _step.get()()
 
 
 def scalar(name: str, value: Any, step: int | None = None) -> None:
@@ -206,13 +240,14 @@ def as_step_number(step: Any, where: str) -> int:
             raise TypeError
         # (A variable may be of floats.)
         number = operator.index(value) if array is None else int(array)
-        if number < 0 or (array is not None and number != array):
+        whole = array is None or number == array
+        if not (whole and 0 <= number <= _MAX_STEP):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise SummaryError(
             f"{where}={step!r:.80} gives {value!r:.80}: it must be a step, a "
-            "whole number of at least 0; or a function that returns one; or a "
-            "keras.Variable that holds one."
+            "whole number of at least 0 and below 2**63; or a function that "
+            "returns one; or a keras.Variable that holds one."
         ) from None
     return number
 
