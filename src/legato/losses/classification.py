@@ -67,6 +67,11 @@ class SmoothedCrossentropy(EntryLoss):
         self.label_smoothing = float(label_smoothing)
         self.ignore_class = ignore_class
 
+    @property
+    def ignored_index(self) -> int | None:
+        """The label that may be none of the classes, where it is an index."""
+        return self.ignore_class
+
     def entries(
         self, y_true: Any, y_pred: Any, mask: Any = None, weight: Any = None
     ) -> Entries:

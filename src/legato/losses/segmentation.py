@@ -79,6 +79,11 @@ class DiceLoss(EntryLoss):
         self.smooth = float(smooth)
         self.ignore_label = ignore_label
 
+    @property
+    def ignored_index(self) -> int | None:
+        """The label that may be none of the classes, where it is an index."""
+        return self.ignore_label
+
     def entries(
         self, y_true: Any, y_pred: Any, mask: Any = None, weight: Any = None
     ) -> Entries:
