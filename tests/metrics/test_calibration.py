@@ -186,7 +186,10 @@ def test_in_a_compiled_model(own, tmp_path):
         ExpectedCalibrationError(from_logits=True), labels, logits
     )
     model = keras.Sequential(
-        [keras.Input((4,)), keras.layers.Dense(4, kernel_initializer="identity")]
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(4, kernel_initializer="identity"),
+        ]
     )
     model.compile(
         keras.optimizers.SGD(0.0),

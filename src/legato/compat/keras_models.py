@@ -261,7 +261,9 @@ def label_classes(model: Any, batch: Any) -> dict[str, tuple[int, int | None]]:
         and outputs[path][-1] is not None
         and (
             not takes_shares
-            or (weight is None and _are_indices(labels.get(path), outputs[path]))
+            or (
+                weight is None and _are_indices(labels.get(path), outputs[path])
+            )
         )
     }
 

@@ -178,9 +178,7 @@ class SmoothL1Loss(EntryLoss):
             counted = counted * align(mask, counted, "The mask of the outputs")
         # An anchor without a box may have log(0) as a target.
         used = ops.expand_dims(shown(counted, weight), axis=-1)
-        y_true, y_pred = (
-            ops.where(used, each, 0) for each in (y_true, y_pred)
-        )
+        y_true, y_pred = (ops.where(used, each, 0) for each in (y_true, y_pred))
         mean = keras.losses.huber(y_true, y_pred, delta=self.beta)
         values = mean * (y_pred.shape[-1] / self.beta) * counted
         return Entries(values, counted, counted)

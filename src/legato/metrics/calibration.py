@@ -101,7 +101,8 @@ class ExpectedCalibrationError(keras.metrics.Metric):
             fit_labels(self.name, each, confidence.shape)
             for each in to_classes(y_true)
         )
-        classes: Any = 2 if self.binary else ops.shape(outputs)[-1]
+        shape: Any = ops.shape(outputs)
+        classes = 2 if self.binary else shape[-1]
         is_known = is_known & is_class & (labels >= 0) & (labels < classes)
         correct = ops.cast(labels == ops.cast(predicted, "int32"), "float32")
         weights = self._weights(sample_weight, labels)

@@ -13,6 +13,7 @@ from legato.metrics.coco_batch import (
     BOX_FORMATS,
     Batch,
     check_finite,
+    check_order,
     read_boxes,
     read_masks,
     read_scales,
@@ -117,12 +118,14 @@ class CocoMetric(HostMetric):
         self._need_rescale = need_rescale_bboxes
         self._per_category = per_category
         self._file = None
+        given = "categories=..."
         if annotation_file is not None:
             path = Path(annotation_file)
             self._file = AnnotationFile(path, with_masks=include_mask)
             if categories is None:
                 categories = self._file.categories
-        self._categories = _check_categories(categories)
+                given = f"annotation_file={str(path)!r}"
+        self._categories = _check_categories(categories, given)
         self._images: dict[int, Image] = {}
 
     def update_state(
@@ -137,8 +140,8 @@ class CocoMetric(HostMetric):
 
         Raises:
             DataError: something is missing, has another shape, or is not
-                finite; a category is unknown; an image came before; ground
-                truth has a box that ends before it begins.
+                finite; a category is unknown; an image came before; a box
+                ends before it begins. (Padding may be anything.)
         """
         labels = Batch(labels, "labels")
         outputs = Batch(outputs, "outputs")
@@ -146,7 +149,8 @@ class CocoMetric(HostMetric):
         if ids.dtype.kind not in "iu":
             raise DataError(
                 f"CocoMetric: labels['source_id'] is of dtype {ids.dtype}: ids "
-                "of images must be integers; floats lose digits."
+                "of images must be integers; floats lose digits. Number the "
+                "images from 0 if their ids are too large for the backend."
             )
         outputs.size = len(ids)
         is_there = ids >= 0
@@ -230,13 +234,7 @@ class CocoMetric(HostMetric):
             found = read_boxes(boxes[row, rows], self._box_format, rescale)
             check_finite(found, "labels['boxes']", key)
             self._check_known(classes[row, rows], "labels['classes']", key)
-            if (found[:, 2:] < 0).any():
-                raise DataError(
-                    f"CocoMetric: labels['boxes'] of the image with source_id "
-                    f"{key} has a box that ends before it begins. Is "
-                    f"box_format={self._box_format!r} right? What is no "
-                    "object must have a class below 0."
-                )
+            check_order(found, "labels['boxes']", key, self._box_format)
             rles = None
             if masks is not None:
                 rles, size = read_masks(
@@ -244,6 +242,7 @@ class CocoMetric(HostMetric):
                 )
             if areas is not None:
                 area = areas[row, rows].astype(np.float64)
+                check_finite(area, "labels['areas']", key)
             elif rles is not None:
                 area = coco_figures.areas(rles)
             else:
@@ -271,6 +270,9 @@ class CocoMetric(HostMetric):
             rows = np.flatnonzero(is_there[row])
             found = read_boxes(boxes[row, rows], self._box_format, rescale)
             check_finite(found, "outputs['detection_boxes']", key)
+            check_order(
+                found, "outputs['detection_boxes']", key, self._box_format
+            )
             check_finite(scores[row, rows], "outputs['detection_scores']", key)
             self._check_known(
                 classes[row, rows], "outputs['detection_classes']", key
@@ -326,7 +328,7 @@ def _is_weighted(sample_weight: Any, count: int) -> np.ndarray:
 
 
 def _check_categories(
-    categories: Mapping[int, str] | None,
+    categories: Mapping[int, str] | None, given: str
 ) -> dict[int, str] | None:
     if categories is None:
         return None
@@ -338,8 +340,9 @@ def _check_categories(
         or not all(type(each) is int and each >= 0 for each in categories)
     ):
         raise ConfigError(
-            f"CocoMetric(categories={categories!r}): it must be a dict that is "
-            "not empty, with different names by ids that are at least 0, such "
-            'as {1: "person", 3: "car"}.'
+            f"CocoMetric({given}): the categories are {categories!r}. They "
+            "must be a dict that is not empty, with different names by ids "
+            'that are at least 0. Give such as categories={1: "person", 3: '
+            '"car"}.'
         )
     return dict(categories)

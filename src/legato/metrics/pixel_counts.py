@@ -75,7 +75,7 @@ class PixelCounts(keras.metrics.Metric):
             fit_labels(self.name, each, predicted.shape)
             for each in to_classes(y_true)
         )
-        weights = None
+        weights: Any = None
         if sample_weight is not None:
             weights = fit_weights(self.name, sample_weight, labels)
             ones = (1,) * (len(labels.shape) - len(weights.shape))
