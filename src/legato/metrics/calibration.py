@@ -114,9 +114,10 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         bins = ops.clip(ops.cast(bins, "int32"), 0, self.num_bins - 1)
         numbers: Any = ops.arange(self.num_bins, dtype="int32")
         is_in = _in_rows(bins) == numbers[:, None, None]
-        by_bin = ops.where(is_in, _in_rows(gaps), 0.0)
-        parts = ops.concatenate([by_bin, _in_rows(weights)[None]], axis=0)
-        self._bins.add_parts(ops.transpose(ops.sum(parts, axis=-1)))
+        by_bin = ops.sum(ops.where(is_in, _in_rows(gaps), 0.0), axis=-1)
+        whole: Any = ops.sum(_in_rows(weights), axis=-1)
+        parts = ops.concatenate([by_bin, whole[None]], axis=0)
+        self._bins.add_parts(ops.transpose(parts))
 
     def _predict(self, outputs: Any) -> tuple[Any, Any, Any]:
         """Confidences, predicted classes, and whether these can be."""
