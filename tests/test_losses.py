@@ -1,5 +1,6 @@
 """Losses, against the formulas of their papers in float64."""
 
+import itertools
 import json
 
 import keras
@@ -586,6 +587,128 @@ def some_batch(cls):
     return (
         random_classes() if cls is SmoothedCrossentropy else random_segments()
     )
+
+
+# --- what has weight 0, and labels that are no classes
+
+
+def batches():
+    """Losses with labels, outputs and weights of which some are 0."""
+    random = np.random.default_rng(3)
+    weights = np.float32([[1, 0, 2], [0, 0.5, 1]])
+    boxes = random.normal(size=(2, 2, 3, 4)).astype("float32")
+    maps = random.normal(size=(3, 4, 5, 3)).astype("float32")
+    classes = random.integers(0, 3, (3, 4, 5))
+    rows = maps.reshape(3, 20, 3)
+    images = np.float32([2, 0, 1])
+    by_class = np.float32([[1, 0, 2], [0, 0, 0], [1, 1, 0]])
+    focal = random.integers(-1, 2, (2, 3, 4))
+    shares = np.eye(3, dtype="float32")[classes]
+    return {
+        "focal": (SigmoidFocalLoss, {}, focal, boxes[0], weights),
+        "boxes": (SmoothL1Loss, {}, boxes[1], boxes[0], weights),
+        "index": (SmoothedCrossentropy, {}, classes[0], maps[0], 0),
+        "rows": (SmoothedCrossentropy, {}, classes.reshape(3, 20), rows, 1),
+        "shares": (SmoothedCrossentropy, {}, shares, maps, images),
+        "dice": (DiceLoss, {}, classes, maps, images),
+        "smooth": (DiceLoss, {"smooth": 0.0}, classes, maps, images),
+        "dice of shares": (DiceLoss, {}, shares, maps, by_class[:, :1]),
+        "sigmoid": (
+            DiceLoss,
+            {"activation": "sigmoid"},
+            shares,
+            maps,
+            by_class,
+        ),
+    }
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize("name", batches())
+def test_what_has_weight_zero_is_inert(name, reduction, bad):
+    cls, arguments, labels, outputs, weights = batches()[name]
+    if np.ndim(weights) == 0:
+        weights = np.ones(labels.shape, "float32")
+        weights[0], weights[1, 2] = 0, 0
+    loss = cls(reduction=reduction, **arguments)
+
+    def measure(labels, outputs):
+        return value_and_gradient(
+            lambda x: loss(labels, x, sample_weight=weights), outputs
+        )
+
+    value, gradient = measure(labels, outputs)
+    zero = weights == 0
+    if cls is DiceLoss:
+        zero = zero.reshape(3, 1, 1, *zero.shape[1:])
+    zero = zero.reshape(*zero.shape, *[1] * (outputs.ndim - zero.ndim))
+    zero = np.broadcast_to(zero, outputs.shape)
+    of_labels = zero if labels.shape == zero.shape else zero[..., 0]
+    assert of_labels.any() and not of_labels.all()
+    assert np.isfinite(value) and (gradient[~zero] != 0).any()
+    outputs = np.where(zero, bad, outputs).astype("float32")
+    again = [measure(labels, outputs)]
+    if cls is not SigmoidFocalLoss:  # -1 does not count there
+        spoiled = np.where(of_labels, bad, labels).astype("float32")
+        again.append(measure(spoiled, outputs))
+    for found, slopes in again:
+        np.testing.assert_allclose(found, value, **CLOSE)
+        np.testing.assert_allclose(slopes, gradient, **CLOSE)
+        assert (slopes[zero] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wrong"),
+    [
+        *itertools.product(["uint8", "int32", "float32"], [3, 255]),
+        *itertools.product(["int32", "float32"], [-1]),
+        *itertools.product(["float32"], [1.5, np.nan]),
+    ],
+)
+@pytest.mark.parametrize("cls", [SmoothedCrossentropy, DiceLoss])
+def test_an_index_that_is_no_class_is_nan(cls, wrong, dtype):
+    random = np.random.default_rng(0)
+    outputs = random.normal(size=(2, 4, 3)).astype("float32")
+    labels = random.integers(0, 3, (2, 4)).astype(dtype)
+    expected = host(cls(reduction="none")(labels, outputs))
+    labels[1, 2] = wrong
+    for ignored in (None, 7):
+        name = "ignore_label" if cls is DiceLoss else "ignore_class"
+        loss = cls(reduction="none", **{name: ignored})
+        found = host(loss(labels, outputs))
+        np.testing.assert_array_equal(found[0], expected[0])
+        bad = np.isnan(found[1])
+        assert bad.all() if cls is DiceLoss else bad.tolist() == [0, 0, 1, 0]
+    value, _ = value_and_gradient(lambda x: cls()(labels, x), outputs)
+    assert np.isnan(value)
+    if wrong in (255, -1):
+        loss = cls(**{name: wrong})
+        value, gradient = value_and_gradient(lambda x: loss(labels, x), outputs)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_dice_of_one_channel_refuses_what_is_no_share():
+    outputs = np.zeros((2, 3, 1), "float32")
+    loss = DiceLoss("sigmoid", reduction="none")
+    labels = np.float32([[0, 0.5, 1], [0, 255, 255]])
+    assert np.isnan(host(loss(labels, outputs))).tolist() == [[False], [True]]
+
+
+def test_crossentropy_takes_classes_that_cannot_be():
+    """As torch.nn.functional.cross_entropy does."""
+    logits = np.float32([[2, 1, -np.inf], [0, -np.inf, 0]])
+    labels = np.array([0, 2])
+    value, gradient = value_and_gradient(
+        lambda x: SmoothedCrossentropy(0.0, reduction="sum")(labels, x), logits
+    )
+    p = 1 / (1 + np.exp(-1))
+    np.testing.assert_allclose(value, -np.log(p) + np.log(2), **CLOSE)
+    np.testing.assert_allclose(
+        gradient, [[p - 1, 1 - p, 0], [0.5, 0, -0.5]], **CLOSE
+    )
+    impossible = SmoothedCrossentropy(0.0)(np.array([2]), logits[:1])
+    assert host(impossible) == np.inf
 
 
 NOTHING = {

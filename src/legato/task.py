@@ -36,7 +36,8 @@ class Task:
             config.
         label_classes: how many classes there are for the labels at some
             places of a batch, such as `{"1": 10}` for batches of (features,
-            labels), or `{"1.digit": 10}`. Labels in arrays are checked before
+            labels), or `{"1.digit": 10}`; `{"1": (10, 255)}` if 255 is a
+            label too, which is ignored. Labels in arrays are checked before
             training, others with `TrainerConfig.check_numerics`.
         batch_parts: what the parts of a batch are called in messages, where
             batches are tuples.
@@ -50,7 +51,9 @@ class Task:
     train_logs = LogStyle.MEANS
     validation_logs = LogStyle.MEANS
     order_seed: int | None = None
-    label_classes: Mapping[str, int] = types.MappingProxyType({})
+    label_classes: Mapping[str, int | tuple[int, int | None]] = (
+        types.MappingProxyType({})
+    )
     batch_parts: Sequence[str] = ()
     configured_inputs: Mapping[str, Callable[[], Any]] = types.MappingProxyType(
         {}

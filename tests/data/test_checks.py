@@ -192,6 +192,7 @@ def test_labels_of_several_outputs(tmp_path):
     "loss",
     [
         keras.losses.SparseCategoricalCrossentropy(ignore_class=-1),
+        legato.losses.SmoothedCrossentropy(ignore_class=-1),
         lambda y, p: keras.ops.mean(p, axis=-1),
     ],
 )
@@ -201,6 +202,52 @@ def test_other_losses_may_have_other_labels(loss, tmp_path):
     other = model()
     other.compile("sgd", loss)
     legato.fit(other, x, y, run_dir=tmp_path, verbose=0)
+
+
+@pytest.mark.parametrize("ignored", [None, 255])
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("name", ["kerass", "smoothed", "dice"])
+def test_labels_of_other_losses(name, column, ignored, tmp_path):
+    loss = {
+        "kerass": keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, ignore_class=ignored
+        ),
+        "smoothed": legato.losses.SmoothedCrossentropy(ignore_class=ignored),
+        "dice": legato.losses.DiceLoss(ignore_label=ignored),
+    }[name]
+    x = np.zeros((8, 5, 2), "float32")
+    y = np.arange(40).reshape(8, 5) % 3
+    if column:
+        y = y[..., None]
+
+    def train(y, run):
+        maps = keras.Sequential([keras.Input((5, 2)), keras.layers.Dense(3)])
+        maps.compile("sgd", loss)
+        return legato.fit(maps, x, y, run_dir=tmp_path / run, verbose=0)
+
+    if ignored is not None:
+        y[2, 1] = ignored
+    assert np.isfinite(train(y, run="good").history["loss"]).all()
+    if name != "kerass":
+        shares = np.full((8, 5, 3), 7.0)  # no indices
+        assert train(shares, run="shares").history["loss"]
+    y[5, 3] = 3
+    words = r"example 5 holds the label 3 in 'y', and the model has 3 classes: "
+    words += "0 to 2" + (", and 255, which is ignored" if ignored else "")
+    with pytest.raises(DataError, match=words):
+        train(y, run="bad")
+
+
+def test_labels_of_weight_zero_may_be_anything(tmp_path):
+    x, y = data()
+    y[5] = -1
+    other = model()
+    other.compile("sgd", legato.losses.SmoothedCrossentropy())
+    weights = np.arange(len(y)) != 5
+    history = legato.fit(
+        other, x, y, sample_weight=weights, run_dir=tmp_path, verbose=0
+    ).history
+    assert np.isfinite(history["loss"]).all()
 
 
 class Classifies(legato.Task):

@@ -2,6 +2,7 @@
 
 import functools
 
+import ml_dtypes
 import numpy as np
 import pytest
 import sklearn.metrics as sk
@@ -64,6 +65,28 @@ def test_scores():
     assert measured(metric, targets, outputs) == {
         "mean_absolute_error": pytest.approx(expected, rel=1e-12)
     }
+
+
+@pytest.mark.parametrize("needs", ["labels", "scores"])
+def test_half_precision(needs):
+    labels = np.array([0, 1, 1, 0])
+    outputs = np.array([0.2, 0.75, 0.4, 0.1], ml_dtypes.bfloat16)
+    function = sk.f1_score if needs == "labels" else sk.roc_auc_score
+    threshold = 0.5 if needs == "labels" else None
+    found = []
+    for each in (outputs, outputs.astype("float32")):
+        metric = SklearnMetric(function, "x", needs, threshold)
+        metric.update_state(labels, each)
+        found.append(metric.result())
+    assert found[0] == found[1]
+    with pytest.raises(DataError, match=r"dtype float32.*threshold=0.5"):
+        SklearnMetric(sk.f1_score).update_state(labels, outputs)
+
+
+def test_labels_that_are_one_hot():
+    metric = SklearnMetric(sk.accuracy_score)
+    with pytest.raises(DataError, match=r"one-hot.*labels\.argmax\(-1\)"):
+        metric.update_state(np.eye(3), np.eye(3) * 0.6)
 
 
 def test_threshold():

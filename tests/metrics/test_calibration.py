@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+import legato
 from legato.errors import ConfigError, DataError
 from legato.metrics import ExpectedCalibrationError
 
@@ -138,6 +139,115 @@ def test_nothing_is_nan_and_nan_is_seen():
     labels, logits = random_outputs(7)
     logits[3] = np.nan
     assert np.isnan(measured(metric, labels, logits))
+
+
+def pixels(values, correct, bins=15):
+    """A batch of images, and the error in float64."""
+    where = np.clip(np.ceil(values * bins) - 1, 0, bins - 1).astype(int)
+    gaps = correct.astype("float64") - values
+    each = np.bincount(where.ravel(), gaps.ravel(), bins)
+    return np.abs(each).sum() / values.size
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_many_pixels_in_a_batch(constant, compiled):
+    """Sums of many numbers of float32, one by one, drop parts of each."""
+    random = np.random.default_rng(0)
+    shape = (8, 512, 512) if compiled else (2**22,)
+    outputs = random.uniform(0.87, 0.93, shape).astype("float32")
+    labels = (random.random(shape) < outputs).astype("int32")
+    if constant:
+        outputs, labels = np.full_like(outputs, 0.9), np.ones_like(labels)
+    expected = pixels(outputs, labels == 1)
+    metric = ExpectedCalibrationError(binary=True)
+    if not compiled:
+        value = measured(metric, labels, outputs, batch=2**22)
+    else:
+        model = keras.Sequential(
+            [keras.Input(shape[1:]), keras.layers.Activation("linear")]
+        )
+        model.compile(
+            loss="mse",
+            metrics=[metric],
+            jit_compile=keras.config.backend() != "torch",
+        )
+        logs = model.evaluate(
+            outputs, labels, batch_size=8, verbose=0, return_dict=True
+        )
+        value = logs["expected_calibration_error"]
+    assert value == pytest.approx(expected, rel=1e-5, abs=2e-6)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_in_a_compiled_model(own, tmp_path):
+    labels, logits = random_outputs(8)
+    expected = measured(
+        ExpectedCalibrationError(from_logits=True), labels, logits
+    )
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(4, kernel_initializer="identity"),
+        ]
+    )
+    model.compile(
+        keras.optimizers.SGD(0.0),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[ExpectedCalibrationError(from_logits=True)],
+    )
+    if own:
+        history = model.fit(logits, labels, verbose=0).history
+        logs = model.evaluate(logits, labels, verbose=0, return_dict=True)
+    else:
+        data = (logits, labels)
+        history = legato.fit(
+            model, *data, validation_data=data, verbose=0, run_dir=tmp_path
+        ).history
+        logs = {n: history[f"val_{n}"][0] for n in history if n[:3] != "val"}
+    for found in (
+        history["expected_calibration_error"][0],
+        logs["expected_calibration_error"],
+    ):
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("wrong", [-1, 2, 0.5, np.nan, 2**32])
+def test_a_label_that_is_no_class_is_seen(wrong, binary):
+    outputs = np.float32([0.9, 0.2] if binary else [[0.1, 0.9], [0.8, 0.2]])
+    labels = np.array([1, wrong])
+    metric = ExpectedCalibrationError(binary=binary)
+    assert np.isnan(measured(metric, labels, outputs))
+    metric.reset_state()
+    weights = np.float32([1, 0])
+    value = measured(metric, labels, outputs, weights)
+    assert value == pytest.approx(0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [8.5, -0.5, np.nan, np.inf])
+def test_what_is_no_probability_is_seen(wrong):
+    labels = np.array([1, 1])
+    one = np.float32([0.9, wrong])
+    for binary, outputs in ((True, one), (False, np.stack([1 - one, one], 1))):
+        metric = ExpectedCalibrationError(binary=binary)
+        assert np.isnan(measured(metric, labels, outputs))
+        metric.reset_state()
+        weights = np.float32([1, 0])
+        value = measured(metric, labels, outputs, weights)
+        assert value == pytest.approx(0.1, abs=1e-6)
+    # Rounding may lead a little over 1.
+    metric = ExpectedCalibrationError(binary=True)
+    over = np.float32([1.0001, 1.0001])
+    assert measured(metric, labels, over) == pytest.approx(1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("weight", [-1, np.nan])
+def test_a_weight_below_zero_is_seen(weight):
+    metric = ExpectedCalibrationError()
+    outputs = np.float32([[0.1, 0.9], [0.8, 0.2]])
+    weights = np.float32([3, weight])
+    assert np.isnan(measured(metric, np.array([1, 0]), outputs, weights))
 
 
 def test_config():

@@ -6,13 +6,14 @@ import io
 import json
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 from pycocotools import mask as reference_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from legato.errors import ConfigError, DataError
+from legato.errors import ConfigError, DataError, LegatoWarning
 from legato.metrics import CocoMetric
 
 CATEGORIES = {1: "person", 3: "car", 7: "kite", 44: "nothing", 90: "brush"}
@@ -287,6 +288,10 @@ def test_annotation_file(tmp_path):
                 "size": rle["size"],
                 "counts": runs.tolist(),
             }
+    expected = json.loads(json.dumps(truth))
+    for each in (*truth["annotations"], *truth["categories"]):
+        key = "id" if "name" in each else "category_id"
+        each[key] = str(each[key])  # as some write ids
     # COCO's own tools take the id 0 for "not found".
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(truth))
@@ -298,8 +303,8 @@ def test_annotation_file(tmp_path):
         labels, outputs = batch_of(part, masks=True, padding=1)
         metric.update_state({"source_id": labels["source_id"]}, outputs)
     figures = metric.result()
-    check(figures, reference(seen, truth))
-    check(figures, reference(seen, truth, masks=True), "mask_")
+    check(figures, reference(seen, expected))
+    check(figures, reference(seen, expected, masks=True), "mask_")
     assert list(figures["by_category"]) == list(CATEGORIES.values())
 
 
@@ -416,20 +421,22 @@ def test_run_lengths_and_kinds_of_masks():
     metric = CocoMetric(
         box_format="xyxy", categories=CATEGORIES, include_mask=True
     )
-    for kind in ("float32", "uint8"):
+    for kind in ("float32", "uint8", ml_dtypes.bfloat16):
         for tree, key in ((labels, "masks"), (outputs, "detection_masks")):
             tree[key] = (tree[key] * 255).astype(kind) / (
-                1 if kind == "uint8" else 255
+                1 if kind != "float32" else 255
             )
             tree[key] = tree[key].astype(kind)
         metric.reset_state()
         metric.update_state(labels, outputs)
         assert metric.result() == expected
     # 0.5 is not inside.
-    outputs["detection_masks"] = np.where(outputs["detection_masks"], 0.6, 0.5)
-    metric.reset_state()
-    metric.update_state(labels, outputs)
-    assert metric.result() == expected
+    masks = np.where(outputs["detection_masks"], 0.6, 0.5)
+    for each in (masks, masks.astype(ml_dtypes.bfloat16)):
+        outputs["detection_masks"] = each
+        metric.reset_state()
+        metric.update_state(labels, outputs)
+        assert metric.result() == expected
     for tree, key, masks in (
         (labels, "masks", "masks"),
         (outputs, "detection_masks", "found_masks"),
@@ -548,6 +555,13 @@ def test_bad_arguments(arguments, words):
         CocoMetric(**{"box_format": "xyxy"} | arguments)
 
 
+def spoil(key, place, value):
+    def change(truth):
+        truth["annotations"][0][key][place : place + 1] = [value]
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -559,6 +573,25 @@ def test_bad_arguments(arguments, words):
         ),
         (lambda truth: truth["images"][0].pop("height"), "no height"),
         (lambda truth: truth["categories"].pop(), "no category 90"),
+        (
+            lambda truth: truth["categories"][0].update(name="car"),
+            r"instances.json'\): the categories .*different names",
+        ),
+        (spoil("bbox", 2, np.nan), "four finite numbers"),
+        (spoil("bbox", 2, -1), "at least 0"),
+        (spoil("bbox", 4, 1), "four finite numbers"),
+        (
+            lambda truth: truth["annotations"][0].update(area=np.nan),
+            "finite numbers",
+        ),
+        (
+            lambda truth: truth["annotations"][0].update(image_id=1.5),
+            "the id 1.5 is no whole number",
+        ),
+        (
+            lambda truth: truth["images"][0].update(id=1.5),
+            "the id 1.5 is no whole number",
+        ),
     ],
 )
 def test_bad_files(change, words, tmp_path):
@@ -633,6 +666,12 @@ def put(side, key, where, value):
         (put("outputs", "detection_scores", (0, 0), np.nan), "not finite"),
         (put("labels", "boxes", (0, 0), np.nan), "not finite"),
         (put("labels", "boxes", (0, 0, 0), 500), "before it begins.*xyxy"),
+        (
+            lambda labels, outputs: labels.update(
+                areas=np.full(labels["classes"].shape, np.nan)
+            ),
+            r"labels\['areas'\].*not finite",
+        ),
     ],
 )
 def test_bad_batches(change, words):
@@ -645,6 +684,30 @@ def test_bad_batches(change, words):
     metric = CocoMetric(box_format="xyxy", categories=CATEGORIES)
     with pytest.raises(DataError, match=words):
         metric.update_state(labels, outputs)
+
+
+def test_detections_that_end_before_they_begin_are_empty():
+    """Those of a model that has learnt little: told, and no error."""
+    images = [each for each in random_images(83) if len(each["boxes"])][:3]
+    found = {}
+    for name, end in {"empty": 0.0, "inverted": -7.0}.items():
+        metric = CocoMetric(box_format="xywh", categories=CATEGORIES)
+        for image in images:
+            image["found"] = image["boxes"].copy()
+            image["found_classes"] = image["classes"].copy()
+            image["scores"] = np.ones(len(image["classes"]), "float32")
+        labels, outputs = batch_of(images)
+        outputs["detection_boxes"][0, 0, 2:] = end
+        if end < 0:
+            told = r"outputs\['detection_boxes'\].*before it begins.*xywh"
+            with pytest.warns(LegatoWarning, match=told) as caught:
+                metric.update_state(labels, outputs)
+            assert len(caught) == 1
+        else:
+            metric.update_state(labels, outputs)
+        found[name] = metric.result()
+    assert found["empty"] == found["inverted"]
+    assert found["empty"]["AP"] > 0
 
 
 def test_bad_masks_weights_and_structures():

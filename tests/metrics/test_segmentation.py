@@ -205,6 +205,77 @@ def test_out_of_range_is_seen(kind, wrong):
         assert np.isnan(measured(kind(CLASSES, "labels"), *pair)).all()
 
 
+@pytest.mark.parametrize("ignored", [None, -1, 0, 255])
+@pytest.mark.parametrize(
+    ("dtype", "wrong"),
+    [
+        ("float32", 1.5),
+        ("float32", 255.5),
+        ("float32", np.nan),
+        ("int64", 2**32),
+        ("int64", 2**32 + 255),
+    ],
+)
+def test_a_label_that_is_no_whole_number_is_seen(dtype, wrong, ignored):
+    labels, logits = random_maps(7)
+    labels = labels.astype(dtype)
+    labels[3, 2, 1] = wrong
+    given = {"num_classes": CLASSES, "ignore_label": ignored}
+    metric = ConfusionMatrix(**given)
+    assert np.isnan(measured(metric, labels, logits)).all()
+    if dtype == "int64" and ignored is None:
+        metric = ConfusionMatrix(**given, outputs="labels")
+        assert np.isnan(measured(metric, logits.argmax(-1), labels)).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_logits_that_are_nan_are_seen(compiled):
+    labels, logits = random_maps(7)
+    logits[3, 2, 1, 4] = np.nan
+    metric = MeanIoU(CLASSES)
+    if not compiled:
+        assert np.isnan(measured(metric, labels, logits))
+        metric.reset_state()
+        metric.update_state(labels, logits, np.arange(9) != 3)
+        assert 0 < value_of(metric) < 1
+        return
+    model = keras.Sequential(
+        [keras.Input(logits.shape[1:]), keras.layers.Activation("linear")]
+    )
+    jit = keras.config.backend() != "torch"
+    model.compile(
+        loss=lambda labels, outputs: keras.ops.mean(outputs),
+        metrics=[metric],
+        jit_compile=jit,
+    )
+    logs = model.evaluate(logits, labels, verbose=0, return_dict=True)
+    assert np.isnan(logs["mean_iou"])
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("weight", [-1.0, np.nan])
+def test_a_weight_below_zero_is_seen(kind, weight):
+    labels, logits = random_maps(7)
+    for shape in (9, labels.shape):
+        weights = np.ones(shape, "float32")
+        weights.flat[2] = weight
+        value = measured(kind(CLASSES), labels, logits, weights)
+        assert np.isnan(value).all()
+
+
+@pytest.mark.parametrize("shape", [(), (6, 9)])
+def test_a_batch_without_examples_changes_nothing(shape):
+    metric = MeanIoU(CLASSES)
+    labels, logits = random_maps(8)
+    measured(metric, labels, logits)
+    before = exact(metric)
+    labels = np.zeros((0, *shape), int)
+    logits = np.zeros((0, *shape, CLASSES), "float32")
+    for weights in (None, np.zeros(0, "float32"), np.zeros_like(labels)):
+        metric.update_state(labels, logits, weights)
+    np.testing.assert_array_equal(exact(metric), before)
+
+
 @pytest.mark.parametrize("kind", ALL[1:])
 def test_nothing_is_nan(kind):
     metric = kind(CLASSES)
@@ -238,6 +309,14 @@ def test_above_what_a_float32_counts():
         metric.update_state(one, one, np.ones((1, 1), "float32"))
         metric.update_state(one, one, np.ones(1, "float32"))
     assert exact(metric)[0] == 2**24 + 15
+    # Parts of any size, more of them than a sum one by one can take.
+    parts = np.full((2**17, 5), 300.7, "float32") * 10.0 ** np.arange(-4, 6, 2)
+    parts = parts.astype("float32")
+    metric.reset_state()
+    metric._counts.add_parts(keras.ops.convert_to_tensor(parts))
+    np.testing.assert_allclose(
+        exact(metric), parts.sum(0, dtype="float64"), rtol=1e-8
+    )
     # A thousand batches of two thousand million pixels.
     most = np.array([2**31 - 1, 12345, 1, 0, 0], "int32")
     metric.reset_state()

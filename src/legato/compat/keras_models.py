@@ -225,50 +225,79 @@ def build_metrics(model: Any, batch: Any, metrics: CompileMetrics) -> None:
     keras_backend.compute_output_spec(metrics.update_state, y, y_pred, weight)
 
 
-def label_classes(model: Any, batch: Any) -> dict[str, int]:
+def label_classes(model: Any, batch: Any) -> dict[str, tuple[int, int | None]]:
     """How many classes there are for the labels at some places of a batch.
 
-    Known where the loss of an output is the sparse categorical cross-entropy.
+    Known where the loss of an output is the sparse categorical cross-entropy;
+    or one of Legato's own, if labels are indices of classes and none has a
+    weight (with weight 0 it may be anything).
 
     Args:
         model: a model that is built, with its loss.
         batch: see `build`.
 
     Returns:
-        Outputs by the path of their labels: "1", or "1.name".
+        By the path of the labels ("1", or "1.name") the number of classes, and
+        the label that may be none of them.
     """
     loss = model._compile_loss
-    sparse = [
-        each.path
+    sparse = {
+        tuple(each.path): found
         for each in (loss._flat_losses or [] if loss is not None else [])
-        if _is_sparse(each.loss)
-    ]
+        if (found := _index_labels(each.loss)) is not None
+    }
     if not sparse:
         return {}
-    x, *_ = keras.utils.unpack_x_y_sample_weight(_symbols(batch))
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(_symbols(batch))
     y_pred = keras_backend.compute_output_spec(model, x, training=False)
-    shapes = {
-        path: leaf.shape for path, leaf in keras.tree.flatten_with_path(y_pred)
-    }
+    labels, outputs = (
+        {path: leaf.shape for path, leaf in keras.tree.flatten_with_path(tree)}
+        for tree in (y, y_pred)
+    )
     return {
-        ".".join(map(str, (1, *path))): int(shapes[path][-1])
-        for path in map(tuple, sparse)
-        if shapes.get(path) and shapes[path][-1] is not None
+        ".".join(map(str, (1, *path))): (int(outputs[path][-1]), ignored)
+        for path, (ignored, takes_shares) in sparse.items()
+        if outputs.get(path)
+        and outputs[path][-1] is not None
+        and (
+            not takes_shares
+            or (
+                weight is None and _are_indices(labels.get(path), outputs[path])
+            )
+        )
     }
 
 
-def _is_sparse(loss: Any) -> bool:
-    """Whether each label of a loss must be a class of the last axis."""
+def _index_labels(loss: Any) -> tuple[int | None, bool] | None:
+    """What labels a loss takes, where these may be classes of the last axis.
+
+    Returns:
+        The label that need not be one, and whether labels may be shares of
+        the classes too; None for any other loss.
+    """
+    module = type(loss).__module__
+    if hasattr(loss, "ignored_index") and module.startswith("legato.losses."):
+        return loss.ignored_index, True
     if type(loss) not in (
         keras.losses.SparseCategoricalCrossentropy,
         LossFunctionWrapper,  # what `compile` makes of a name
     ):
-        return False
+        return None
     options = loss._fn_kwargs
-    return (
-        loss.fn is keras.losses.sparse_categorical_crossentropy
-        and options.get("ignore_class") is None
-        and options.get("axis", -1) == -1
+    if (
+        loss.fn is not keras.losses.sparse_categorical_crossentropy
+        or options.get("axis", -1) != -1
+    ):
+        return None
+    return options.get("ignore_class"), False
+
+
+def _are_indices(labels: Any, outputs: Any) -> bool:
+    """Whether labels of this shape have no axis of classes."""
+    if labels is None or outputs[-1] == 1:
+        return False
+    return len(labels) == len(outputs) - 1 or (
+        len(labels) == len(outputs) and labels[-1] == 1
     )
 
 

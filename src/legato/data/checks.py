@@ -26,7 +26,8 @@ class InputChecks:
         source: whose batches they are.
         what: what to call it in messages, such as "The training data".
         num_classes: how many outputs the model has for the labels at some
-            paths, such as `{"1": 10}`.
+            paths, such as `{"1": 10}`; or that with the label that may be
+            none of them, `{"1": (10, 255)}`.
         names: of the parts of a batch, for messages; none: their numbers.
     """
 
@@ -34,7 +35,7 @@ class InputChecks:
         self,
         source: DataSource,
         what: str,
-        num_classes: Mapping[str, int] | None = None,
+        num_classes: Mapping[str, int | tuple[int, int | None]] | None = None,
         names: Sequence[str] = (),
     ) -> None:
         self._source = source
@@ -172,7 +173,8 @@ class InputChecks:
     def _find_label(
         self, path: str, labels: np.ndarray
     ) -> tuple[int, str] | None:
-        classes = self._num_classes[path]
+        given = self._num_classes[path]
+        classes, ignored = given if isinstance(given, tuple) else (given, None)
         # (A loss cuts off what comes after the point, in silence.)
         broken = labels != np.floor(labels) if _is_float(labels.dtype) else None
         is_broken = broken is not None and broken.any()
@@ -184,6 +186,10 @@ class InputChecks:
         bad = (labels < 0) | (labels >= classes)
         if broken is not None:
             bad |= broken  # NaN too
+        if ignored is not None:
+            bad &= labels != ignored
+            if not bad.any():
+                return None
         bad = bad.reshape(len(labels), -1)
         example = int(np.flatnonzero(bad.any(1))[0])
         label = labels[example].reshape(-1)[np.flatnonzero(bad[example])[0]]
@@ -191,9 +197,10 @@ class InputChecks:
         found = f"the label {label} in {where!r}"
         if 0 <= label < classes:
             found += ", which is no whole number"
-        return example, (
-            f"{found}, and the model has {classes} classes: 0 to {classes - 1}"
-        )
+        found += f", and the model has {classes} classes: 0 to {classes - 1}"
+        if ignored is not None:
+            found += f", and {ignored}, which is ignored"
+        return example, found
 
 
 def _is_float(dtype: np.dtype) -> bool:

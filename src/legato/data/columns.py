@@ -69,8 +69,8 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         if array.min() < limits.min or array.max() > limits.max:
             raise DataError(
                 f"The data hold {array.dtype} values outside of {dtype}, which "
-                "is what this backend computes with. Split them, or use "
-                "floats."
+                "is what this backend computes with. Number ids from 0; use "
+                "floats for what is measured."
             )
     return array.astype(dtype)
 

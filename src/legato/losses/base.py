@@ -40,11 +40,12 @@ class Entries(NamedTuple):
 class EntryLoss(keras.losses.Loss, abc.ABC):
     """A loss of entries, some of which may not count.
 
-    It differs from `keras.losses.Loss` in three things. It computes in
+    It differs from `keras.losses.Loss` in four things. It computes in
     float32 where `dtype` is half precision: the sum of a batch overflows
     float16 at 65504, and bfloat16 has no label 257. `sample_weight` is
     aligned with the first axes, so that a weight per anchor applies to all
-    of its classes. And means are over the entries that count.
+    of its classes. Means are over the entries that count. And what has weight
+    0 is inert: labels and outputs may be anything there, NaN too.
 
     Args:
         name: of the loss.
@@ -91,13 +92,17 @@ class EntryLoss(keras.losses.Loss, abc.ABC):
         self.reduction = reduction
 
     @abc.abstractmethod
-    def entries(self, y_true: Any, y_pred: Any, mask: Any = None) -> Entries:
+    def entries(
+        self, y_true: Any, y_pred: Any, mask: Any = None, weight: Any = None
+    ) -> Entries:
         """The losses before weights and reduction.
 
         Args:
             y_true: labels, of the loss's dtype.
             y_pred: the model's outputs, of the loss's dtype.
             mask: Keras's mask of the outputs; None without one.
+            weight: what the losses are to be multiplied with; None for 1.
+                Where it is 0, no gradient may be NaN.
         """
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -125,7 +130,7 @@ class EntryLoss(keras.losses.Loss, abc.ABC):
         with keras.name_scope(self.name):
             y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
             y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
-            found = self.entries(y_true, y_pred, mask)
+            found = self.entries(y_true, y_pred, mask, sample_weight)
             return self._reduce(found, sample_weight)
 
     def get_config(self) -> dict[str, Any]:
@@ -136,7 +141,7 @@ class EntryLoss(keras.losses.Loss, abc.ABC):
         values, counted, positive = entries
         if weight is not None:
             weight = align(weight, values, "sample_weight")
-            values = values * weight
+            values = ops.where(ops.equal(weight, 0), 0, values * weight)
         match self.reduction:
             case None | "none":
                 return values
@@ -151,6 +156,24 @@ class EntryLoss(keras.losses.Loss, abc.ABC):
             case _:
                 size = ops.sum(counted)
         return ops.divide_no_nan(ops.sum(values), size)
+
+
+def shown(counted: Any, weight: Any) -> Any:
+    """Where a loss looks at labels and outputs: bool, as `counted`.
+
+    Elsewhere an output that is not finite would spoil all gradients: 0 * inf.
+
+    Args:
+        counted: 1 for what counts, else 0.
+        weight: of the losses; None for 1.
+
+    Raises:
+        ConfigError: the shape of the weights does not fit.
+    """
+    if weight is None:
+        return counted > 0
+    weight = align(weight, counted, "sample_weight")
+    return ops.logical_and(counted > 0, ops.not_equal(weight, 0))
 
 
 def is_not(tensor: Any, value: float | None) -> Any:
@@ -217,8 +240,8 @@ def as_distributions(
             holds it for every class. None: all count.
 
     Returns:
-        Shares of the shape of `y_pred`, 0 for what does not count; 1 or 0
-        for what does or does not, without the last axis.
+        Shares of the shape of `y_pred`, NaN for an index that is no class; 1
+        or 0 for what does or does not count, without the last axis.
 
     Raises:
         ConfigError: the shapes do not fit.
@@ -229,15 +252,15 @@ def as_distributions(
     if len(y_true.shape) == rank:
         require_same_shape(y_true.shape, y_pred.shape, y_pred.shape)
         counted = ops.max(is_not(y_true, ignored), axis=-1)
-        shares = y_true
-    else:
-        require_same_shape(y_true.shape, y_pred.shape[:-1], y_pred.shape)
-        counted = is_not(y_true, ignored)
-        # (PyTorch refuses an index that is no class.)
-        index = ops.cast(ops.where(counted > 0, y_true, 0), "int32")
-        shares = ops.one_hot(index, classes, dtype=y_pred.dtype)
-    shown = ops.expand_dims(counted, axis=-1) > 0
-    return ops.where(shown, shares, 0), counted
+        return y_true, counted
+    require_same_shape(y_true.shape, y_pred.shape[:-1], y_pred.shape)
+    in_range = ops.logical_and(y_true >= 0, y_true < classes)
+    is_class = ops.logical_and(in_range, ops.equal(y_true, ops.floor(y_true)))
+    # (PyTorch refuses an index that is no class.)
+    index = ops.cast(ops.where(is_class, y_true, 0), "int32")
+    shares = ops.one_hot(index, classes, dtype=y_pred.dtype)
+    shares = ops.where(ops.expand_dims(is_class, -1), shares, float("nan"))
+    return shares, is_not(y_true, ignored)
 
 
 def require_same_shape(labels: Any, expected: Any, outputs: Any) -> None:

@@ -13,6 +13,7 @@ from legato.losses.base import (
     as_distributions,
     is_number,
     label_problems,
+    shown,
 )
 
 
@@ -30,7 +31,9 @@ class SmoothedCrossentropy(EntryLoss):
     cannot ignore.
 
     Logits are `[..., classes]`; labels are class indices, of that shape
-    without its last axis, or distributions (one-hot rows), of that shape.
+    without its last axis, or distributions (one-hot rows), of that shape. An
+    index that is no class makes its loss NaN. A logit may be `-inf`, for a
+    class that cannot be.
 
     Args:
         label_smoothing: the share that is spread over all classes, from 0 to
@@ -64,16 +67,25 @@ class SmoothedCrossentropy(EntryLoss):
         self.label_smoothing = float(label_smoothing)
         self.ignore_class = ignore_class
 
-    def entries(self, y_true: Any, y_pred: Any, mask: Any = None) -> Entries:
+    @property
+    def ignored_index(self) -> int | None:
+        """The label that may be none of the classes, where it is an index."""
+        return self.ignore_class
+
+    def entries(
+        self, y_true: Any, y_pred: Any, mask: Any = None, weight: Any = None
+    ) -> Entries:
         """Losses of the shape of the logits without the axis of classes."""
         shares, counted = as_distributions(y_true, y_pred, self.ignore_class)
         if mask is not None:
             counted = counted * align(mask, counted, "The mask of the outputs")
-        # A logit that is not finite would spoil all gradients: 0 * inf.
-        shown = ops.expand_dims(counted, axis=-1) > 0
-        log_p = ops.log_softmax(ops.where(shown, y_pred, 0), axis=-1)
+        used = ops.expand_dims(shown(counted, weight), axis=-1)
+        shares = ops.where(used, shares, 0)
+        log_p = ops.log_softmax(ops.where(used, y_pred, 0), axis=-1)
         rest = self.label_smoothing / y_pred.shape[-1]
         smoothed = (1 - self.label_smoothing) * shares + rest
+        if not rest:  # 0 * -inf
+            log_p = ops.where(ops.equal(smoothed, 0), 0, log_p)
         values = -ops.sum(smoothed * log_p, axis=-1) * counted
         return Entries(values, counted)
 

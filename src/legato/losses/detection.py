@@ -15,6 +15,7 @@ from legato.losses.base import (
     is_number,
     label_problems,
     require_same_shape,
+    shown,
     with_shape_of,
 )
 
@@ -86,7 +87,9 @@ class SigmoidFocalLoss(EntryLoss):
         self.gamma = float(gamma)
         self.ignore_label = ignore_label
 
-    def entries(self, y_true: Any, y_pred: Any, mask: Any = None) -> Entries:
+    def entries(
+        self, y_true: Any, y_pred: Any, mask: Any = None, weight: Any = None
+    ) -> Entries:
         """Losses of the shape of the logits."""
         y_true = with_shape_of(y_true, y_pred)
         counted = is_not(y_true, self.ignore_label)
@@ -94,8 +97,7 @@ class SigmoidFocalLoss(EntryLoss):
             counted = counted * align(mask, counted, "The mask of the outputs")
         positive = ops.logical_and(ops.equal(y_true, 1), counted > 0)
         ones = ops.cast(positive, y_pred.dtype)
-        # A logit that is not finite would spoil all gradients: 0 * inf.
-        logits = ops.where(counted > 0, y_pred, 0)
+        logits = ops.where(shown(counted, weight), y_pred, 0)
         towards = ops.where(positive, logits, -logits)  # p_t is its sigmoid
         # Not a power of 1 - p_t: its gradient is infinite at 0.
         focus = ops.exp(-self.gamma * ops.softplus(towards))
@@ -130,7 +132,7 @@ class SmoothL1Loss(EntryLoss):
 
     Boxes are `[..., coordinates]`, such as `[batch, anchors, 4]`. Which of
     them are positive is said by `sample_weight`, `[batch, anchors]`: a box of
-    weight 0 takes no part, whatever its targets are, NaN too.
+    weight 0 takes no part, whatever its targets and outputs are, NaN too.
 
     Args:
         beta: where the loss becomes linear, in the units of the boxes; above
@@ -166,25 +168,18 @@ class SmoothL1Loss(EntryLoss):
         )
         self.beta = float(beta)
 
-    def __call__(
-        self, y_true: Any, y_pred: Any, sample_weight: Any = None
-    ) -> Any:
-        """The reduced loss; see the class for what `sample_weight` is."""
-        if sample_weight is not None:
-            # An anchor without a box may have log(0) as a target.
-            y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
-            weight = align(sample_weight, y_true[..., 0], "sample_weight")
-            used = ops.expand_dims(ops.not_equal(weight, 0), axis=-1)
-            y_true = ops.where(used, y_true, 0)
-        return super().__call__(y_true, y_pred, sample_weight)
-
-    def entries(self, y_true: Any, y_pred: Any, mask: Any = None) -> Entries:
+    def entries(
+        self, y_true: Any, y_pred: Any, mask: Any = None, weight: Any = None
+    ) -> Entries:
         """Losses of the boxes, without the axis of coordinates."""
         require_same_shape(y_true.shape, y_pred.shape, y_pred.shape)
-        mean = keras.losses.huber(y_true, y_pred, delta=self.beta)
-        counted = ops.ones_like(mean)
+        counted = ops.ones_like(y_pred[..., 0])
         if mask is not None:
             counted = counted * align(mask, counted, "The mask of the outputs")
+        # An anchor without a box may have log(0) as a target.
+        used = ops.expand_dims(shown(counted, weight), axis=-1)
+        y_true, y_pred = (ops.where(used, each, 0) for each in (y_true, y_pred))
+        mean = keras.losses.huber(y_true, y_pred, delta=self.beta)
         values = mean * (y_pred.shape[-1] / self.beta) * counted
         return Entries(values, counted, counted)
 

@@ -34,7 +34,8 @@ class DiceLoss(EntryLoss):
 
     Logits are `[batch, ..., classes]`. Labels are class indices, `[batch,
     ...]` or `[batch, ..., 1]`, or have the shape of the logits; with one
-    channel of logits, labels are 1 or 0. `sample_weight` is `[batch]` or
+    channel of logits, labels are 1 or 0 (or between them). Any other label
+    makes the losses of its image NaN. `sample_weight` is `[batch]` or
     `[batch, classes]`; `[1, classes]` weighs classes. An image of which no
     pixel counts does not count.
 
@@ -78,9 +79,17 @@ class DiceLoss(EntryLoss):
         self.smooth = float(smooth)
         self.ignore_label = ignore_label
 
-    def entries(self, y_true: Any, y_pred: Any, mask: Any = None) -> Entries:
+    @property
+    def ignored_index(self) -> int | None:
+        """The label that may be none of the classes, where it is an index."""
+        return self.ignore_label
+
+    def entries(
+        self, y_true: Any, y_pred: Any, mask: Any = None, weight: Any = None
+    ) -> Entries:
         """Losses `[batch, classes]`."""
         rank, channels = len(y_pred.shape), y_pred.shape[-1]
+        pixels = tuple(range(1, rank - 1))
         if rank < 3:
             raise ConfigError(
                 f"DiceLoss was given logits of the shape {tuple(y_pred.shape)}:"
@@ -95,32 +104,39 @@ class DiceLoss(EntryLoss):
         if channels == 1:
             labels = with_shape_of(y_true, y_pred)
             counted = is_not(labels, self.ignore_label)[..., 0]
+            in_range = ops.logical_and(labels >= 0, labels <= 1)
+            labels = ops.where(in_range, labels, float("nan"))
         else:
             labels, counted = as_distributions(
                 y_true, y_pred, self.ignore_label
             )
         if mask is not None:
             counted = counted * align(mask, counted, "The mask of the outputs")
-        shown = ops.expand_dims(counted, axis=-1)
-        labels = ops.where(shown > 0, labels, 0)
-        # A logit that is not finite would spoil all gradients: 0 * inf.
-        logits = ops.where(shown > 0, y_pred, 0)
         is_softmax = self.activation == "softmax"
         activate = ops.softmax if is_softmax else ops.sigmoid
-        values, counts = self._compare(labels, activate(logits) * shown, shown)
-        return Entries(values * counts, counts)
-
-    def _compare(self, labels: Any, p: Any, shown: Any) -> tuple[Any, Any]:
-        pixels = tuple(range(1, len(p.shape) - 1))
+        counted = ops.expand_dims(counted, axis=-1)
+        labels = ops.where(counted > 0, labels, 0)
+        if self.smooth:
+            any_pixel = ops.max(counted, axis=pixels)
+            counts: Any = ops.tile(any_pixel, (1, channels))
+        else:
+            counts = ops.cast(ops.any(labels > 0, axis=pixels), y_pred.dtype)
+        used = counted > 0
+        if weight is not None:
+            weight = align(weight, counts, "sample_weight")
+            weight = ops.expand_dims(weight, axis=pixels)
+            labels = ops.where(ops.equal(weight, 0), 0, labels)
+            if is_softmax:  # which takes the logits of all classes
+                weight = ops.max(ops.abs(weight), axis=-1, keepdims=True)
+            used = ops.logical_and(used, ops.not_equal(weight, 0))
+        # A logit that is not finite would spoil all gradients: 0 * inf.
+        p = activate(ops.where(used, y_pred, 0)) * counted
         overlap = ops.sum(p * labels, axis=pixels)
         size = ops.sum(ops.square(p) + ops.square(labels), axis=pixels)
-        if self.smooth:
-            counts = ops.max(shown, axis=pixels) * ops.ones_like(size)
-        else:
-            counts = ops.cast(ops.any(labels > 0, axis=pixels), p.dtype)
+        if not self.smooth:
             size = ops.where(counts > 0, size, 1)
         score = (2 * overlap + self.smooth) / (size + self.smooth)
-        return 1 - score, counts
+        return Entries((1 - score) * counts, counts)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make another such loss."""

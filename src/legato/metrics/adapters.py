@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from legato.errors import ConfigError, DataError
-from legato.metrics.host import HostMetric
+from legato.metrics.host import HostMetric, to_numpy
 
 
 class SklearnMetric(HostMetric):
@@ -152,10 +152,18 @@ class SklearnMetric(HostMetric):
         if self._threshold is not None:
             return (outputs > self._threshold).astype(np.int64)
         if outputs.dtype.kind == "f":
+            remedy = (
+                "Give threshold=0.5 for probabilities, threshold=0 for logits, "
+                'or needs="scores" to pass them as they are.'
+            )
+            if outputs.ndim > 1:
+                remedy += (
+                    " If the labels are one-hot, give the metric their "
+                    "argmax: labels.argmax(-1)."
+                )
             raise DataError(
-                f"{self.name}: outputs of dtype {outputs.dtype} are to be "
-                "classes. Give threshold=0.5 for probabilities, threshold=0 "
-                'for logits, or needs="scores" to pass them as they are.'
+                f"{self.name}: outputs of dtype {outputs.dtype} and shape "
+                f"{outputs.shape} are to be classes. {remedy}"
             )
         return outputs
 
@@ -345,7 +353,7 @@ def _takes(function: Callable[..., Any], argument: str) -> bool:
 
 
 def _squeeze(value: Any) -> np.ndarray:
-    array = np.asarray(value)
+    array = to_numpy(value)
     return array[..., 0] if array.ndim > 1 and array.shape[-1] == 1 else array
 
 

@@ -6,8 +6,19 @@ import keras
 from keras import ops
 
 from legato.errors import ConfigError
-from legato.metrics.shapes import drop_last, fit_labels, fit_weights
+from legato.metrics.shapes import (
+    drop_last,
+    fit_labels,
+    fit_weights,
+    to_classes,
+)
 from legato.metrics.totals import LongSum
+
+# So many numbers are summed in float32 at once: some backends add one by one,
+# and drop more of each the more there are.
+_ROW = 256
+# By so much rounding may take a probability out of its range.
+_ROUNDING = 1e-3
 
 
 @keras.saving.register_keras_serializable(package="legato")
@@ -20,6 +31,10 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     `((m - 1) / M, m / M]` of confidence, and the result is the sum over bins
     of `|B_m| / n * |accuracy(B_m) - confidence(B_m)|`: 0 is calibrated, and it
     is at most 1. Works in compiled steps on every backend.
+
+    What cannot be makes the result NaN, since a compiled step cannot raise an
+    error: a label that is no class, a probability that is not from 0 to 1, a
+    logit that is NaN, a weight below 0. What has weight 0 does not exist.
 
     Args:
         num_bins: M above.
@@ -61,8 +76,8 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         self.binary = binary
         # As Keras says of its own which way is better.
         self._direction = "down"
-        # Of each bin: weight, weight of what is correct, confidence.
-        self._bins = LongSum(self, (3, num_bins), "bins")
+        # Of each bin: what is correct less the confidence; then all weights.
+        self._bins = LongSum(self, (num_bins + 1,), "bins")
 
     def update_state(
         self, y_true: Any, y_pred: Any, sample_weight: Any = None
@@ -81,44 +96,46 @@ class ExpectedCalibrationError(keras.metrics.Metric):
             DataError: the shapes do not fit.
         """
         outputs = ops.cast(ops.convert_to_tensor(y_pred), "float32")
-        confidence, predicted = self._predict(outputs)
-        labels = ops.convert_to_tensor(y_true)
-        labels = fit_labels(self.name, labels, confidence.shape)
-        correct = ops.cast(
-            ops.cast(labels, "int32") == ops.cast(predicted, "int32"), "float32"
+        confidence, predicted, is_known = self._predict(outputs)
+        labels, is_class = (
+            fit_labels(self.name, each, confidence.shape)
+            for each in to_classes(y_true)
         )
+        shape: Any = ops.shape(outputs)
+        classes = 2 if self.binary else shape[-1]
+        is_known = is_known & is_class & (labels >= 0) & (labels < classes)
+        correct = ops.cast(labels == ops.cast(predicted, "int32"), "float32")
         weights = self._weights(sample_weight, labels)
+        gaps = weights * (correct - confidence)
+        gaps = ops.where(is_known & (weights >= 0), gaps, float("nan"))
+        gaps = ops.where(weights == 0, 0.0, gaps)
         # The paper's bins are open below and closed above.
         bins = ops.ceil(confidence * self.num_bins) - 1
         bins = ops.clip(ops.cast(bins, "int32"), 0, self.num_bins - 1)
-        is_in = ops.reshape(bins, (-1, 1)) == ops.arange(
-            self.num_bins, dtype="int32"
-        )
-        self._bins.add(
-            ops.stack(
-                [
-                    ops.sum(
-                        ops.where(is_in, ops.reshape(values, (-1, 1)), 0.0),
-                        axis=0,
-                    )
-                    for values in (
-                        weights,
-                        weights * correct,
-                        weights * confidence,
-                    )
-                ]
-            )
-        )
+        numbers: Any = ops.arange(self.num_bins, dtype="int32")
+        is_in = _in_rows(bins) == numbers[:, None, None]
+        by_bin = ops.sum(ops.where(is_in, _in_rows(gaps), 0.0), axis=-1)
+        whole: Any = ops.sum(_in_rows(weights), axis=-1)
+        parts = ops.concatenate([by_bin, whole[None]], axis=0)
+        self._bins.add_parts(ops.transpose(parts))
 
-    def _predict(self, outputs: Any) -> tuple[Any, Any]:
-        """Confidences and predicted classes."""
+    def _predict(self, outputs: Any) -> tuple[Any, Any, Any]:
+        """Confidences, predicted classes, and whether these can be."""
         if self.binary:
             outputs = drop_last(outputs, max(len(outputs.shape) - 1, 1))
             positive = ops.sigmoid(outputs) if self.from_logits else outputs
-            return ops.maximum(positive, 1 - positive), positive > 0.5
+            confidence = ops.maximum(positive, 1 - positive)
+            return confidence, positive > 0.5, _may_be(confidence)
         if self.from_logits:
             outputs = ops.softmax(outputs, axis=-1)
-        return ops.max(outputs, axis=-1), ops.argmax(outputs, axis=-1)
+        confidence = ops.max(outputs, axis=-1)
+        # (All numbers of a softmax are NaN, if one is.)
+        is_known = (
+            _may_be(confidence)
+            if self.from_logits
+            else ops.all(_may_be(outputs), axis=-1)
+        )
+        return confidence, ops.argmax(outputs, axis=-1), is_known
 
     def _weights(self, sample_weight: Any, labels: Any) -> Any:
         if sample_weight is None:
@@ -131,9 +148,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
 
     def result(self) -> Any:
         """The error, a float32 scalar from 0 to 1; NaN without predictions."""
-        weight, correct, confidence = self._bins.value()
-        total = ops.sum(weight)
-        gaps = ops.sum(ops.abs(correct - confidence))
+        bins: Any = self._bins.value()
+        total = bins[-1]
+        gaps = ops.sum(ops.abs(bins[:-1]))
         error = gaps / ops.where(total > 0, total, 1.0)
         return ops.where(total > 0, error, float("nan"))
 
@@ -145,3 +162,15 @@ class ExpectedCalibrationError(keras.metrics.Metric):
             "binary": self.binary,
             "name": self.name,
         }
+
+
+def _may_be(probabilities: Any) -> Any:
+    return (probabilities >= -_ROUNDING) & (probabilities <= 1 + _ROUNDING)
+
+
+def _in_rows(values: Any) -> Any:
+    """All numbers of a tensor as `[rows, _ROW]`, filled up with 0."""
+    flat: Any = ops.reshape(values, (-1,))
+    shape: Any = ops.shape(flat)
+    filler = ops.zeros((-shape[0] % _ROW,), dtype=flat.dtype)
+    return ops.reshape(ops.concatenate([flat, filler]), (-1, _ROW))

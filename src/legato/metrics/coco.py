@@ -1,13 +1,14 @@
 """Detection and instance segmentation, measured as COCO does."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from legato.errors import ConfigError, DataError
+from legato.errors import ConfigError, DataError, LegatoWarning
 from legato.metrics import coco_figures
 from legato.metrics.coco_batch import (
     BOX_FORMATS,
@@ -117,13 +118,16 @@ class CocoMetric(HostMetric):
         self._need_rescale = need_rescale_bboxes
         self._per_category = per_category
         self._file = None
+        given = "categories=..."
         if annotation_file is not None:
             path = Path(annotation_file)
             self._file = AnnotationFile(path, with_masks=include_mask)
             if categories is None:
                 categories = self._file.categories
-        self._categories = _check_categories(categories)
+                given = f"annotation_file={str(path)!r}"
+        self._categories = _check_categories(categories, given)
         self._images: dict[int, Image] = {}
+        self._warned = False
 
     def update_state(
         self, labels: Any, outputs: Any, sample_weight: Any = None
@@ -138,7 +142,8 @@ class CocoMetric(HostMetric):
         Raises:
             DataError: something is missing, has another shape, or is not
                 finite; a category is unknown; an image came before; ground
-                truth has a box that ends before it begins.
+                truth has a box that ends before it begins (a detection that
+                does counts as an empty one). Padding may be anything.
         """
         labels = Batch(labels, "labels")
         outputs = Batch(outputs, "outputs")
@@ -146,7 +151,8 @@ class CocoMetric(HostMetric):
         if ids.dtype.kind not in "iu":
             raise DataError(
                 f"CocoMetric: labels['source_id'] is of dtype {ids.dtype}: ids "
-                "of images must be integers; floats lose digits."
+                "of images must be integers; floats lose digits. Number the "
+                "images from 0 if their ids are too large for the backend."
             )
         outputs.size = len(ids)
         is_there = ids >= 0
@@ -232,10 +238,7 @@ class CocoMetric(HostMetric):
             self._check_known(classes[row, rows], "labels['classes']", key)
             if (found[:, 2:] < 0).any():
                 raise DataError(
-                    f"CocoMetric: labels['boxes'] of the image with source_id "
-                    f"{key} has a box that ends before it begins. Is "
-                    f"box_format={self._box_format!r} right? What is no "
-                    "object must have a class below 0."
+                    f"CocoMetric: {self._ends_early('labels', 'boxes', key)}"
                 )
             rles = None
             if masks is not None:
@@ -244,6 +247,7 @@ class CocoMetric(HostMetric):
                 )
             if areas is not None:
                 area = areas[row, rows].astype(np.float64)
+                check_finite(area, "labels['areas']", key)
             elif rles is not None:
                 area = coco_figures.areas(rles)
             else:
@@ -271,6 +275,10 @@ class CocoMetric(HostMetric):
             rows = np.flatnonzero(is_there[row])
             found = read_boxes(boxes[row, rows], self._box_format, rescale)
             check_finite(found, "outputs['detection_boxes']", key)
+            if (found[:, 2:] < 0).any():
+                # (A detector that has learnt little may do so.)
+                self._warn_of_order(key)
+                found[:, 2:] = np.maximum(found[:, 2:], 0)
             check_finite(scores[row, rows], "outputs['detection_scores']", key)
             self._check_known(
                 classes[row, rows], "outputs['detection_classes']", key
@@ -286,6 +294,25 @@ class CocoMetric(HostMetric):
             )
 
         return read
+
+    def _ends_early(self, of: str, what: str, key: int) -> str:
+        return (
+            f"{of}[{what!r}] of the image with source_id {key} has a box that "
+            f"ends before it begins. Is box_format={self._box_format!r} right? "
+            "What is no object must have a class below 0."
+        )
+
+    def _warn_of_order(self, key: int) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        found = self._ends_early("outputs", "detection_boxes", key)
+        warnings.warn(
+            f"{self.name}: {found} Such boxes count as empty ones. (This is "
+            "said once.)",
+            LegatoWarning,
+            stacklevel=2,
+        )
 
     def _check_known(self, classes: np.ndarray, where: str, key: int) -> None:
         if self._categories is None:
@@ -326,7 +353,7 @@ def _is_weighted(sample_weight: Any, count: int) -> np.ndarray:
 
 
 def _check_categories(
-    categories: Mapping[int, str] | None,
+    categories: Mapping[int, str] | None, given: str
 ) -> dict[int, str] | None:
     if categories is None:
         return None
@@ -338,8 +365,9 @@ def _check_categories(
         or not all(type(each) is int and each >= 0 for each in categories)
     ):
         raise ConfigError(
-            f"CocoMetric(categories={categories!r}): it must be a dict that is "
-            "not empty, with different names by ids that are at least 0, such "
-            'as {1: "person", 3: "car"}.'
+            f"CocoMetric({given}): the categories are {categories!r}. They "
+            "must be a dict that is not empty, with different names by ids "
+            'that are at least 0. Give such as categories={1: "person", 3: '
+            '"car"}.'
         )
     return dict(categories)

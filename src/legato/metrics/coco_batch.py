@@ -8,6 +8,7 @@ import numpy as np
 from legato.errors import DataError
 from legato.metrics import coco_figures
 from legato.metrics.coco_figures import RLE
+from legato.metrics.host import to_numpy
 
 _TO_XYWH: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "xyxy": lambda b: np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], axis=1),
@@ -45,7 +46,7 @@ class Batch:
         """An array of one of the shapes after the batch's axis, or None."""
         if self._tree.get(key) is None:
             return None
-        array = np.asarray(self._tree[key])
+        array = to_numpy(self._tree[key])
         fits = array.ndim > 0 and (self.size in (None, len(array)))
         if not fits or not any(
             array.ndim == len(shape) + 1
@@ -198,7 +199,7 @@ def check_finite(values: np.ndarray, key: str, image: int) -> None:
         raise DataError(
             f"CocoMetric: {key} of the image with source_id {image} are not "
             "finite: there are NaN or infinite numbers among them. Clip boxes "
-            "to the image, or mark what is no detection with a class below 0."
+            "to the image, or mark what is no object with a class below 0."
         )
 
 

@@ -1,6 +1,7 @@
 """Ground truth in a file of COCO's format."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +50,38 @@ class AnnotationFile:
 
     def _read(self, content: Any) -> None:
         self.categories = {
-            int(each["id"]): str(each["name"]) for each in content["categories"]
+            _id(each["id"]): str(each["name"]) for each in content["categories"]
         }
         self.sizes: dict[int, tuple[int, int] | None] = {}
         for image in content["images"]:
             size = (image.get("height"), image.get("width"))
             if self._with_masks and None in size:
                 raise KeyError(f"no height and width of image {image['id']}")
-            self.sizes[int(image["id"])] = None if None in size else size
+            self.sizes[_id(image["id"])] = None if None in size else size
         self._rows: dict[int, list[dict[str, Any]]] = {}
         needed = ["category_id", "bbox", "area"]
         needed += ["segmentation"] * self._with_masks
         for row in content["annotations"]:
             kept = {key: row[key] for key in needed}
             kept["iscrowd"] = bool(row.get("iscrowd", 0))
-            if row["category_id"] not in self.categories:
+            kept["category_id"] = _id(row["category_id"])
+            if kept["category_id"] not in self.categories:
                 raise ValueError(f"no category {row['category_id']}")
-            self._rows.setdefault(int(row["image_id"]), []).append(kept)
+            image = _id(row["image_id"])
+            numbers = [*row["bbox"], row["area"]]
+            if len(numbers) != 5 or not all(map(math.isfinite, numbers)):
+                raise ValueError(
+                    f"image {image} has an object with bbox {row['bbox']} and "
+                    f"area {row['area']}: they must be four finite numbers, "
+                    "and one"
+                )
+            if min(numbers[2:]) < 0:
+                raise ValueError(
+                    f"image {image} has an object with bbox {row['bbox']} and "
+                    f"area {row['area']}: width, height and area must be at "
+                    "least 0"
+                )
+            self._rows.setdefault(image, []).append(kept)
 
     def truths(self, key: int) -> Truths:
         """The objects of an image, in the order of the file."""
@@ -83,3 +99,15 @@ class AnnotationFile:
                 else None
             ),
         )
+
+
+def _id(value: Any) -> int:
+    """An id, which some write as text.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    number = int(value)
+    if not isinstance(value, str) and number != value:
+        raise ValueError(f"the id {value!r} is no whole number")
+    return number

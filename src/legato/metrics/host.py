@@ -4,7 +4,16 @@ import abc
 import re
 from typing import Any
 
+import numpy as np
+
 from legato.errors import ConfigError
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """An array of NumPy's own types: bfloat16 and the like become float32."""
+    array = np.asarray(value)
+    is_foreign = array.dtype.kind == "V" and "float" in array.dtype.name
+    return array.astype(np.float32) if is_foreign else array
 
 
 class HostMetric(abc.ABC):

@@ -1,12 +1,18 @@
 """Pixels counted by label and prediction, on the device."""
 
+import math
 from typing import Any, Literal
 
 import keras
 from keras import ops
 
 from legato.errors import ConfigError, DataError
-from legato.metrics.shapes import differ, fit_labels, fit_weights
+from legato.metrics.shapes import (
+    differ,
+    fit_labels,
+    fit_weights,
+    to_classes,
+)
 from legato.metrics.totals import LongSum
 
 Outputs = Literal["logits", "labels"]
@@ -57,32 +63,47 @@ class PixelCounts(keras.metrics.Metric):
                 the largest of which wins; else labels of the shape of
                 `y_true`, of an integer dtype.
             sample_weight: of shape `[batch]` for examples, of the shape of
-                `y_true` for pixels, or a scalar; not negative. What has
-                weight 0 does not exist.
+                `y_true` for pixels, or a scalar. What has weight 0 does not
+                exist; one below 0 makes the result NaN.
 
         Raises:
             DataError: the shapes do not fit, or labels were to be predicted
                 and fractions came.
         """
-        labels, predicted, weights = self._read(y_true, y_pred, sample_weight)
+        predicted, is_known = self._predict(y_pred)
+        labels, is_label = (
+            fit_labels(self.name, each, predicted.shape)
+            for each in to_classes(y_true)
+        )
+        weights: Any = None
+        if sample_weight is not None:
+            weights = fit_weights(self.name, sample_weight, labels)
+            ones = (1,) * (len(labels.shape) - len(weights.shape))
+            is_weight = weights >= 0
+            shape: Any = ops.shape(weights)
+            is_known = is_known & ops.reshape(is_weight, (*shape, *ones))
+            weights = ops.where(is_weight, weights, 1.0)
         classes = self.num_classes
         cells = classes**2
-        index = ops.where(
-            _in_range(labels, classes) & _in_range(predicted, classes),
-            labels * classes + predicted,
-            cells,
-        )
+        is_known = is_known & is_label
+        is_known = is_known & _in_range(labels, classes)
+        is_known = is_known & _in_range(predicted, classes)
+        index = ops.where(is_known, labels * classes + predicted, cells)
         if self.ignore_label is not None:
-            index = ops.where(labels == self.ignore_label, cells + 1, index)
+            is_ignored = is_label & (labels == self.ignore_label)
+            index = ops.where(is_ignored, cells + 1, index)
         if weights is None:
             counts = _scatter(ops.reshape(index, (-1,)), cells + 2)
             self._counts.add_counts(counts[: cells + 1])
             return
         # Each example for itself: a sum over an image's pixels is far from
         # 2**24, where float32 begins to drop them.
+        if len(labels.shape) == 1:
+            # Pixels without images: counts for each would be too many.
+            index, weights = index[None], weights[None]
         shape: Any = ops.shape(index)
         batch = shape[0]
-        rows: Any = ops.reshape(index, (batch, -1))
+        rows: Any = ops.reshape(index, (batch, math.prod(shape[1:])))
         numbers: Any = ops.arange(batch, dtype="int32")
         rows = rows + (cells + 2) * numbers[:, None]
         size = batch * (cells + 2)
@@ -96,10 +117,8 @@ class PixelCounts(keras.metrics.Metric):
         else:
             self._counts.add_counts(parts, weights)
 
-    def _read(
-        self, y_true: Any, y_pred: Any, sample_weight: Any
-    ) -> tuple[Any, Any, Any]:
-        """Labels, predicted labels, and weights of examples or of pixels."""
+    def _predict(self, y_pred: Any) -> tuple[Any, Any]:
+        """Predicted labels (int32), and whether each is one."""
         outputs: Any = ops.convert_to_tensor(y_pred)
         shape = tuple(outputs.shape)
         if self.outputs == "logits":
@@ -110,23 +129,16 @@ class PixelCounts(keras.metrics.Metric):
                     f"{self.axis} must have {self.num_classes} entries, one "
                     'for each class; give outputs="labels" if they are labels.'
                 )
-            outputs = ops.argmax(outputs, axis=self.axis)
-        elif "float" in keras.backend.standardize_dtype(outputs.dtype):
+            predicted = ops.argmax(outputs, axis=self.axis)
+            is_unknown = ops.any(ops.isnan(outputs), axis=self.axis)
+            return ops.cast(predicted, "int32"), ~is_unknown
+        if "float" in keras.backend.standardize_dtype(outputs.dtype):
             raise DataError(
                 f"{self.name}: the outputs are of dtype {outputs.dtype}, and "
                 'labels (outputs="labels") must be whole numbers. Cast them, '
                 'or give outputs="logits".'
             )
-        labels = ops.convert_to_tensor(y_true)
-        labels = fit_labels(self.name, labels, outputs.shape)
-        weights = None
-        if sample_weight is not None:
-            weights = fit_weights(self.name, sample_weight, labels)
-            if len(labels.shape) == 1:
-                # Pixels without images: counts for each would be too many.
-                labels, outputs = labels[None], outputs[None]
-                weights = weights[None]
-        return ops.cast(labels, "int32"), ops.cast(outputs, "int32"), weights
+        return to_classes(y_pred)
 
     def matrix(self) -> Any:
         """Counts by label (rows) and prediction; NaN if one was no class."""

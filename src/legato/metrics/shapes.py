@@ -3,9 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import keras
+import numpy as np
 from keras import ops
 
 from legato.errors import DataError
+
+# Integers of which int32 holds each.
+_SMALL = ("bool", "uint8", "int8", "uint16", "int16", "int32")
+_LIMITS = np.iinfo("int32")
 
 
 def differ(one: int | None, other: int | None) -> bool:
@@ -41,6 +47,27 @@ def fit_labels(name: str, labels: Any, shape: Sequence[int | None]) -> Any:
             "must be the same; one-hot labels need keras.ops.argmax first."
         )
     return fitting
+
+
+def to_classes(labels: Any) -> tuple[Any, Any]:
+    """Labels as int32, and whether each is one.
+
+    Args:
+        labels: tensor or array of numbers.
+
+    Returns:
+        int32 and bool, of the same shape. False is what int32 cannot hold:
+        a fraction, NaN, 2**32.
+    """
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        # JAX would cut their digits off.
+        labels = labels.clip(_LIMITS.min, _LIMITS.max)
+    labels = ops.convert_to_tensor(labels)
+    whole = ops.cast(labels, "int32")
+    dtype = keras.backend.standardize_dtype(labels.dtype)
+    if dtype in _SMALL:
+        return whole, ops.ones_like(whole, dtype="bool")
+    return whole, ops.equal(ops.cast(whole, dtype), labels)
 
 
 def fit_weights(name: str, sample_weight: Any, labels: Any) -> Any:
