@@ -5,13 +5,14 @@ import types
 import keras
 import numpy as np
 import pytest
+import torch
 from keras import ops
 from tests.contracts import runs
 from tests.contracts.fit_scenarios import FIT_SCENARIOS
 from tests.contracts.scenarios import SCENARIOS, Classifier
 
 import legato
-from legato.backends.torch import recording, replay
+from legato.backends.torch import recording, replay, views
 
 # Training steps of these ask Python for the value of a tensor, or are
 # PyTorch's own.
@@ -66,6 +67,63 @@ def test_the_same_bits(name, tmp_path, replayed):
     assert not found
     assert compared
     assert sum(replayed) or name in NEVER
+
+
+def test_a_step_is_recorded_once(tmp_path, monkeypatch):
+    """In a call of many steps too, of which the first ones are Python's."""
+    made = []
+    record = recording.Recording
+
+    def recorded(*arguments):
+        made.append(arguments)
+        return record(*arguments)
+
+    monkeypatch.setattr("legato.backends.torch.recording.Recording", recorded)
+    runs.train_here("regularized", tmp_path, {})
+    assert len(made) == 1
+
+
+def view_of_views(x):
+    y = x * 2
+    z = y.detach().t().unsqueeze(0).permute(2, 0, 1)  # one view
+    same = y.t().t()  # none
+    return [z + 1, same * 3, y[1:].t() + 1]
+
+
+def recorded_views():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.arange(12.0).reshape(3, 4)
+    return x, make_fx(view_of_views, tracing_mode="fake")(x)
+
+
+def operations(module):
+    return [str(n.target) for n in module.graph.nodes if n.op[:4] == "call"]
+
+
+def test_views_of_views_are_one_view():
+    x, recorded = recorded_views()
+    program = views.WithoutViews(recorded)
+    wanted = view_of_views(x)
+    for _ in range(2):
+        found = program(x)
+        assert all(map(torch.equal, found, wanted))
+    assert program._run is program._merged
+    names = operations(program._merged)
+    assert names.count("aten.as_strided.default") == 1
+    assert len(names) == len(operations(recorded)) - 5
+
+
+def test_views_stay_where_tensors_lie_otherwise():
+    """Than the recording, which saw no real ones, has it."""
+    x, recorded = recorded_views()
+    program = views.WithoutViews(recorded)
+    (name,) = program._expected  # of the product
+    program._expected[name] = (3, 4), (1, 3)
+    wanted = view_of_views(x)
+    for _ in range(2):
+        assert all(map(torch.equal, program(x), wanted))
+    assert program._run is program._recorded
 
 
 class Tuned(keras.layers.Layer):

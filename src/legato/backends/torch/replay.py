@@ -74,7 +74,8 @@ class Replayer:
             values: memory of the variables.
         """
         self._countdown -= 1
-        if self._gave_up or self._countdown > 0:
+        is_done = self._gave_up or self._replay is not None
+        if is_done or self._countdown > 0:
             return None
         return Trial(values, [values[id(v)] for v in self._step.updated])
 
@@ -205,6 +206,7 @@ class Replay:
         resident: Any,
     ) -> None:
         self._recording = recording
+        self._programs: dict[tuple[bool, ...], Any] = {}
         self._variables = variables
         self._python = python
         # In the order of the recording: other libraries sort keys.
@@ -229,8 +231,17 @@ class Replay:
             at: the index of each step, int32 `[steps]`.
         """
         given = [values[id(v)] for v in self._variables] + self._resident
-        programs = map(self._recording.run, self._recording.decisions(at))
+        programs = map(self._program, self._recording.decisions(at))
         return run_each([*programs], given, operands, at)
+
+    def _program(self, decided: tuple[bool, ...]) -> Any:
+        # What it needs of PyTorch takes long to import.
+        from legato.backends.torch.views import WithoutViews
+
+        if decided not in self._programs:
+            recorded = self._recording.run(decided)
+            self._programs[decided] = WithoutViews(recorded)
+        return self._programs[decided]
 
 
 def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
