@@ -9,7 +9,6 @@ each; with legato and, beside it, with `keras.Model.fit`.
 
 import argparse
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import engine  # chooses the backend, and finds the model
 import keras
 import model
 import numpy as np
+from greenlet import greenlet
 
 import legato
 from legato.session import Session
@@ -151,15 +151,15 @@ class Turn(keras.callbacks.Callback):
         if self._only_validation:
             spent, self._tested = self._tested, np.zeros(2)
         self._relay.times[self._name].append(spent)
-        self._relay.pass_on(self._name)
+        self._relay.pass_on()
         self._began = now()
 
 
 class Relay:
     """Contestants that train in turns, an epoch each, in one process.
 
-    Each has a thread, of which one runs at a time. What else a busy machine
-    does so falls upon all of them alike.
+    What else a busy machine does so falls upon all of them alike. (They are
+    greenlets of one thread: see `speed/turns.py`.)
 
     Args:
         contestants: by name; each trains with the callback that it is given,
@@ -181,47 +181,23 @@ class Relay:
         self.times: dict[str, list[np.ndarray]] = {
             name: [] for name in contestants
         }
-        self._turns = {name: threading.Semaphore(0) for name in contestants}
-        self._waiting = list(contestants)
-        self._errors: list[BaseException] = []
-        threads = [
-            threading.Thread(
-                target=self._run,
-                args=(name, train, rounds + WARM, only_validation),
+        self._main = greenlet.getcurrent()
+        runs = [
+            greenlet(
+                lambda name=name, train=train: train(
+                    Turn(self, name, only_validation), rounds + WARM
+                )
             )
             for name, train in contestants.items()
         ]
-        for thread in threads:
-            thread.start()
-        self._turns[self._waiting[0]].release()
-        for thread in threads:
-            thread.join()
-        if self._errors:
-            raise self._errors[0]
+        while runs := [run for run in runs if not run.dead]:
+            for run in runs:
+                run.switch()
         self.times = {name: each[WARM:] for name, each in self.times.items()}
 
-    def _run(
-        self,
-        name: str,
-        train: Callable[[Turn, int], None],
-        epochs: int,
-        only_validation: bool,
-    ) -> None:
-        self._turns[name].acquire()
-        try:
-            train(Turn(self, name, only_validation), epochs)
-        except BaseException as error:
-            self._errors.append(error)
-        at = self._waiting.index(name)
-        self._waiting.remove(name)
-        if self._waiting:
-            self._turns[self._waiting[at % len(self._waiting)]].release()
-
-    def pass_on(self, name: str) -> None:
-        """Let the next one go on, and wait until it is this one's turn."""
-        at = self._waiting.index(name) + 1
-        self._turns[self._waiting[at % len(self._waiting)]].release()
-        self._turns[name].acquire()
+    def pass_on(self) -> None:
+        """Let the others go on, and wait until it is this one's turn."""
+        self._main.switch()
 
     def cost(self, dearer: str, base: str) -> tuple[float, str]:
         """The share that is added: the median of the rounds, and quartiles.
