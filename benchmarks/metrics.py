@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import engine  # chooses the backend, and finds the model
@@ -500,4 +501,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Not in the main thread: all that train would take the signals there.
+    ThreadPoolExecutor(1).submit(main).result()

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import report
@@ -60,11 +61,17 @@ def _measure_here(arguments: argparse.Namespace) -> None:
     from problems import PROBLEMS
 
     (model,) = arguments.models
-    piece = measure(
-        PROBLEMS[model],
-        arguments.contestants,
-        arguments.rounds,
-        arguments.seconds,
+    # Not in the main thread: all that train would take the signals there.
+    piece = (
+        ThreadPoolExecutor(1)
+        .submit(
+            measure,
+            PROBLEMS[model],
+            arguments.contestants,
+            arguments.rounds,
+            arguments.seconds,
+        )
+        .result()
     )
     arguments.into.write_text(json.dumps(piece))
 

@@ -435,6 +435,14 @@ def test_a_step_that_cannot_be_compiled(tmp_path):
         begin_long(tmp_path / "auto", Noisy())
 
 
+def test_a_step_that_takes_long_to_compile(tmp_path, monkeypatch):
+    """Is not, unless that is asked for."""
+    monkeypatch.setattr(program, "MAX_OPERATIONS", 20)
+    with pytest.warns(LegatoWarning, match=r"operations.*torch_compile=True"):
+        begin_long(tmp_path / "auto", Classifier())
+    short(tmp_path / "asked", Classifier(), torch_compile=True)
+
+
 def begin_long(run_dir, task):
     with pytest.raises(legato.errors.Stopped):
         short(run_dir, task, train_steps=5000, max_time=1e-6)

@@ -30,6 +30,11 @@ _OPTIONS = {
 }
 
 
+MAX_OPERATIONS = 3000
+"""Of a step that is compiled without being asked: the compiler takes some 40 ms
+for each on two cores, and saves microseconds."""
+
+
 class StepProgram:
     """A captured step, compiled when it is first called.
 
@@ -131,7 +136,8 @@ def capture(
         required: whether it is an error if that cannot be done.
 
     Returns:
-        The program; None, with a warning, for a step that cannot be compiled.
+        The program; None, with a warning, for a step that cannot be compiled,
+        or would take minutes.
 
     Raises:
         StepError: it cannot be compiled, and is required to be.
@@ -144,6 +150,17 @@ def capture(
             recording = Recording(
                 step, variables, values, resident, operands, at
             )
+            count = len(recording.graph.nodes)
+            if count > MAX_OPERATIONS and not required:
+                warnings.warn(
+                    f"The step has {count:,} operations, which PyTorch takes "
+                    "minutes to compile: it runs without being compiled. Set "
+                    "torch_compile=True (in `compile`, jit_compile=True) to "
+                    "wait for it.",
+                    LegatoWarning,
+                    stacklevel=2,
+                )
+                return None
             program = StepProgram(recording, variables, resident)
             # Compiles it now: before step 0 there is still a choice.
             before = [values[id(v)].to("cpu", copy=True) for v in step.updated]
