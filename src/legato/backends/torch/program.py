@@ -31,8 +31,8 @@ _OPTIONS = {
 
 
 MAX_OPERATIONS = 3000
-"""Of a step that is compiled without being asked: the compiler takes some 40 ms
-for each on two cores, and saves microseconds."""
+"""Of a step that is compiled without being asked: the compiler takes some 10 ms
+for each on two cores, and saves a microsecond or two."""
 
 
 class StepProgram:
@@ -137,7 +137,7 @@ def capture(
 
     Returns:
         The program; None, with a warning, for a step that cannot be compiled,
-        or would take minutes.
+        or would take long.
 
     Raises:
         StepError: it cannot be compiled, and is required to be.
@@ -153,10 +153,10 @@ def capture(
             count = len(recording.graph.nodes)
             if count > MAX_OPERATIONS and not required:
                 warnings.warn(
-                    f"The step has {count:,} operations, which PyTorch takes "
-                    "minutes to compile: it runs without being compiled. Set "
-                    "torch_compile=True (in `compile`, jit_compile=True) to "
-                    "wait for it.",
+                    f"The step has {count:,} operations, which PyTorch takes a "
+                    "minute or more to compile: it runs without being "
+                    "compiled. Set torch_compile=True (in `compile`, "
+                    "jit_compile=True) to wait for it.",
                     LegatoWarning,
                     stacklevel=2,
                 )
