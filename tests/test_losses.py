@@ -693,6 +693,17 @@ def test_dice_of_one_channel_refuses_what_is_no_share():
     loss = DiceLoss("sigmoid", reduction="none")
     labels = np.float32([[0, 0.5, 1], [0, 255, 255]])
     assert np.isnan(host(loss(labels, outputs))).tolist() == [[False], [True]]
+    # An image of nothing else counts too.
+    loss = DiceLoss("sigmoid", smooth=0.0)
+    assert np.isnan(host(loss(labels[1:], outputs[1:])))
+
+
+def test_dice_refuses_shares_that_are_none():
+    outputs = np.zeros((1, 3, 2), "float32")
+    shares = np.float32([[[0.5, 0.5], [1, 0], [0, 255]]])
+    assert np.isnan(host(DiceLoss()(shares, outputs)))
+    shares[0, 2, 1] = 1
+    assert np.isfinite(host(DiceLoss()(shares, outputs)))
 
 
 def test_crossentropy_takes_classes_that_cannot_be():

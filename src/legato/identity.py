@@ -28,7 +28,6 @@ from legato.metrics import label
 from legato.task import Optimizers, Task
 from legato.types import JSON, AuditEntry, AuditStatus
 from legato.version import __version__
-from legato.when import When
 
 # Changed freely: they change neither bits nor what is logged.
 _FREE = {
@@ -74,7 +73,7 @@ def make_identity(
     config: TrainerConfig,
     data: Mapping[str, JSON],
     validation_data: Mapping[str, JSON] | None,
-    metrics: Mapping[str, When],
+    metrics: Mapping[str, str],
 ) -> dict[str, JSON]:
     """Gather everything that a run's bits depend on.
 
@@ -83,7 +82,7 @@ def make_identity(
         config: of the trainer.
         data: the identity of the training data.
         validation_data: that of the validation split.
-        metrics: when each training metric is updated, by its label.
+        metrics: see `legato.metrics.described`.
 
     Returns:
         All but "program", which is known only when the step is traced.
@@ -96,7 +95,7 @@ def make_identity(
             if name not in _FREE
         },
         **program,
-        "metrics": {name: str(when) for name, when in metrics.items()},
+        "metrics": dict(metrics),
         "data": dict(data),
         "validation_data": validation_data and dict(validation_data),
     }
@@ -149,7 +148,7 @@ def reset_metrics(
     metrics: Iterable[keras.metrics.Metric],
     saved: Any,
     present: dict[str, Any],
-    variables: Mapping[str, keras.Variable],
+    paths: Mapping[str, keras.metrics.Metric],
     audit: Sequence[AuditEntry],
 ) -> list[str]:
     """Reset metrics that were taken over other steps, or are others, now.
@@ -158,28 +157,32 @@ def reset_metrics(
         metrics: the training metrics, as they were restored.
         saved: the identity in the checkpoint.
         present: that of the program.
-        variables: by path.
+        paths: all metrics, by the paths of their variables.
         audit: what became of each.
 
     Returns:
         Those that `compare` did not tell of, a sentence each.
     """
     before, now = saved.get("metrics", {}), present["metrics"]
-    restored = {
-        id(variables[each.name])
-        for each in audit
-        if each.status is AuditStatus.RESTORED
-    }
+    statuses: dict[int, set[bool]] = {}
+    for entry in audit:
+        if entry.name in paths:
+            is_restored = entry.status is AuditStatus.RESTORED
+            statuses.setdefault(id(paths[entry.name]), set()).add(is_restored)
+    own = {id(metric): label(metric) for metric in metrics}
     told = []
-    for metric in metrics:
-        name = label(metric)
-        if before.get(name) != now.get(name):
+    for key, metric in {id(each): each for each in paths.values()}.items():
+        name = own.get(key)
+        if name is not None and before.get(name) != now.get(name):
             metric.reset_state()
-        elif not restored.issuperset(map(id, metric.variables)):
+        elif False in statuses.get(key, ()) and (
+            # (Of others, what is new as a whole measured nothing before.)
+            name is not None or True in statuses[key]
+        ):
             metric.reset_state()
             told.append(
-                f"metrics.{name}: its variables are others, so that it begins "
-                "anew"
+                f"metrics.{name or metric.name}: its variables are others, so "
+                "that it begins anew"
             )
     return told
 

@@ -18,7 +18,7 @@ from legato.data import Feed, join_arrays, split_arrays
 from legato.errors import BadLossError, CheckpointError
 from legato.exactness import Exactness
 from legato.interrupts import Interrupts
-from legato.metrics import label
+from legato.metrics import described, label
 from legato.parts import Parts
 from legato.program import choose_program, choose_seed, make_schedule
 from legato.progress import VERBOSE, make_reporter
@@ -177,7 +177,7 @@ class Session:
             config,
             parts.source.identity,
             parts.evaluator and parts.evaluator.source.identity,
-            {label(metric): when for metric, when in parts.metrics.items()},
+            described(parts.metrics),
         )
         saved: Any = None
         if self._checkpoint is not None:
@@ -477,7 +477,8 @@ class Session:
         known = {id(variable) for variable in self._variables.values()}
         if not self._variables or not known.issuperset(map(id, used)):
             self._variables = variable_paths(self._roots(), used)
-            self._lenient = {"metrics", *metric_paths(self._roots())}
+            self._metrics = metric_paths(self._roots())
+            self._lenient = {"metrics", *self._metrics}
 
     def _read_arrays(self) -> dict[str, np.ndarray]:
         self._collect_variables()
@@ -553,7 +554,7 @@ class Session:
                 parts.initial_rates,
             )
         self._inexact += identity.reset_metrics(
-            parts.metrics, saved, self._identity, self._variables, self.audit
+            parts.metrics, saved, self._identity, self._metrics, self.audit
         )
         arrays = restoring.by_root(checkpoint.arrays)
 

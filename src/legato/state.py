@@ -185,9 +185,16 @@ def layer_paths(roots: Mapping[str, Any]) -> dict[str, keras.layers.Layer]:
     return walker.layers
 
 
-def metric_paths(roots: Mapping[str, Any]) -> set[str]:
-    """Wherever variables of metrics may be named, in one root or another."""
-    found: set[str] = set()
+def metric_paths(roots: Mapping[str, Any]) -> dict[str, keras.metrics.Metric]:
+    """Wherever variables of metrics may be named, in one root or another.
+
+    Args:
+        roots: see `variable_paths`.
+
+    Returns:
+        The outermost metric that each belongs to, by path.
+    """
+    found: dict[str, keras.metrics.Metric] = {}
     for name, root in roots.items():
         walker = _Walker()
         walker.visit(root, name)
@@ -222,7 +229,7 @@ class _Walker:
     def __init__(self) -> None:
         self.found: dict[str, keras.Variable] = {}
         self.layers: dict[str, keras.layers.Layer] = {}
-        self.of_metrics: set[str] = set()
+        self.of_metrics: dict[str, keras.metrics.Metric] = {}
         self._paths: dict[int, str] = {}
         # Visited objects are kept alive, so that no id is used twice.
         self._seen: dict[int, Any] = {}
@@ -255,7 +262,8 @@ class _Walker:
             else:
                 self.visit(child, f"{path}/{name}")
         if isinstance(obj, keras.metrics.Metric):
-            self.of_metrics.update(itertools.islice(self.found, known, None))
+            for new in itertools.islice(self.found, known, None):
+                self.of_metrics[new] = obj
         if isinstance(obj, keras.optimizers.Optimizer):
             self._seen[id(obj)] = obj
             self._visit_optimizer(obj, path)

@@ -229,7 +229,7 @@ def test_labels_of_other_losses(name, column, ignored, tmp_path):
         y[2, 1] = ignored
     assert np.isfinite(train(y, run="good").history["loss"]).all()
     if name != "kerass":
-        shares = np.full((8, 5, 3), 7.0)  # no indices
+        shares = np.full((8, 5, 3), 1 / 3)  # no indices
         assert train(shares, run="shares").history["loss"]
     y[5, 3] = 3
     words = r"example 5 holds the label 3 in 'y', and the model has 3 classes: "

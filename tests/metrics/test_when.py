@@ -383,6 +383,62 @@ def test_a_metric_of_another_shape_begins_anew_and_is_named(tmp_path):
     assert 0 <= history["auc"][-1] <= 1
 
 
+class Named(Coming):
+    """Whose one metric is of some kind."""
+
+    def __init__(self, kind):
+        super().__init__(["a"])
+        self.kind = kind
+
+    def build_metrics(self, training):
+        return [self.kind(name="a")]
+
+
+class Doubled(keras.metrics.Mean):
+    """Twice the mean."""
+
+    def result(self):
+        return 2 * super().result()
+
+
+def test_a_metric_of_another_kind_and_the_same_name_begins_anew(tmp_path):
+    train(tmp_path / "run", Named(keras.metrics.Mean), train_steps=7)
+    with pytest.warns(ExactnessWarning, match=r"metrics.*Mean.*Doubled"):
+        history, _ = train(tmp_path / "run", Named(Doubled), train_steps=10)
+    expected = classes_data("train")[1][64:].mean()  # steps 8 to 10
+    assert history["a"][-1] == pytest.approx(2 * expected)
+
+
+class HalfHeld(Coming):
+    """Holds a metric that measures by itself."""
+
+    def __init__(self, shape):
+        super().__init__([])
+        self.own = keras.metrics.Mean(name="own")
+        self.own.add_variable(shape, "zeros", name="table")
+
+
+def test_a_metric_that_fits_in_part_is_not_restored_in_part(tmp_path):
+    train(tmp_path / "run", HalfHeld((2,)), train_steps=7)
+    task = HalfHeld((3,))
+    with pytest.warns(ExactnessWarning, match=r"metrics\.own.*begins anew"):
+        train(tmp_path / "run", task, train_steps=10)
+
+
+def test_training_metrics_of_one_name_are_refused(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    metrics = {
+        keras.metrics.MeanAbsoluteError(name="e"): legato.Every(1),
+        keras.metrics.MeanSquaredError(name="e"): legato.Every(2),
+    }
+    with pytest.raises(ConfigError, match=r"metrics are named 'e'.*name="):
+        legato.fit(
+            model, np.ones((8, 2)), np.ones((8, 1)), verbose=0,
+            train_metrics=metrics, run_dir=tmp_path / "run",
+        )  # fmt: skip
+
+
 def test_a_run_that_is_done_may_be_given_other_metrics(tmp_path):
     train(tmp_path / "run", Coming(["a"]), train_steps=10)
     with pytest.warns(ExactnessWarning, match="metrics"):

@@ -104,12 +104,12 @@ class DiceLoss(EntryLoss):
         if channels == 1:
             labels = with_shape_of(y_true, y_pred)
             counted = is_not(labels, self.ignore_label)[..., 0]
-            in_range = ops.logical_and(labels >= 0, labels <= 1)
-            labels = ops.where(in_range, labels, float("nan"))
         else:
             labels, counted = as_distributions(
                 y_true, y_pred, self.ignore_label
             )
+        in_range = ops.logical_and(labels >= 0, labels <= 1)
+        labels = ops.where(in_range, labels, float("nan"))
         if mask is not None:
             counted = counted * align(mask, counted, "The mask of the outputs")
         is_softmax = self.activation == "softmax"
@@ -120,7 +120,8 @@ class DiceLoss(EntryLoss):
             any_pixel = ops.max(counted, axis=pixels)
             counts: Any = ops.tile(any_pixel, (1, channels))
         else:
-            counts = ops.cast(ops.any(labels > 0, axis=pixels), y_pred.dtype)
+            there = ops.logical_not(labels <= 0)  # NaN too, which is to show
+            counts = ops.cast(ops.any(there, axis=pixels), y_pred.dtype)
         used = counted > 0
         if weight is not None:
             weight = align(weight, counts, "sample_weight")

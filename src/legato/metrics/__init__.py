@@ -10,7 +10,7 @@ from legato.metrics.in_steps import (
     check_metrics,
     run_recorded,
 )
-from legato.metrics.results import Results, directions, label
+from legato.metrics.results import Results, described, directions, label
 from legato.metrics.segmentation import (
     ConfusionMatrix,
     MeanDice,
@@ -34,6 +34,7 @@ __all__ = [
     "StepMetric",
     "WrappedMetric",
     "check_metrics",
+    "described",
     "directions",
     "label",
     "run_recorded",

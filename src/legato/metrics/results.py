@@ -1,7 +1,7 @@
 """What metrics have measured, read on the host."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -10,6 +10,8 @@ import numpy as np
 from legato import backends
 from legato.compat.keras_arrays import to_numpy
 from legato.compat.keras_models import CompileMetrics, means_by_name
+from legato.errors import ConfigError
+from legato.when import When
 
 
 class Results:
@@ -188,10 +190,41 @@ def _is_kerass_own(metric: Any) -> bool:
     )
 
 
+def _held(metric: keras.metrics.Metric) -> list[keras.metrics.Metric]:
+    """Those that `compile` was given, or the one."""
+    held = metric.metrics if isinstance(metric, CompileMetrics) else None
+    return list(held or [metric])
+
+
 def label(metric: keras.metrics.Metric) -> str:
     """What checkpoints call a metric: that of `compile`, by all it holds."""
-    held = metric.metrics if isinstance(metric, CompileMetrics) else ()
-    return ",".join(each.name for each in held) or metric.name
+    return ",".join(each.name for each in _held(metric))
+
+
+def described(metrics: Mapping[keras.metrics.Metric, When]) -> dict[str, str]:
+    """When each training metric is updated and what it is, by its label.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    names = [
+        name
+        for metric in metrics
+        for name in dict.fromkeys(each.name for each in _held(metric))
+    ]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"Several training metrics are named {twice[0]!r}: their logs and "
+            "what checkpoints hold of them would be one. Give each a name of "
+            'its own: keras.metrics.MeanSquaredError(name="...").'
+        )
+    return {
+        label(metric): ", ".join(
+            [str(when), *(type(each).__name__ for each in _held(metric))]
+        )
+        for metric, when in metrics.items()
+    }
 
 
 def directions(metrics: Sequence[keras.metrics.Metric]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from keras import layers, ops
 import legato
 from legato.backends.torch.layers import layers_of_step
 from legato.backends.torch.scope import StepScope
+from legato.compat import keras_torch
 
 BATCH, TIME, FEATURES, UNITS = 4, 5, 3, 6
 
@@ -127,8 +128,11 @@ def test_there_is_no_loop(name, kind, monkeypatch):
         raise AssertionError("a loop over time")
 
     module = sys.modules["keras.src.backend.torch.rnn"]
-    monkeypatch.setattr(module, "_fallback_lstm", refuse)
-    monkeypatch.setattr(module, "_fallback_gru", refuse)
+    for kept in ("lstm", "gru"):
+        choose = getattr(keras_torch, f"_choose_{kept}")
+        monkeypatch.setattr(
+            module, f"_fallback_{kept}", keras_torch._replacing(refuse, choose)
+        )
     differentiated(model_of(name, kind), sequences())
 
 
@@ -156,6 +160,86 @@ def test_a_gradient_of_a_gradient(kind, monkeypatch, without_fusing):
         [found[0], *found[1]], [wanted[0], *wanted[1]], strict=True
     ):
         np.testing.assert_allclose(a.numpy(), b.numpy(), 1e-5, 1e-6)
+
+
+class OneState(keras.layers.Layer):
+    """States that are learnt, the same for all examples."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner = kind(UNITS)
+
+    def build(self, shape):
+        self.inner.build(shape)
+        count = 2 if isinstance(self.inner, layers.LSTM) else 1
+        self.states = [self.add_weight(shape=(1, UNITS)) for _ in range(count)]
+
+    def call(self, x):
+        states = self.states
+        return self.inner(
+            x, initial_state=states if len(states) > 1 else states[0]
+        )
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
+def test_a_state_for_all_examples(kind, monkeypatch, without_fusing):
+    """Keras's loops broadcast it, and PyTorch's operations do not."""
+
+    def made():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [layers.Input((TIME, FEATURES)), OneState(kind)]
+        )
+        return differentiated(model, sequences())
+
+    with monkeypatch.context() as patch:
+        without_fusing(patch)
+        wanted = made()
+    for a, b in zip(made(), wanted, strict=True):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(a), ops.convert_to_numpy(b), 1e-5, 1e-6
+        )
+
+
+@pytest.mark.parametrize("case", ["one state twice", "inputs of the state"])
+def test_gradients_of_gradients_where_arguments_are_related(
+    case, monkeypatch, without_fusing
+):
+    x = keras.Variable(sequences())
+    state = keras.Variable(sequences((BATCH, UNITS)))
+
+    def penalty():
+        keras.utils.set_random_seed(1)
+        layer = layers.LSTM(UNITS, return_sequences=True)
+        layer.build((BATCH, TIME, UNITS if case[0] == "i" else FEATURES))
+
+        def inner():
+            h = ops.tanh(state.value)
+            if case == "one state twice":
+                return ops.sum(ops.square(layer(x.value, initial_state=[h, h])))
+            repeated = ops.repeat(h[:, None], TIME, axis=1)
+            found = layer(repeated, initial_state=[h, ops.zeros_like(h)])
+            return ops.sum(ops.square(found))
+
+        slopes = []
+
+        def forward():
+            _, (slope,) = legato.value_and_grad(inner, [state])
+            slopes.append(slope)
+            return ops.mean(ops.square(slope))
+
+        loss, gradients = legato.value_and_grad(
+            forward, layer.trainable_variables
+        )
+        return [loss, slopes[-1], *gradients]
+
+    with monkeypatch.context() as patch:
+        without_fusing(patch)
+        wanted = penalty()
+    for a, b in zip(penalty(), wanted, strict=True):
+        np.testing.assert_allclose(
+            a.detach().numpy(), b.detach().numpy(), 1e-4, 1e-5
+        )
 
 
 def test_what_the_gradient_needs_may_not_be_changed():

@@ -45,6 +45,10 @@ def _lstm(
     c: torch.Tensor,
     training: bool,
 ) -> tuple[torch.Tensor, ...]:
+    # (oneDNN does not look, and reads and writes beyond what is too small.)
+    state = inputs.shape[1], recurrent.shape[1]
+    if not h.shape == c.shape == state or kernel.shape[1] != inputs.shape[2]:
+        raise ValueError(f"states of the shape {tuple(h.shape)}, not {state}")
     with torch.set_grad_enabled(training):
         outputs, h_n, c_n, workspace = torch.ops.aten.mkldnn_rnn_layer(
             inputs, kernel, recurrent, bias, torch.zeros_like(bias), h, c,

@@ -85,8 +85,9 @@ def run_each(
     Yields:
         For each step its logs, float32 `[names]`, and its outputs.
     """
-    # In the order of recordings: other libraries sort keys.
-    leaves = tree_leaves(operands)
+    # In the order of recordings: other libraries sort keys. (And lying in
+    # memory as they did then.)
+    leaves = [leaf.contiguous() for leaf in tree_leaves(operands)]
     for index, (program, now) in enumerate(
         zip(programs, at.unbind(), strict=True)
     ):

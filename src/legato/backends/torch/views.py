@@ -25,17 +25,18 @@ class WithoutViews:
     """
 
     def __init__(self, recorded: GraphModule) -> None:
-        self._run: Any = None
-        self._recorded = recorded
-        self._merged, self._expected = _merged(recorded)
+        self._first: _Looking | None
+        self._run, expected = _merged(recorded)
+        self._first = _Looking(recorded, expected)
 
     def __call__(self, *given: Any) -> list[torch.Tensor]:
         """As the recording is called."""
-        if self._run is not None:
+        if self._first is None:
             return self._run(*given)
-        first = _Looking(self._recorded, self._expected)
+        first, self._first = self._first, None
         returned = first.run(*given)
-        self._run = self._merged if first.is_right else self._recorded
+        if not first.is_right:
+            self._run = first.module
         return returned
 
 
@@ -73,19 +74,19 @@ def _merged(
     copies: dict[Node, Node] = {}
     returned: Any = graph.graph_copy(recorded.graph, copies)
     graph.output(returned)
-    originals = {copy: node for node, copy in copies.items()}
+    originals = {copy: node.name for node, copy in copies.items()}
     expected: dict[str, Layout] = {}
     roots: dict[Node, Node] = {}
     for node in list(graph.nodes):
         if not _is_view(node):
             continue
-        base = node.all_input_nodes[0]
-        root = roots.get(base, base)
+        (base,) = node.all_input_nodes
+        root: Any = roots.get(base, base)
         value, held = node.meta["val"], root.meta.get("val")
-        if not _is_part(value, held):
+        if not isinstance(held, torch.Tensor) or not _is_part(value, held):
             continue
         if _layout(value) == _layout(held):
-            merged = root
+            merged: Any = root
         elif root is base:
             roots[node] = root
             continue
@@ -94,9 +95,9 @@ def _merged(
                 merged = graph.call_function(
                     torch.ops.aten.as_strided.default, (root, *_layout(value))
                 )
-            merged.meta = node.meta
+            merged.meta = dict(node.meta)
             roots[merged] = root
-        expected[originals[root].name] = _layout(held)
+        expected[originals[root]] = _layout(held)
         node.replace_all_uses_with(merged)
         graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -116,11 +117,10 @@ def _is_view(node: Node) -> bool:
     )
 
 
-def _is_part(value: torch.Tensor, held: Any) -> bool:
+def _is_part(value: torch.Tensor, held: torch.Tensor) -> bool:
     """Whether strides alone lead from one to the other."""
     return (
-        isinstance(held, torch.Tensor)
-        and value.dtype == held.dtype
+        value.dtype == held.dtype
         and value.storage_offset() == held.storage_offset()
         and not (value.is_conj() or value.is_neg())
         and value.untyped_storage()._cdata == held.untyped_storage()._cdata
