@@ -213,6 +213,7 @@ def test_out_of_range_is_seen(kind, wrong):
         ("float32", 255.5),
         ("float32", np.nan),
         ("int64", 2**32),
+        ("uint64", 2**63),
         ("int64", 2**32 + 255),
     ],
 )

@@ -59,9 +59,11 @@ def to_classes(labels: Any) -> tuple[Any, Any]:
         int32 and bool, of the same shape. False is what int32 cannot hold:
         a fraction, NaN, 2**32.
     """
-    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
-        # JAX would cut their digits off.
-        labels = labels.clip(_LIMITS.min, _LIMITS.max)
+    large = ("int64", "uint64", "uint32")
+    if isinstance(labels, np.ndarray) and labels.dtype.name in large:
+        # JAX would cut their digits off, and PyTorch has no uint64.
+        labels = np.clip(labels, None, _LIMITS.max)
+        labels = labels.astype("int64").clip(_LIMITS.min).astype("int32")
     labels = ops.convert_to_tensor(labels)
     whole = ops.cast(labels, "int32")
     dtype = keras.backend.standardize_dtype(labels.dtype)
