@@ -56,13 +56,20 @@ def _call_module(
     return torch.func.functional_call(module, values, args, kwargs)
 
 
-def _are_images(inputs: torch.Tensor) -> bool:
+def _may_replace() -> bool:
+    """Whether layers run in a step of ours, on whole tensors.
+
+    A model's own step runs as in Keras. `vmap`, as in
+    keras.ops.vectorized_map, knows no formats of memory, nor what is fused.
+    """
     return (
         isinstance(keras_tracing.current_scope(), StepScope)
-        and inputs.ndim in _CHANNELS_LAST
-        # Of formats of memory `vmap` knows nothing.
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _are_images(inputs: torch.Tensor) -> bool:
+    return inputs.ndim in _CHANNELS_LAST and _may_replace()
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -79,15 +86,12 @@ def _transposed(inputs: torch.Tensor) -> torch.Tensor:
 def _can_fuse(inputs: torch.Tensor) -> bool:
     """Whether a recurrence may be one operation here."""
     return (
-        # (Not in a model's own step, which runs as in Keras.)
-        isinstance(keras_tracing.current_scope(), StepScope)
+        _may_replace()
         and inputs.device.type == "cpu"
         and inputs.dtype is torch.float32
         and inputs.numel() > 0
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
-        # Of `vmap`, as in keras.ops.vectorized_map, it knows nothing.
-        and not torch._C._are_functorch_transforms_active()
     )
 
 
