@@ -26,6 +26,7 @@ from legato.errors import (
 )
 from legato.summaries import SummaryManager, SummaryManagerInterface, events
 from legato.summaries.events import EVENTS
+from legato.types import Table
 from tests.summary_files import read, read_below
 
 matplotlib.use("agg")
@@ -76,9 +77,9 @@ def test_events_of_numbers_are_those_of_protocol_buffers(step, tmp_path):
     }
     made = events.protos()
     summary = made.Summary(value=events.scalar_values(numbers.items()))
-    assert events.scalar_summary(numbers) == summary.SerializeToString()
     file = events.EventFile(tmp_path / "events")
-    file.write(12.5, step, summary.value)
+    columns = {name: [0.0, number] for name, number in numbers.items()}
+    file.write_table(12.5, Table([5, step], columns))
     file.flush()
     event = made.Event(wall_time=12.5, step=step, summary=summary)
     data = event.SerializeToString()

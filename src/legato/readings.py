@@ -37,8 +37,8 @@ class Readings:
 
     def series(
         self, values: Sequence[np.ndarray], times: int
-    ) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
-        """The results and the rates as they were at several times.
+    ) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+        """The results and the rates as they were at several times, by name.
 
         Args:
             values: of `variables` then, `[times, ...]` each.
@@ -46,7 +46,7 @@ class Readings:
         """
         count = len(self.results.variables)
         results = self.results.series(values[:count], times)
-        return results, self.rates.series(values[count:], times)
+        return results, self.rates.series(values[count:])
 
     @property
     def variables(self) -> list[keras.Variable] | None:
@@ -88,21 +88,14 @@ class LearningRates:
         """The rates."""
         return {name: rate.read() for name, rate in self._rates.items()}
 
-    def series(
-        self, values: Sequence[np.ndarray], times: int
-    ) -> list[dict[str, float]]:
-        """The rates as they were at several times.
+    def series(self, values: Sequence[np.ndarray]) -> dict[str, list[float]]:
+        """The rates as they were at several times, by name.
 
         Args:
             values: of the variables then, `[times]` each.
-            times: how many.
         """
         pairs = zip(self._rates.items(), values, strict=True)
-        columns = {name: rate.series(each) for (name, rate), each in pairs}
-        return [
-            {name: each[i] for name, each in columns.items()}
-            for i in range(times)
-        ]
+        return {name: rate.series(each) for (name, rate), each in pairs}
 
 
 class _Rate:

@@ -1,5 +1,6 @@
 """Keeps a run's books: means, metrics, summaries, the best, progress."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from legato import backends
 from legato.compat.keras_arrays import to_numpy
 from legato.config import TrainerConfig
 from legato.data import Chunk, InputChecks
-from legato.errors import ConfigError, LegatoWarning
+from legato.errors import BadLossError, ConfigError, LegatoWarning
 from legato.phases import DELIVERY, PLAN, Phases, between
 from legato.progress import ProgressReporter
 from legato.readings import Readings
@@ -21,7 +22,7 @@ from legato.schedule import Schedule
 from legato.sinks import RunLog
 from legato.state import Clock
 from legato.task import Task
-from legato.types import JSON, Logs, LogStyle, flat_logs
+from legato.types import JSON, Logs, LogStyle, Table, flat_logs
 from legato.when import When, any_due
 
 Kept = Mapping[int, np.ndarray]
@@ -136,61 +137,70 @@ class Recorder:
             BadLossError: a loss is not finite, or above the bound.
         """
         clock = self._clock
-        names = self._log_names()
-        columns = rows.T.tolist()
-        first = begin = clock.step - chunk.num_batches
-        means: list[tuple[int, dict[str, Any]]] = []
+        first, stop = clock.step - chunk.num_batches, clock.step
+        columns = dict(zip(self._log_names(), rows.T.tolist(), strict=True))
         try:
-            if kept is not None:
-                for step in self._schedule.summaries(first + 1, clock.step):
-                    part = [c[begin - first : step - first] for c in columns]
-                    self._add(names, part, chunk, begin, step)
-                    means.append((step, self._interval_means()))
-                    clock.interval_logs, clock.interval_steps = {}, 0
-                    begin = step
-            rest = [column[begin - first :] for column in columns]
-            self._add(names, rest, chunk, begin, clock.step)
+            self._check_losses(columns.get(self._task.loss, ()), chunk)
+        except BadLossError as error:
+            stop = error.step - 1
+            raise
         finally:
-            if means and kept is not None:
-                self._write_summaries(means, kept)
-        clock.last_logs = {
-            name: column[-1]
-            for name, column in zip(names, columns, strict=True)
-        }
+            self._add(columns, chunk.batch_size, first, stop, kept)
+        clock.last_logs = {name: each[-1] for name, each in columns.items()}
         self._reporter.update(clock.step, clock.last_logs)
 
-    def _check_losses(
-        self, losses: Sequence[float], stop: int, chunk: Chunk
-    ) -> None:
+    def _check_losses(self, losses: Sequence[float], chunk: Chunk) -> None:
+        first = self._clock.step + 1 - chunk.num_batches
+
         def explain(step: int) -> str:
-            first = self._clock.step + 1 - chunk.num_batches
             found = self._checks.explain(chunk, step - first)
             return f"It is the data: {found}. " if found else ""
 
-        self._watch.check(losses, stop, explain)
+        self._watch.check(losses, self._clock.step, explain)
 
     def _add(
         self,
-        names: Sequence[str],
-        columns: Sequence[Sequence[float]],
-        chunk: Chunk,
-        begin: int,
+        columns: Mapping[str, Sequence[float]],
+        batch_size: int,
+        first: int,
         stop: int,
+        kept: Kept | None,
     ) -> None:
-        """Add the logs of the steps that lead from `begin` to `stop`."""
+        """Add the logs of the steps from `first` to `stop` to the sums.
+
+        And write the summaries among them whose values were kept.
+        """
         clock = self._clock
-        for name, column in zip(names, columns, strict=True):
-            if name == self._task.loss:
-                self._check_losses(column, stop, chunk)
+        summaries: Sequence[int] = ()
+        if kept is not None:
+            end = min(stop + 1, clock.step)  # (that one waits for `summary`)
+            summaries = self._schedule.summaries(first + 1, end)
+        bounds = [first, *summaries]
+        sizes = [end - begin for begin, end in itertools.pairwise(bounds)]
+        if sizes:
+            sizes[0] += clock.interval_steps
+            clock.interval_steps = 0
+        means: dict[str, list[float]] = {}
+        for name, column in columns.items():
             epoch = clock.epoch_logs.get(name, 0.0)
-            interval = clock.interval_logs.get(name, 0.0)
-            for value in column:
-                epoch += value * chunk.batch_size
-                interval += value
+            for value in column[: stop - first]:
+                epoch += value * batch_size
             clock.epoch_logs[name] = epoch
+            interval = clock.interval_logs.get(name, 0.0)
+            found = means[name] = []
+            begin = 0
+            for step, size in zip(summaries, sizes, strict=True):
+                for value in column[begin : step - first]:
+                    interval += value
+                found.append(interval / size)
+                interval, begin = 0.0, step - first
+            for value in column[begin : stop - first]:
+                interval += value
             clock.interval_logs[name] = interval
-        clock.epoch_examples += (stop - begin) * chunk.batch_size
-        clock.interval_steps += stop - begin
+        clock.epoch_examples += (stop - first) * batch_size
+        clock.interval_steps += stop - bounds[-1]
+        if kept is not None and summaries:
+            self._write_summaries(summaries, means, kept)
 
     def batch_logs(self) -> Logs:
         """What batch hooks see after a step; see `LogStyle`."""
@@ -215,28 +225,25 @@ class Recorder:
     def _results(self) -> dict[str, Any]:
         """The metrics; NaN for those that no step of theirs has updated."""
         clock, results = self._clock, self._readings.results()
-        return self._marked(results, clock.epoch_first_step, clock.step)
+        for name in self._unmeasured(clock.epoch_first_step, clock.step):
+            results[name] = math.nan
+        return results
 
-    def _marked(
-        self, results: dict[str, Any], begin: int, step: int
-    ) -> dict[str, Any]:
-        """NaN for metrics that no step up to this one has updated.
+    def _unmeasured(self, begin: int, step: int) -> Iterator[str]:
+        """The results of metrics that no step up to this one has updated.
 
         Args:
-            results: by name; changed.
             begin: the first step of the epoch.
             step: the last one.
         """
         if self._are_always_due and step > begin:
-            return results
+            return
         for metric, when in self._metrics.items():
             first = begin
             if when.over == "summary":
                 first = self._schedule.last_summary(step)
             if not self._is_any_due(when, first, step):
-                for name in self._readings.results.names(metric):
-                    results[name] = math.nan
-        return results
+                yield from self._readings.results.names(metric)
 
     def _is_any_due(self, when: When, first: int, stop: int) -> bool:
         if when.is_always and not self._schedule.skipped:  # quickly: most are
@@ -247,31 +254,34 @@ class Recorder:
     def summary(self) -> None:
         """Write means since the last summary, metrics and learning rates."""
         clock = self._clock
-        values = self._interval_means() | self._results()
-        values |= self._readings.rates()
-        clock.interval_logs, clock.interval_steps = {}, 0
-        self._log.write("train", clock.step, values)
-        self._write_timing_of_steps()
-
-    def _interval_means(self) -> dict[str, Any]:
-        clock = self._clock
-        return {
+        values = {
             name: total / clock.interval_steps
             for name, total in clock.interval_logs.items()
+            if clock.interval_steps
         } or dict.fromkeys(self._log_names(), math.nan)
+        clock.interval_logs, clock.interval_steps = {}, 0
+        values |= self._results() | self._readings.rates()
+        columns = {name: [value] for name, value in values.items()}
+        table = Table([clock.step], columns)
+        self._log.write_later("train", lambda: table)
+        self._write_timing_of_steps()
 
     def _write_summaries(
-        self, means: Sequence[tuple[int, dict[str, Any]]], kept: Kept
+        self,
+        steps: Sequence[int],
+        means: Mapping[str, list[float]],
+        kept: Kept,
     ) -> None:
         """Write summaries of steps whose values were kept.
 
         Args:
-            means: the steps, and the means of the logs that lead there.
+            steps: the steps.
+            means: of the logs that lead to each.
             kept: what variables held after each.
         """
         variables = self._readings.variables
         assert variables is not None  # or nothing is kept
-        times = len(means)
+        times = len(steps)
         # What was not kept, no step changes (but callbacks may, later).
         others = [v for v in variables if id(v) not in kept]
         read = zip(others, backends.current().read(others), strict=True)
@@ -282,13 +292,14 @@ class Recorder:
         ]
         begin = self._clock.epoch_first_step
 
-        def make() -> Iterator[tuple[str, int, dict[str, Any]]]:
-            found = self._readings.series(values, times)
-            for (step, logs), results, rates in zip(means, *found, strict=True):
-                results = self._marked(results, begin, step)
-                yield "train", step, logs | results | rates
+        def make() -> Table:
+            results, rates = self._readings.series(values, times)
+            for i, step in enumerate(steps):
+                for name in self._unmeasured(begin, step):
+                    results[name][i] = math.nan
+            return Table(steps, {**means, **results, **rates})
 
-        self._log.write_later(make)
+        self._log.write_later("train", make)
         if self._schedule.calls_back(self._clock.step):
             self._log.catch_up()  # before anything that it looks at changes
         self._write_timing_of_steps()

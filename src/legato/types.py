@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -27,6 +27,32 @@ class LogStyle(enum.StrEnum):
     MEANS = "means"
     RUNNING = "running"
     OWN = "own"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Values at several steps, by names.
+
+    Attributes:
+        steps: the steps.
+        columns: by name, a value at each of them.
+    """
+
+    steps: Sequence[int]
+    columns: Mapping[str, Sequence[Any]]
+
+    @property
+    def is_of_floats(self) -> bool:
+        """Whether the values are nothing else."""
+        columns = self.columns.values()
+        return {type(value) for each in columns for value in each} == {float}
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The values of each step, by name."""
+        for step, *values in zip(
+            self.steps, *self.columns.values(), strict=True
+        ):
+            yield step, dict(zip(self.columns, values, strict=True))
 
 
 def flat_logs(logs: Mapping[str, Any], prefix: str = "") -> Logs:

@@ -70,28 +70,31 @@ class Results:
 
     def series(
         self, values: Sequence[np.ndarray], times: int
-    ) -> list[dict[str, Any]]:
-        """Results by name as they were at several times.
+    ) -> dict[str, list[Any]]:
+        """Results by name as they were at several times, a list of each.
 
         Args:
             values: of `variables` then, `[times, ...]` each. (There are no
                 others that the results depend on.)
             times: how many.
         """
-        if self._metrics:
-            self._prepare()
-        if not self._metrics or not self._are_means:
-            return [
+        if not self._metrics:
+            return {}
+        self._prepare()
+        if not self._are_means:
+            results = [
                 self([np.asarray(each[i]) for each in values])
                 for i in range(times)
             ]
+            return {
+                name: [each[name] for each in results] for name in results[0]
+            }
         if not self._names:
             self([each[0] for each in values])
         names = [name for each in self._metrics for name in self._names[each]]
         pairs = zip(values[::2], values[1::2], strict=True)
         columns = [_divide_all(total, count) for total, count in pairs]
-        rows = zip(*columns, strict=True)
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        return dict(zip(names, columns, strict=True))
 
     def names(self, metric: keras.metrics.Metric) -> list[str]:
         """The names of a metric's results, once they have been read."""

@@ -5,7 +5,7 @@ import functools
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from legato import storage
 from legato.errors import RestoreError, SummaryError
 from legato.summaries.values import as_array, is_image
-from legato.types import JSON, flatten
+from legato.types import JSON, Table, flatten
 
 METRICS = "metrics.jsonl"
 CSV = "summaries.csv"
@@ -22,7 +22,6 @@ CSV = "summaries.csv"
 MAX_ARRAY = 64
 """An array of more numbers has no place in a line."""
 
-NUMBERS = {float, int}
 _PLAIN = {float, int, str, bool, type(None)}
 _NOTHING = object()
 
@@ -82,20 +81,26 @@ class JsonLinesSink(_FileSink):
         Raises:
             SummaryError: two values have one name.
         """
-        types = {*map(type, values.values())}
-        form = _line_form(kind, tuple(values)) if types <= NUMBERS else None
-        if form is not None and math.isfinite(sum(values.values())):
-            line = form % (step, *map(repr, values.values()))
-            self._lines.append_bytes(line.encode())
-            return
-        if not types <= _PLAIN:
+        if not _PLAIN.issuperset(map(type, values.values())):
             values = _as_json(values)
         self._lines.append({"kind": kind, "step": step, **values})
+
+    def write_table(self, kind: str, table: Table) -> None:
+        """Write a record of floats for each step: the same lines, quicker."""
+        columns = table.columns.values()
+        form = _line_form(kind, tuple(table.columns))
+        if form is None or not math.isfinite(sum(map(sum, columns))):
+            for step, values in table.rows():
+                self.write(kind, step, values)
+            return
+        rows = zip(table.steps, *columns, strict=True)
+        lines = "".join(map(form.__mod__, rows))
+        self._lines.append_bytes(lines.encode())
 
 
 @functools.lru_cache(256)
 def _line_form(kind: str, names: tuple[str, ...]) -> str | None:
-    """A line of finite numbers as `json.dumps` writes it, much quicker.
+    """A line of a step and finite floats, as `json.dumps` writes it.
 
     None if a name is one of ours.
     """
@@ -103,7 +108,7 @@ def _line_form(kind: str, names: tuple[str, ...]) -> str | None:
         return None
     keys = [json.dumps(name).replace("%", "%%") for name in names]
     begin = json.dumps({"kind": kind}).replace("%", "%%")[:-1]
-    fields = [begin, '"step": %d', *(f"{key}: %s" for key in keys)]
+    fields = [begin, '"step": %d', *(f"{key}: %r" for key in keys)]
     return ", ".join(fields) + "}\n"
 
 
@@ -125,13 +130,23 @@ class CsvSink(_FileSink):
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
+        self._write(kind, [(step, _as_json(values))])
+
+    def write_table(self, kind: str, table: Table) -> None:
+        """Write floats."""
+        self._write(kind, table.rows())
+
+    def _write(
+        self, kind: str, records: Iterable[tuple[int, Mapping[str, Any]]]
+    ) -> None:
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         if self._file.offset == 0:
             rows.writerow(self.columns)
-        for name, value in _as_json(values).items():
-            if isinstance(value, int | float):
-                rows.writerow((kind, step, name, repr(value)))
+        for step, values in records:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    rows.writerow((kind, step, name, repr(value)))
         # (What is no text in UTF-8 is no text in JSON either.)
         self._file.append_bytes(text.getvalue().encode("utf-8", "replace"))
 

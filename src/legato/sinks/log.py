@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from legato.errors import (
     LegatoWarning,
     RestoreError,
 )
-from legato.sinks.files import CSV, METRICS, NUMBERS, CsvSink, JsonLinesSink
+from legato.sinks.files import CSV, METRICS, CsvSink, JsonLinesSink
 from legato.sinks.managed import ManagerSink
 from legato.sinks.protocol import Sink, SyncedSink
 from legato.storage import strict_json
@@ -27,15 +27,12 @@ from legato.summaries.managers import (
     SummaryManagerInterface,
     link_error,
 )
-from legato.types import JSON
+from legato.types import JSON, Table
 
 TIMING = "timing.jsonl"
 SUMMARIES = "summaries"
 KINDS = ("train", "validation")
 """Of the values that managers are given; `epoch` repeats them."""
-
-Record = tuple[str, int, Mapping[str, Any]]
-"""A kind, a step, and values by name."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,7 +93,7 @@ class RunLog:
         self._failed: list[tuple[_Entry, Exception]] = []
         self._forget = set(dropped)
         self._claimed: list[SummaryManager] = []
-        self._waiting: list[Callable[[], Iterable[Record]]] = []
+        self._waiting: list[tuple[str, Callable[[], Table]]] = []
         _refuse_links(run_dir / SUMMARIES)
         self._metrics = JsonLinesSink(run_dir)
         self._timing = storage.JsonLines(run_dir / TIMING)
@@ -169,24 +166,21 @@ class RunLog:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Write values of a kind ("train", "validation", "epoch").
 
-        Plain numbers may wait for `catch_up`.
-
         Raises:
             LegatoError: a value is none that can be written.
         """
-        self._waiting.append(lambda: [(kind, step, values)])
-        if not (
-            self._may_wait and NUMBERS.issuperset(map(type, values.values()))
-        ):
-            self.catch_up()
+        self.catch_up()
+        self._metrics.write(kind, step, values)
+        self._give("write", kind, step, values)
 
-    def write_later(self, make: Callable[[], Iterable[Record]]) -> None:
-        """Write records that are made when they are written.
+    def write_later(self, kind: str, make: Callable[[], Table]) -> None:
+        """Write values of several steps, which may wait for `catch_up`.
 
         Args:
+            kind: see `write`.
             make: gives them; of plain data, and whenever it is called.
         """
-        self._waiting.append(make)
+        self._waiting.append((kind, make))
         if not self._may_wait:
             self.catch_up()
 
@@ -201,16 +195,21 @@ class RunLog:
         Everything else that needs it calls it too.
         """
         waiting, self._waiting = self._waiting, []
-        for make in waiting:
-            for record in make():
-                self._write(*record)
+        for kind, make in waiting:
+            table = make()
+            if self._may_wait and table.is_of_floats:
+                self._metrics.write_table(kind, table)
+                self._give("write_table", kind, table)
+            else:
+                for step, values in table.rows():
+                    self.write(kind, step, values)
 
-    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        self._metrics.write(kind, step, values)
+    def _give(self, method: str, *arguments: Any) -> None:
+        """Have all other sinks write."""
         for entry in self._others:
             if not entry.is_dropped:
                 try:
-                    entry.sink.write(kind, step, values)
+                    getattr(entry.sink, method)(*arguments)
                 except Exception as error:
                     if entry.is_own and isinstance(error, LegatoError):
                         raise

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from legato.errors import ConfigError, LegatoWarning, SummaryError
 from legato.summaries.managers import SummaryManager, SummaryManagerInterface
 from legato.summaries.writers import as_step
-from legato.types import JSON
+from legato.types import JSON, Table
 
 
 @runtime_checkable
@@ -58,15 +58,15 @@ class ManagerSink:
         if kind != self._kind:
             return
         if isinstance(self._manager, SummaryManager):
-            if self._manager.is_plain and {*map(type, values.values())} == {
-                float
-            }:
-                return self._manager.summary_writer().write_scalars(
-                    step, values
-                )
             values = _without_lists(values)
         with as_step(step):
             self._manager.write_summaries(values)
+
+    def write_table(self, kind: str, table: Table) -> None:
+        """Write floats, where they may wait."""
+        if kind == self._kind:
+            assert isinstance(self._manager, SummaryManager)
+            self._manager.summary_writer().write_table(table)
 
     def flush(self) -> None:
         """See `Sink`."""

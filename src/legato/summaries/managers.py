@@ -24,7 +24,7 @@ from legato.summaries.writers import (
     by_type,
     current_step,
 )
-from legato.types import JSON
+from legato.types import JSON, Table
 
 MAX_WAITING = 32
 """How many values wait to be converted, before training waits for them."""
@@ -214,7 +214,8 @@ class SummaryManager(SummaryManagerInterface):
             else:
                 others[name] = value
         if numbers:
-            self.summary_writer(path).write_scalars(step, numbers)
+            columns = {name: [value] for name, value in numbers.items()}
+            self.summary_writer(path).write_table(Table([step], columns))
         if others:
             with self.summary_writer(path).as_default():
                 for name, value in others.items():

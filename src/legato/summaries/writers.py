@@ -4,13 +4,14 @@ import contextlib
 import contextvars
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from legato.errors import SummaryError
 from legato.summaries import values as kinds
-from legato.summaries.events import EventFile, clean_tag, scalar_summary
+from legato.summaries.events import EventFile, clean_tag
 from legato.summaries.worker import Worker
+from legato.types import Table
 
 _writer: contextvars.ContextVar["SummaryWriter | None"] = (
     contextvars.ContextVar("legato_summary_writer", default=None)
@@ -51,7 +52,7 @@ class SummaryWriter:
         """Write a value, at once or when what was given before is written.
 
         Raises:
-            SummaryError: see `write_scalars`.
+            SummaryError: see `write_table`.
         """
         self._check_names((name,))
         now = time.time()
@@ -71,22 +72,18 @@ class SummaryWriter:
 
         self._worker.submit(convert)
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write several numbers in one event.
+    def write_table(self, table: Table) -> None:
+        """Write floats, those of a step in one event.
 
         Raises:
             SummaryError: TensorBoard would take two names for one.
         """
-        self._check_names(tuple(scalars))
+        self._check_names(tuple(table.columns))
         now = time.time()
         if self._worker.is_idle:
-            self._file.write_summary(now, step, scalar_summary(scalars))
+            self._file.write_table(now, table)
         else:
-            self._worker.submit(
-                lambda: self._file.write_summary(
-                    now, step, scalar_summary(scalars)
-                )
-            )
+            self._worker.submit(lambda: self._file.write_table(now, table))
 
     def _check_names(self, names: tuple[str, ...]) -> None:
         if names in self._seen:  # the same ones come again and again
