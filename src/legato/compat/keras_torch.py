@@ -1,4 +1,4 @@
-"""Keras's layers on PyTorch, without what makes them slow there.
+"""Keras's layers and metrics on PyTorch, without what makes them slow there.
 
 Keras is patched once, when this is imported, by functions that do what Keras
 does but in a thread that asks for something else (`replaced`).
@@ -30,12 +30,15 @@ class Replacements(NamedTuple):
             ...]`: Keras copies images so that the channels come first in
             memory, and before a convolution back again.
         may_transpose: whether that can be done.
+        in_top_k: of targets `[batch]`, predictions `[batch, classes]` and k:
+            whether each is among the k largest of its row, `[batch]`.
     """
 
     lstm: Callable[..., tuple[Any, Any, Any]]
     may_fuse: Callable[[Any], bool]
     transposed: Callable[[Any], Any]
     may_transpose: Callable[[Any], bool]
+    in_top_k: Callable[[Any, Any, int], Any]
 
 
 _in_thread = threading.local()
@@ -128,14 +131,29 @@ def _choose_transposition(
     return copied(inputs)
 
 
+def _choose_in_top_k(
+    replacements: Replacements,
+    sorting: Any,
+    targets: Any,
+    predictions: Any,
+    k: int,
+) -> Any:
+    shape = getattr(predictions, "shape", (0,))
+    if not 1 <= k <= shape[-1]:  # Keras takes lists, and refuses such a k
+        return sorting(targets, predictions, k)
+    return replacements.in_top_k(targets, predictions, k)
+
+
 # (`keras.src.backend.torch.rnn` is a function of that name.)
 _RNN: Any = sys.modules["keras.src.backend.torch.rnn"]
 _NN: Any = sys.modules["keras.src.backend.torch.nn"]
+_MATH: Any = sys.modules["keras.src.backend.torch.math"]
 
 for module, name, choose in (
     (_RNN, "_fallback_lstm", _choose_lstm),
     (_RNN, "_fallback_gru", _choose_gru),
     (_NN, "_transpose_spatial_inputs", _choose_transposition),
+    (_MATH, "in_top_k", _choose_in_top_k),
 ):
     # Where another version of Keras has none, it is left as it is.
     if hasattr(module, name):

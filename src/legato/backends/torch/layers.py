@@ -20,8 +20,9 @@ def layers_of_step() -> Iterator[None]:
     A module in a `TorchModuleWrapper` reads its own parameters, past the Keras
     variables that stand for them, so that autograd would not reach these.
 
-    And Keras's layers do without what makes them slow on PyTorch: images are
-    not copied before convolutions, and LSTM and GRU are no loops in Python.
+    And Keras's do without what makes them slow on PyTorch: images are not
+    copied before convolutions, LSTM and GRU are no loops in Python, and
+    accuracies among the first k sort nothing.
     """
     cls: Any = keras.layers.TorchModuleWrapper
     original = cls.call
@@ -166,6 +167,18 @@ def _by_loop(
     return tuple(next(parts) if t.requires_grad else None for t in given)
 
 
+def _in_top_k(targets: Any, predictions: Any, k: int) -> torch.Tensor:
+    """By counting, which can be part of a compiled program as sorting cannot.
+
+    A NaN is above all others, and a target that is one is never among them.
+    """
+    targets = keras.ops.convert_to_tensor(targets).long()[:, None]
+    predictions = keras.ops.convert_to_tensor(predictions)
+    values = torch.take_along_dim(predictions, targets, dim=-1)
+    not_above = (predictions <= values).sum(-1)
+    return not_above > predictions.shape[-1] - k
+
+
 _REPLACEMENTS = keras_torch.Replacements(
-    _lstm, _can_fuse, _transposed, _are_images
+    _lstm, _can_fuse, _transposed, _are_images, _in_top_k
 )
