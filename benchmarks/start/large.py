@@ -28,10 +28,12 @@ def build_model() -> keras.Model:
     )
 
 
-def make_data(steps: int) -> tuple[np.ndarray, np.ndarray]:
+def make_data(
+    steps: int, batch_size: int = BATCH
+) -> tuple[np.ndarray, np.ndarray]:
     """Noise, of so many batches."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(steps * BATCH, _WIDTH)).astype("float32")
+    x = rng.normal(size=(steps * batch_size, _WIDTH)).astype("float32")
     return x, rng.integers(0, 10, len(x)).astype("int32")
 
 
