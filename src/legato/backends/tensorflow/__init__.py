@@ -37,8 +37,8 @@ class TensorFlowBackend(Backend):
     value_and_grad = staticmethod(gradient.value_and_grad)  # pyright: ignore[reportAssignmentType]
 
     def read(self, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
-        # (`numpy()` would copy.)
-        return [np.asarray(v._value.read_value()) for v in variables]
+        # (`numpy()` would copy; `read_value()` is two operations.)
+        return [np.asarray(v._value.value()) for v in variables]
 
     def write(
         self, variables: Sequence[keras.Variable], values: Sequence[np.ndarray]

@@ -252,18 +252,28 @@ class _Held:
         self._memory = [values[id(v)] for v in variables]
         self._step = step
         self._every = every
-        self._taken: list[list[torch.Tensor]] = [[] for _ in variables]
+        # Numbers, which most are, are taken together: in one operation each
+        # time, not in one for each.
+        groups: dict[Any, list[int]] = {}
+        for index, memory in enumerate(self._memory):
+            alone = index if memory.ndim else memory.dtype
+            groups.setdefault(alone, []).append(index)
+        self._groups = list(groups.values())
+        self._taken: list[list[torch.Tensor]] = [[] for _ in self._groups]
 
     def add(self) -> None:
         """A step was completed."""
         self._step += 1
         if self._memory and self._step % self._every == 0:
-            for memory, taken in zip(self._memory, self._taken, strict=True):
-                taken.append(memory.clone())
+            for group, taken in zip(self._groups, self._taken, strict=True):
+                taken.append(torch.stack([self._memory[i] for i in group]))
 
     def stacks(self) -> list[torch.Tensor]:
         """The values of each variable, `[times, ...]`."""
-        return [
-            torch.stack(taken) if taken else memory[None][:0]
-            for memory, taken in zip(self._memory, self._taken, strict=True)
-        ]
+        found = list(self._memory)
+        for group, taken in zip(self._groups, self._taken, strict=True):
+            values = torch.stack(taken, 1) if taken else None
+            for row, index in enumerate(group):
+                none = self._memory[index][None][:0]
+                found[index] = none if values is None else values[row]
+        return found
