@@ -46,8 +46,8 @@ class Exactness:
         """
         if self._policy == "strict":
             raise ExactnessError(
-                f'{message}. exact="strict" refuses to go on; exact="warn" '
-                "would."
+                f'{message.rstrip(".")}. exact="strict" refuses to go on; '
+                'exact="warn" would.'
             )
         if self._policy == "warn":
             warnings.warn(message, ExactnessWarning, stacklevel=4)

@@ -4,6 +4,7 @@ They draw on purpose from everything that a resumed run must find again: the
 global generators, generators of their own, what they counted so far.
 """
 
+import itertools
 import random
 
 import keras
@@ -133,6 +134,10 @@ def generator():
         size = 5 - position % 2
         yield X[:size] + np.random.rand(), Y[:size] + position
         position += 1
+
+
+def three_batches():
+    yield from itertools.islice(generator(), 3)
 
 
 def tf_dataset(*, late=False):
@@ -510,6 +515,8 @@ SOURCES = {
     "iterators tell": lambda: fit_source(IteratorTells()),
     "iterator": lambda: fit_source(Told(), steps_per_epoch=3),
     "generator": lambda: fit_source(generator(), steps_per_epoch=3),
+    "generator function": lambda: fit_source(three_batches),
+    "generator method": lambda: fit_source(Iterates().__iter__),
     "tf": lambda: fit_source(tf_dataset()),
     "tf late": lambda: fit_source(tf_dataset(late=True)),
     "torch": lambda: fit_source(torch_loader(shuffle=True)),

@@ -68,6 +68,7 @@ MAKERS = {
     "an iterable whose iterators tell their state": "iterators tell",
     "an iterable that tells its state": "iterable tells",
     "any other iterable": "iterable",
+    "a generator function, called for each pass": "generator function",
     "a generator": "generator",
 }
 

@@ -50,7 +50,7 @@ class Look:
     def same(self, other: "Look") -> bool:
         """Whether the object looked the same then."""
         return (
-            _equal(self.state, other.state)
+            same_states(self.state, other.state)
             and self.lost == other.lost
             and not capture.changed(self.tokens, other.tokens)
         )
@@ -176,11 +176,13 @@ def _vars(owner: object) -> dict[str, Any]:
 
 
 def _same(one: capture.Captured, other: capture.Captured) -> bool:
-    return _equal(one.tree, other.tree) and _equal(one.arrays, other.arrays)
+    return same_states(one.tree, other.tree) and same_states(
+        one.arrays, other.arrays
+    )
 
 
-def _equal(one: Any, other: Any) -> bool:
-    """Bit for bit, also arrays in a tree."""
+def same_states(one: Any, other: Any) -> bool:
+    """Whether two states, or lists of them, are the same bit for bit."""
     if type(one) is not type(other):
         return False
     if isinstance(one, np.ndarray):
@@ -191,10 +193,10 @@ def _equal(one: Any, other: Any) -> bool:
         )
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(
-            _equal(value, other[key]) for key, value in one.items()
+            same_states(value, other[key]) for key, value in one.items()
         )
     if isinstance(one, list):
-        return len(one) == len(other) and all(map(_equal, one, other))
+        return len(one) == len(other) and all(map(same_states, one, other))
     if isinstance(one, float):
         return one.hex() == other.hex()
     return one == other

@@ -26,6 +26,7 @@ from legato.data.pydataset import PyDatasetSource
 from legato.data.random_access import RandomAccessSource
 from legato.data.readers import (
     Adapter,
+    GeneratorFunction,
     Iterable,
     Kept,
     OneShot,
@@ -308,7 +309,11 @@ def _is_iterable(x: Any) -> bool:
         return True
     if keras_data.is_array(x) or _gives_examples(x):
         return False
-    return hasattr(x, "__iter__") or isinstance(x, keras_data.DataAdapter)
+    return (
+        hasattr(x, "__iter__")
+        or isinstance(x, keras_data.DataAdapter)
+        or inspect.isgeneratorfunction(x)
+    )
 
 
 def _gives_examples(x: Any) -> bool:
@@ -344,6 +349,8 @@ def _reader(x: Any) -> Reader:
         return HuggingFaceStream(x)
     if isinstance(x, keras_data.DataAdapter):
         return Adapter(x)
+    if inspect.isgeneratorfunction(x):  # also a method, or a partial of one
+        return GeneratorFunction(x)
     if not isinstance(x, Iterator):
         return Iterable(x)
     return StatefulIterator(x) if told_by(x) else OneShot(x)

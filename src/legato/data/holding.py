@@ -40,6 +40,9 @@ class Tracked(Protocol):
 class Hold:
     """An iterator's hold on the objects that it reads.
 
+    It has it from when it is made until it is closed; while another one has
+    it, that is suspended. What others (callbacks) change meanwhile stays.
+
     Args:
         tracked: these.
     """
@@ -48,6 +51,9 @@ class Hold:
         self._tracked = tracked
         # What they were like when they were taken over by another one.
         self._looks: dict[int, Look] = {}
+        self._suspended: dict[int, weakref.ref[Hold]] = {}
+        self._problems: list[str] = []
+        self._take_all()
 
     def take(self) -> list[str]:
         """Before the user's code runs: they are as this iterator left them.
@@ -55,41 +61,53 @@ class Hold:
         Returns:
             Why some could not be put back to how they were built.
         """
-        problems = []
-        for tracked in self._tracked:
-            key = id(tracked.subject)
-            holder = _holder(key)
-            if holder is self:
-                continue
-            if holder is not None:
-                holder._give(key)
-            _HOLDERS[key] = weakref.ref(self)
-            look = self._looks.pop(key, None)
-            try:
-                tracked.reset()
-            except RestoreError as error:
-                problems.append(str(error))
-            if look is not None:
-                tracked.set(look.state)
+        self._take_all()
+        problems, self._problems = self._problems, []
         return problems
 
-    def _give(self, key: int) -> None:
+    def _take_all(self) -> None:
         for tracked in self._tracked:
-            if id(tracked.subject) == key:
-                self._looks[key] = tracked.look()
+            self._take(tracked)
+
+    def _take(self, tracked: Tracked) -> None:
+        key = id(tracked.subject)
+        holder = _holder(key)
+        if holder is self:
+            return
+        if holder is not None:
+            holder._looks[key] = holder._of(key).look()
+            self._suspended[key] = weakref.ref(holder)
+        _HOLDERS[key] = weakref.ref(self)
+        look = self._looks.pop(key, None)
+        try:
+            tracked.reset()
+        except RestoreError as error:
+            self._problems.append(str(error))
+        if look is not None:
+            tracked.set(look.state)
+
+    def _of(self, key: int) -> Tracked:
+        return next(t for t in self._tracked if id(t.subject) == key)
 
     def look(self, tracked: Tracked) -> Look:
         """What one was like when this iterator had it last."""
         given = self._looks.get(id(tracked.subject))
         return tracked.look() if given is None else given
 
+    def forget(self) -> None:
+        """The iterator is sent to another position."""
+        self._looks.clear()
+
     def release(self) -> None:
-        """The iterator is closed, or is sent to another position."""
+        """The iterator is closed: whoever had them before has them again."""
         self._looks.clear()
         for tracked in self._tracked:
             key = id(tracked.subject)
+            before = self._suspended.pop(key, lambda: None)()
             if _holder(key) is self:
                 del _HOLDERS[key]
+                if before is not None and key in before._looks:
+                    before._take(before._of(key))
 
 
 # By the id of an object, which its holder keeps alive.

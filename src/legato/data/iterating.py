@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from legato.data import streams
-from legato.data.attributes import Look
+from legato.data.attributes import Look, same_states
 from legato.data.batches import Chunks, Leaves, shown
 from legato.data.encoding import CannotEncodeError, fingerprint
 from legato.data.holding import Hold
@@ -16,13 +16,16 @@ from legato.errors import DamagedError, DataError, LegatoError, RestoreError
 if TYPE_CHECKING:
     from legato.data.iterables import IterableSource
 
+_SAME = "same"
+"""As when the pass began."""
+
 
 class IterableIterator(DataIterator):
     """Draws in this thread, when it is asked: it may run the user's code.
 
     The state: the pass, the batches of it that were given out, what the
-    user's objects were when the pass began, and what the library's iterator
-    told of its state, after how many batches.
+    user's objects were when the pass began and are now, and what the library's
+    iterator told of its state, after how many batches.
     """
 
     def __init__(
@@ -36,7 +39,12 @@ class IterableIterator(DataIterator):
         self._pass = 0
         self._given = 0
         self._drawn = 0
+        # As the pass began; None: it has not. (Callbacks may change them
+        # before, and after: in `_begin` they are put back for a while.)
         self._tracked: list[DataState] | None = None
+        # As they were when a position was saved, after so many batches.
+        self._to_put_back: list[DataState] | None = None
+        self._seen_at = 0
         self._hold = Hold(source.reader.tracked)
         self._passes: Passes | None = None
         self._batches: Iterator[Any] | None = None
@@ -55,13 +63,16 @@ class IterableIterator(DataIterator):
 
     def get_state(self) -> DataState:
         """The pass, the batch, and what is needed to come there again."""
-        tracked = self._tracked
-        if tracked is None and self._passes is not None:
-            tracked = self._look()  # between two passes
+        now: Any = self._look()
+        begun = self._tracked
+        if begun is not None and same_states(now, begun):
+            now = _SAME
         return {
             "pass": self._pass,
             "batch": self._given,
-            "tracked": tracked,
+            "tracked": now if begun is None else begun,
+            "now": None if begun is None else now,
+            "drawn": self._seen_at if self._batches is None else self._drawn,
             "method": self._reader.method,
             "library": self._library(),
             "loads": self._must_load(),
@@ -112,12 +123,18 @@ class IterableIterator(DataIterator):
             case {
                 "pass": int(pass_),
                 "batch": int(batch),
-                "tracked": list() | None as tracked,
+                "tracked": list(tracked),
+                "now": list() | "same" | None as now,
+                "drawn": int(drawn),
             } if (
                 pass_ >= 0
+                and drawn in (batch, batch + 1)
                 and 0 <= batch <= (source.length or batch)
-                and len(tracked or source.reader.tracked)
-                == len(source.reader.tracked)
+                and all(
+                    len(states) == len(source.reader.tracked)
+                    for states in (tracked, now)
+                    if isinstance(states, list)
+                )
                 and self._is_told(state.get("library"), batch)
             ):
                 pass
@@ -137,9 +154,13 @@ class IterableIterator(DataIterator):
                 "Resume with the data and the libraries of the run."
             )
         self._leave()
-        self._hold.release()
-        self._pass, self._given, self._tracked = pass_, batch, tracked
-        self._drawn = batch
+        self._hold.forget()
+        self._reader.notes += self._hold.take()
+        # At once: what callbacks change before the next batch is to stay.
+        self._put_back(now if isinstance(now, list) else tracked)
+        self._tracked = None if now is None else tracked
+        self._pass, self._given, self._drawn = pass_, batch, batch
+        self._seen_at, self._to_put_back = drawn, None
         self._loads = bool(state.get("loads"))
         self._told = None
         if self._reader.method == "state":
@@ -232,21 +253,26 @@ class IterableIterator(DataIterator):
         self._source.lost([path for look in looks for path in look.lost])
         return [look.state for look in looks]
 
+    def _put_back(self, states: list[DataState]) -> None:
+        """Have the user's objects as they were at some instant."""
+        # As a new process finds them: then what had changed by then.
+        self._source._reset()
+        for each, state in zip(self._reader.tracked, states, strict=True):
+            if not isinstance(state, dict | None):
+                raise DamagedError("data state: not that of objects.")
+            each.set(state)
+
     def _begin(self) -> None:
         """Begin the pass where the position is."""
-        source = self._source
-        tracked = source.reader.tracked
+        tracked = self._reader.tracked
+        now = self._look()
         if self._passes is None:
-            self._passes = source.reader.open()
-            if self._tracked is not None:
-                # As a new process finds them: then what had changed by then.
-                source._reset()
-                for each, state in zip(tracked, self._tracked, strict=True):
-                    if not isinstance(state, dict | None):
-                        raise DamagedError("data state: not that of objects.")
-                    each.set(state)
+            self._passes = self._source.reader.open()
+        resumes = self._tracked is not None
         if self._tracked is None:
-            self._tracked = self._look()
+            self._tracked = now
+        else:
+            self._put_back(self._tracked)
         self._unloaded = [
             self._hold.look(tracked[index]) for index in self._reader.loading
         ]
@@ -254,6 +280,21 @@ class IterableIterator(DataIterator):
         self._drawn = self._given
         with self._streams("begin"):
             self._batches = self._begin_at(self._passes)
+        if resumes:
+            self._to_put_back = now
+            self._put_back_in_time()
+
+    def _put_back_in_time(self) -> None:
+        """What reading again did not change, others had changed by then."""
+        states = self._to_put_back
+        if states is None or self._drawn != self._seen_at:
+            return
+        self._to_put_back = None
+        if not same_states(self._look(), states):
+            try:
+                self._put_back(states)
+            except RestoreError as error:
+                self._reader.notes.append(str(error))
 
     def _begin_at(self, passes: Passes) -> Iterator[Any]:
         method, told = self._reader.method, self._told
@@ -316,6 +357,7 @@ class IterableIterator(DataIterator):
             )
         self._pass, self._given, self._drawn = self._pass + 1, 0, 0
         self._tracked = self._batches = self._told = None
+        self._seen_at = 0
         self._loads = self._ended = False
         self._marks.clear()
 
@@ -327,6 +369,7 @@ class IterableIterator(DataIterator):
         self._mark_if_due()
         for batch in self._batches:
             self._drawn += 1
+            self._put_back_in_time()
             try:
                 return self._source.leaves(batch)
             except DataError as error:

@@ -303,7 +303,25 @@ class _Iterator(DataIterator):
             self._after_hooks = self._hold.look(attributes)
         elif self._pool is None:
             return self._hold.look(attributes)
-        return self._after_hooks  # a pool may be changing it just now
+        else:
+            return self._look_beside_pool(self._after_hooks)
+        return self._after_hooks
+
+    def _look_beside_pool(self, after_hooks: Look) -> Look:
+        """The same, where threads are reading it."""
+        try:
+            look = self._hold.look(self._source.attributes)
+        except RuntimeError:  # they change it just now
+            return after_hooks
+        if look.same(after_hooks):
+            return after_hooks
+        self._source.note(
+            f"its attributes changed while workers={self._source.workers} made "
+            "batches of it ahead: which of them see that varies",
+            "Change it where an epoch begins or ends (on_epoch_begin of a "
+            "callback, on_epoch_end of the dataset), or set workers=1",
+        )
+        return look
 
     def _can_repeat_hooks(self, look: Look) -> bool:
         """Whether what cannot be saved can be made again by the hooks."""

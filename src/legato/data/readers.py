@@ -171,6 +171,30 @@ class Iterable(Reader):
         return _Iterations(self)
 
 
+class GeneratorFunction(Iterable):
+    """A function that is called for each pass, and gives a generator.
+
+    Args:
+        function: it; the object of a bound method is looked at too.
+    """
+
+    def __init__(self, function: Callable[[], Iterator[Any]]) -> None:
+        super().__init__(_Called(function), "generator function")
+        owner = getattr(function, "__self__", None)
+        if hasattr(owner, "__dict__"):
+            self.track(Attributes(owner))
+
+
+class _Called:
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[[], Iterator[Any]]) -> None:
+        self._function = function
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._function()
+
+
 _PROTOCOLS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
 
 

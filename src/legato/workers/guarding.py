@@ -7,6 +7,8 @@ that was killed, it waits for ever, with all its memory.
 import contextlib
 import multiprocessing
 import subprocess
+import threading
+import time
 import weakref
 
 # Its input ends when the process that writes there does, however that ends.
@@ -16,22 +18,49 @@ _SHELL = (
 )
 
 
+_OFTEN_SECS, _SELDOM_SECS = 0.02, 0.5
+_SOON_SECS = 5.0
+
+
 class Guard:
     """Ends daemons that are started from now on when this process is gone.
 
-    A small process of its own waits for that.
+    A small process of its own waits for that. A thread tells it of them: they
+    may begin at any time, and take seconds to become of use.
     """
 
     def __init__(self) -> None:
         self._known = _daemons()
         self._shell: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._looks_often_until = time.monotonic() + _SOON_SECS
+        threading.Thread(
+            target=_look_for_more,
+            args=(weakref.ref(self),),
+            name="legato-guard",
+            daemon=True,
+        ).start()
 
-    def watch(self) -> None:
-        """Look which there are; to be called when some may have begun."""
-        new = _daemons() - self._known
-        if not new:
-            return
-        self._known |= new
+    def watch(self) -> float:
+        """Look which there are; returns after how many seconds to look again.
+
+        (0 when it is closed.)
+        """
+        with self._lock:
+            if self._is_closed:
+                return 0
+            new = _daemons() - self._known
+            now = time.monotonic()
+            if new:
+                self._known |= new
+                self._tell(new)
+                self._looks_often_until = now + _SOON_SECS
+            return (
+                _OFTEN_SECS if now < self._looks_often_until else _SELDOM_SECS
+            )
+
+    def _tell(self, new: set[int]) -> None:
         if self._shell is None:
             try:
                 self._shell = subprocess.Popen(
@@ -52,8 +81,19 @@ class Guard:
 
     def close(self) -> None:
         """They have ended, or are left to whoever started them; idempotent."""
-        if self._shell is not None:
-            self._finalizer()
+        with self._lock:
+            self._is_closed = True
+            if self._shell is not None:
+                self._finalizer()
+
+
+def _look_for_more(guard: "weakref.ref[Guard]") -> None:
+    while (found := guard()) is not None:
+        again = found.watch()
+        del found  # it may be the last to hold it
+        if not again:
+            return
+        time.sleep(again)
 
 
 def _daemons() -> set[int]:

@@ -21,6 +21,7 @@ class Lender:
         timeout: seconds after which one is taken to hang.
 
     Attributes:
+        processes: see there.
         watch: on what threads draw; None if it is known, or does not matter.
     """
 
@@ -34,7 +35,7 @@ class Lender:
         timeout: float,
     ) -> None:
         self._recipe = recipe
-        self._processes = processes
+        self.processes = processes
         self._arguments = (workers, prefetch, timeout)
         self.watch: Watch | None = None
         if workers and not processes:
@@ -48,7 +49,7 @@ class Lender:
         with self._lock:
             if self._spare:
                 return self._spare.pop()
-        if self._processes:
+        if self.processes:
             from legato.workers.processes import Processes
 
             return Processes(self._recipe, *self._arguments)

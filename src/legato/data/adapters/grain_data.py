@@ -69,13 +69,7 @@ class _Passes(Passes):
         if self._guarded:
             self._guard = Guard()
         self._iterator = iter(self._dataset)
-        return self._batches()
-
-    def _batches(self) -> Iterator[Any]:
-        for batch in self._iterator:
-            if self._guard is not None:
-                self._guard.watch()  # some begin with the first batches
-            yield batch
+        return iter(self._iterator)
 
     def get_state(self) -> DataState:
         state = _state_of(self._iterator)
