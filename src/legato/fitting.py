@@ -16,6 +16,7 @@ from legato.compat import keras_models
 from legato.compiled import CompiledTask, TrainMetrics, ValidationMetrics
 from legato.config import MAX_SHAPES, TrainerConfig
 from legato.data import DataSource, fit_source, split_validation
+from legato.data.fitting import check_number
 from legato.errors import ConfigError
 from legato.evaluation import Evaluator
 from legato.restoring import assign_arrays, averaged, check_weights, kept
@@ -137,6 +138,7 @@ def fit(
         class_weight=class_weight,
         steps_per_epoch=steps_per_epoch,
     )
+    check_number("validation_batch_size", validation_batch_size)
     validation = _validation_source(
         validation_data,
         validation_batch_size or batch_size,

@@ -860,9 +860,10 @@ def series(values, dtype):
          r"weight for each.*np\.full\(len\(x\), 2\.0\)"),
         (lambda: {"sample_weight": np.array(2.0)}, r"^sample_weight: The data "
          r"hold the scalar"),
-        (lambda: {"x": batches, "y": None, "batch_size": None},
+        (lambda: {"x": lambda: batches(), "y": None, "batch_size": None},
          r"^x is a function, which is no data.*call it: x\(\)"),
-        (lambda: {"validation_data": batches}, r"call it: validation_data\(\)"),
+        (lambda: {"validation_data": lambda: batches()},
+         r"call it: validation_data\(\)"),
     ],
 )  # fmt: skip
 def test_arrays_of_no_numbers_are_named(given, words, tmp_path):

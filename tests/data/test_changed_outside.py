@@ -138,7 +138,7 @@ def train(folder, kind, callback, *, stop=None, interval=1):
     keras.utils.set_random_seed(7)
     data, told = MAKERS[kind]()
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
+    model.compile(keras.optimizers.SGD(1e-4), "mse")
     callbacks = [callback(told)] + ([Stop(stop)] if stop else [])
     arguments = {"batch_size": 5, "shuffle": False}
     legato.fit(

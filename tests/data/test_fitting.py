@@ -6,6 +6,7 @@ import pytest
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import array_slicing, data_adapter_utils
 
+import legato
 from legato.data import arrays as arrays_module
 from legato.data import fit_source, split_validation
 from legato.errors import DataError, LegatoWarning
@@ -739,3 +740,18 @@ def test_multiprocessing_is_threads_and_says_so():
 
 def test_numbers_of_batches():
     assert numbers((X, None))[1] is None
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+def test_the_size_of_validation_batches(size, tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(DataError, match=f"validation_batch_size={size}"):
+        legato.fit(
+            model,
+            X,
+            Y,
+            validation_data=(X, Y),
+            validation_batch_size=size,
+            run_dir=tmp_path,
+        )

@@ -91,8 +91,8 @@ def fit_source(
         DataError: these arguments do not go together, or the data are none;
             the message names the argument, the rule and the remedy.
     """
-    _check_number("batch_size", batch_size)
-    _check_number(steps_name, steps_per_epoch)
+    check_number("batch_size", batch_size)
+    check_number(steps_name, steps_per_epoch)
     _check_class_weight(class_weight)
     if x is None:
         raise DataError(f"{name}=None: give the data to train on.")
@@ -514,7 +514,12 @@ def _check_lengths(columns: list, structure: Structure, name: str) -> int:
     return length
 
 
-def _check_number(argument: str, value: Any) -> None:
+def check_number(argument: str, value: Any) -> None:
+    """Checks a size or a count of the user's.
+
+    Raises:
+        DataError: it is no positive int, nor None.
+    """
     if value is None:
         return
     if (
