@@ -11,6 +11,7 @@ how much memory processes took at most, with legato and with `keras.Model.fit`.
 import argparse
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import engine  # chooses the backend, and finds the models
@@ -169,4 +170,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Not in the main thread: all that train would take the signals there.
+    ThreadPoolExecutor(1).submit(main).result()

@@ -4,7 +4,9 @@
         [--models MODEL ...] [--rounds N] [--write]
 
 Each variant is measured in turn with the same training without it, an epoch
-each; with legato and, beside it, with `keras.Model.fit`.
+each; with legato and, beside it, with `keras.Model.fit`. Of each there are
+several, for where a process happens to put its memory makes one of them up to a
+tenth slower than the next.
 """
 
 import argparse
@@ -38,6 +40,9 @@ SUMMARIES = 0.02
 
 WARM = 2
 """Epochs that are not counted: the first compiles."""
+
+COPIES = 3
+"""Of each contestant."""
 
 STEPS = {
     "jax": {"MLP": 2048, "LSTM": 256, "transformer": 128},
@@ -127,14 +132,16 @@ class Turn(keras.callbacks.Callback):
 
     Args:
         relay: of which it is part.
-        name: whose turn it tells.
+        times: where to put the seconds of each.
         only_validation: whether to time that alone.
     """
 
-    def __init__(self, relay: "Relay", name: str, only_validation: bool):
+    def __init__(
+        self, relay: "Relay", times: list[np.ndarray], only_validation: bool
+    ) -> None:
         super().__init__()
         self._relay = relay
-        self._name = name
+        self._times = times
         self._only_validation = only_validation
         self._began = self._tested = np.zeros(2)
 
@@ -151,7 +158,7 @@ class Turn(keras.callbacks.Callback):
         spent = now() - self._began
         if self._only_validation:
             spent, self._tested = self._tested, np.zeros(2)
-        self._relay.times[self._name].append(spent)
+        self._times.append(spent)
         self._relay.pass_on()
         self._began = now()
 
@@ -169,7 +176,7 @@ class Relay:
         only_validation: whether validations alone are.
 
     Attributes:
-        times: seconds of each one's epochs, as `now` has them.
+        times: seconds of each one's epochs as `now` has them, copy by copy.
     """
 
     def __init__(
@@ -179,22 +186,22 @@ class Relay:
         *,
         only_validation: bool = False,
     ) -> None:
-        self.times: dict[str, list[np.ndarray]] = {
-            name: [] for name in contestants
+        self.times: dict[str, list[list[np.ndarray]]] = {
+            name: [[] for _ in range(COPIES)] for name in contestants
         }
         self._main = greenlet.getcurrent()
         runs = [
             greenlet(
-                lambda name=name, train=train: train(
-                    Turn(self, name, only_validation), rounds + WARM
+                lambda train=train, times=self.times[name][copy]: train(
+                    Turn(self, times, only_validation), rounds + WARM
                 )
             )
+            for copy in range(COPIES)
             for name, train in contestants.items()
         ]
         while runs := [run for run in runs if not run.dead]:
             for run in runs:
                 run.switch()
-        self.times = {name: each[WARM:] for name, each in self.times.items()}
 
     def pass_on(self) -> None:
         """Let the others go on, and wait until it is this one's turn."""
@@ -207,8 +214,11 @@ class Relay:
         takes from the first alone, and what is hidden behind the device counts
         in the second alone.
         """
-        pairs = zip(self.times[dearer], self.times[base], strict=True)
-        shares = np.array([a / b - 1 for a, b in pairs])
+        # [copies, rounds, clocks]
+        above, below = (
+            np.array(self.times[name])[:, WARM:] for name in (dearer, base)
+        )
+        shares = (above[:, None] / below[None] - 1).reshape(-1, 2)
         low, middle, high = np.quantile(shares, (0.25, 0.5, 0.75), axis=0)
         texts = [
             f"{middle[i]:+.1%} ({low[i]:+.1%} to {high[i]:+.1%})"
@@ -427,7 +437,8 @@ def host_metrics(rounds: int, models: Sequence[str]) -> list[engine.Row]:
         return train
 
     first = Relay({"none": validation([])}, 2, only_validation=True)
-    forward = min(each[0] for each in first.times["none"]) / num_batches
+    seconds = np.array(first.times["none"])[:, WARM:, 0]
+    forward = seconds.min() / num_batches
     relay = Relay(
         {
             "none": validation([]),
@@ -478,7 +489,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=[])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument(
         "--write",
         action="store_true",
@@ -496,7 +507,7 @@ def main() -> None:
         "64 units, two blocks of attention; batch 32",
         rows,
         write=arguments.write,
-        spread="quartiles of the rounds' ratios",
+        spread=f"quartiles of the ratios of {COPIES} copies' rounds",
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import legato
 from legato.data import RandomAccessSource, fit_source
-from legato.errors import ExactnessError
+from tests.data.reading import assert_equal, read, take
 from tests.data.sources import X, Y
 
 BATCHES, EPOCHS = 4, 3
@@ -88,7 +88,22 @@ class EpochOf(keras.callbacks.Callback):
 
     def __init__(self, data):
         super().__init__()
-        self.tell = lambda epoch: setattr(data, "epoch", epoch)
+        self.data = data
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.data.epoch = 3 + epoch
+
+
+class LevelOf(EpochOf):
+    """Changes them in the middle of an epoch, relative to what they were."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 1:
+            self.data.level += 0.5
+
+
+class Unsaved:
+    """What is saved with the callback is not what brings it back."""
 
     def get_state(self):
         return {}
@@ -96,23 +111,13 @@ class EpochOf(keras.callbacks.Callback):
     def set_state(self, state):
         pass
 
-    def on_epoch_begin(self, epoch, logs=None):
-        # Relative to what it was, in some cases: this counts too.
-        self.tell(3 + epoch)
+
+class EpochOfUnsaved(Unsaved, EpochOf):
+    pass
 
 
-class LevelOf(EpochOf):
-    """Changes them in the middle of an epoch, relative to what they were."""
-
-    def __init__(self, data):
-        super().__init__(data)
-        self.raise_ = lambda: setattr(
-            data, "level", getattr(data, "level", 0) + 0.5
-        )
-
-    def on_train_batch_end(self, batch, logs=None):
-        if batch == 1:
-            self.raise_()
+class LevelOfUnsaved(Unsaved, LevelOf):
+    pass
 
 
 class Stop(keras.callbacks.Callback):
@@ -160,6 +165,8 @@ def train(folder, kind, callback, *, stop=None, interval=1):
 def test_a_run_that_is_resumed_has_it(kind, callback, tmp_path):
     if kind == "torch" and callback is LevelOf:
         pytest.skip("a sampler has no level")
+    if kind != "numbers":
+        callback = {EpochOf: EpochOfUnsaved, LevelOf: LevelOfUnsaved}[callback]
     whole = train(tmp_path / "whole", kind, callback)
     # In mid-epoch, before and after the change, and at epochs' ends.
     for stop, interval in [(3, 1), (4, 1), (5, 1), (7, 1), (7, "epoch")]:
@@ -178,61 +185,95 @@ def test_it_makes_a_difference(tmp_path):
 
     for kind in MAKERS:
         one = train(tmp_path / f"{kind} 1", kind, EpochOf)
-        assert (
-            one.tobytes()
-            != train(tmp_path / f"{kind} 2", kind, Nothing).tobytes()
+        other = train(tmp_path / f"{kind} 2", kind, Nothing)
+        assert one.tobytes() != other.tobytes()
+
+
+class Shards:
+    """Keeps the part that it read last, as datasets of files do."""
+
+    def __init__(self):
+        self.shard, self.rows = 0, X[:8]
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        if index // 8 != self.shard:
+            self.shard = index // 8
+            self.rows = X[8 * self.shard : 8 * self.shard + 8]
+        return self.rows[index % 8], np.int32(index)
+
+
+def test_what_a_dataset_keeps_for_itself_is_left_alone():
+    def source():
+        return RandomAccessSource(Shards(), 4, shuffle=False)
+
+    whole = read(source(), 8)
+    iterator = source().iterate(seed=5, capacity=4)
+    iterator.next_chunk(3)
+    state = iterator.get_state()
+    assert_equal(read(source(), 5, state=state), whole[3:])
+    iterator.set_state({"epoch": 0, "batch": 0})
+    assert_equal(take(iterator, source(), 8), whole)
+
+
+class Experiment:
+    """Whose methods give the data, as many programs have it."""
+
+    def __init__(self):
+        self.model = keras.Sequential(
+            [keras.Input((2,)), keras.layers.Dense(1)]
         )
 
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda d: RandomAccessSource(d, 5, workers=2), "dataset.level"),
-        (
-            lambda d: RandomAccessSource(
-                list(zip(X, Y, strict=True)),
-                5,
-                transform=Moved(d),
-                workers=1,
-            ),
-            "transform.data.level",
-        ),
-    ],
-)
-def test_what_is_made_ahead_of_it_is_named(make, words, tmp_path):
-    data = Numbered()
-    keras.utils.set_random_seed(7)
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    with pytest.raises(ExactnessError, match=words):
-        legato.fit(
-            model,
-            make(data),
-            epochs=2,
-            callbacks=[LevelOf(data)],
-            verbose=0,
-            run_dir=tmp_path,
-            exact="strict",
-        )
+    def batches(self):
+        for i in range(3):
+            yield X[5 * i : 5 * i + 5] / 50, X[5 * i : 5 * i + 5].sum(1) / 50
 
 
-class Moved:
-    """A transform that looks at another object."""
+class Mines(Experiment):
+    """Data that look at the model."""
 
-    def __init__(self, data):
-        self.data = data
+    def __len__(self):
+        return 3
 
-    def __call__(self, example, rng):
-        return example[0] + self.data.level, example[1]
+    def __iter__(self):
+        return self.batches()
 
 
-def test_counters_and_what_does_not_change_are_not_named():
-    source = RandomAccessSource(Numbered(), 5, workers=2)
-    iterator = source.iterate(seed=1, capacity=4)
-    iterator.next_chunk(4)
-    assert source.recipe.dataset.reads > 5
-    assert source.inexact is None
-    iterator.close()
+@pytest.mark.parametrize("make", [Mines, lambda: Experiment().batches])
+def test_a_model_is_no_state_of_the_data(make, tmp_path):
+    data = make()
+    model = getattr(data, "__self__", data).model
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    losses = legato.fit(
+        model,
+        data,
+        validation_data=data,
+        steps_per_epoch=3,
+        validation_steps=3,
+        epochs=4,
+        verbose=0,
+        run_dir=tmp_path,
+    ).history
+    assert losses["val_loss"][-1] < 0.9 * losses["val_loss"][0]
+    assert losses["val_loss"][0] < losses["loss"][0]
+
+
+def test_a_position_of_an_earlier_version():
+    def source():
+        return fit_source(Loader())
+
+    whole = read(source(), 8)
+    for position in (0, 2, 4):
+        iterator = source().iterate(seed=5, capacity=4)
+        if position:
+            take(iterator, source(), position)
+        state = iterator.get_state()
+        iterator.close()
+        del state["now"], state["drawn"]
+        rest = read(source(), 8 - position, state=state)
+        assert_equal(rest, whole[position:])
 
 
 def test_threads_of_a_pydataset_are_named(tmp_path):

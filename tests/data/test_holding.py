@@ -139,3 +139,20 @@ def test_a_checkpoint_while_validation_has_the_data():
     other.close()
     iterator.close()
     assert_equal(read(make("py")[0], 5, state=state), whole[3:])
+
+
+def test_it_comes_back_from_several_that_took_it():
+    train, validation = make("py")
+    dataset = train.dataset
+    iterator = train.iterate(seed=5, capacity=1)
+    take(iterator, train, 2)
+    drawn = dataset.drawn
+    first = validation.iterate(seed=1, capacity=1)
+    second = validation.iterate(seed=1, capacity=1)
+    take(second, validation, 1)
+    first.close()  # while the second one has it
+    second.close()
+    assert dataset.drawn == drawn
+    dataset.drawn += 5
+    take(iterator, train, 1)
+    assert dataset.drawn > drawn + 5

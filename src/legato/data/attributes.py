@@ -318,8 +318,12 @@ def _large(thing: Any, name: str) -> "_Large | None":
         return _Sequence(thing, name)
     elif type(thing) in (dict, set) and len(thing) > _SMALL_ITEMS:
         return _Keyed(thing, name)
+    elif isinstance(thing, keras.optimizers.Optimizer):
+        return _Large(thing, name)
     elif isinstance(thing, keras.Layer):
-        if sum(_bytes(v) for v in thing.variables) > _SMALL_BYTES:
+        # What is trained is no state of the data; what augments them is.
+        bytes_held = sum(_bytes(v) for v in thing.variables)
+        if thing.trainable_variables or bytes_held > _SMALL_BYTES:
             return _Large(thing, name)
     elif isinstance(thing, _pandas()):
         return _Frame(thing, name)

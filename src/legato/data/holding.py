@@ -7,7 +7,7 @@ begins anew would take training back to the beginning.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from legato.data.attributes import Look
@@ -51,7 +51,7 @@ class Hold:
         self._tracked = tracked
         # What they were like when they were taken over by another one.
         self._looks: dict[int, Look] = {}
-        self._suspended: dict[int, weakref.ref[Hold]] = {}
+        self._suspended: dict[int, Callable[[], Hold | None]] = {}
         self._problems: list[str] = []
         self._take_all()
 
@@ -103,11 +103,23 @@ class Hold:
         self._looks.clear()
         for tracked in self._tracked:
             key = id(tracked.subject)
-            before = self._suspended.pop(key, lambda: None)()
-            if _holder(key) is self:
+            before = self._suspended.pop(key, _nobody)
+            holder = _holder(key)
+            if holder is self:
                 del _HOLDERS[key]
-                if before is not None and key in before._looks:
-                    before._take(before._of(key))
+                again = before()
+                if again is not None and key in again._looks:
+                    again._take(again._of(key))
+                continue
+            while holder is not None:  # whoever suspended this one, if any
+                next_ = holder._suspended.get(key, _nobody)()
+                if next_ is self:
+                    holder._suspended[key] = before
+                holder = next_
+
+
+def _nobody() -> None:
+    """In the place of a reference to who had an object before."""
 
 
 # By the id of an object, which its holder keeps alive.

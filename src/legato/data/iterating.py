@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _SAME = "same"
 """As when the pass began."""
 
+_NOT_SEEN = -1
+"""In the place of a number of batches."""
+
 
 class IterableIterator(DataIterator):
     """Draws in this thread, when it is asked: it may run the user's code.
@@ -119,6 +122,8 @@ class IterableIterator(DataIterator):
     def set_state(self, state: DataState) -> None:
         """Go to a position; nothing is read before the next chunk."""
         source = self._source
+        if isinstance(state, dict) and "now" not in state:
+            state = self._completed(state)
         match state:
             case {
                 "pass": int(pass_),
@@ -128,7 +133,7 @@ class IterableIterator(DataIterator):
                 "drawn": int(drawn),
             } if (
                 pass_ >= 0
-                and drawn in (batch, batch + 1)
+                and drawn in (batch, batch + 1, _NOT_SEEN)
                 and 0 <= batch <= (source.length or batch)
                 and all(
                     len(states) == len(source.reader.tracked)
@@ -165,6 +170,17 @@ class IterableIterator(DataIterator):
         self._told = None
         if self._reader.method == "state":
             self._told = state.get("library")
+
+    def _completed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """One of a version that did not save what objects were like then."""
+        begun = bool(state.get("batch") or state.get("library"))
+        return {
+            **state,
+            "tracked": state.get("tracked")
+            or [None] * len(self._reader.tracked),
+            "now": _SAME if begun else None,
+            "drawn": _NOT_SEEN,
+        }
 
     def _is_told(self, told: Any, given: int) -> bool:
         match told:

@@ -290,11 +290,14 @@ class _Iterator(DataIterator):
             "repeat_hooks": False,
             "pending": self._source.saved(self._chunks.pending),
         }
-        if self._hooks:
-            look = self._look()
+        if not self._hooks:
+            look = self._hold.look(self._source.attributes)
             state["attributes"] = look.state
-            if look.lost:
-                state["repeat_hooks"] = self._can_repeat_hooks(look)
+            return state
+        look = self._look()
+        state["attributes"] = look.state
+        if look.lost:
+            state["repeat_hooks"] = self._can_repeat_hooks(look)
         return state
 
     def _look(self) -> Look:
@@ -304,24 +307,22 @@ class _Iterator(DataIterator):
         elif self._pool is None:
             return self._hold.look(attributes)
         else:
-            return self._look_beside_pool(self._after_hooks)
+            self._look_beside_pool(self._after_hooks)
         return self._after_hooks
 
-    def _look_beside_pool(self, after_hooks: Look) -> Look:
-        """The same, where threads are reading it."""
+    def _look_beside_pool(self, after_hooks: Look) -> None:
+        """Whether it changed where threads are reading it."""
         try:
             look = self._hold.look(self._source.attributes)
         except RuntimeError:  # they change it just now
-            return after_hooks
-        if look.same(after_hooks):
-            return after_hooks
-        self._source.note(
-            f"its attributes changed while workers={self._source.workers} made "
-            "batches of it ahead: which of them see that varies",
-            "Change it where an epoch begins or ends (on_epoch_begin of a "
-            "callback, on_epoch_end of the dataset), or set workers=1",
-        )
-        return look
+            return
+        if not look.same(after_hooks):
+            self._source.note(
+                f"its attributes changed while workers={self._source.workers} "
+                "made batches of it ahead: which of them see that varies",
+                "Change it where an epoch begins or ends (on_epoch_begin of a "
+                "callback, on_epoch_end of the dataset), or set workers=1",
+            )
 
     def _can_repeat_hooks(self, look: Look) -> bool:
         """Whether what cannot be saved can be made again by the hooks."""
@@ -365,15 +366,14 @@ class _Iterator(DataIterator):
         self._pass, self._batch, self._step = pass_, batch, step
         self._chunks.pending = source.restored(pending)
         self._hooks = 0
-        self._hold.release()
-        if hooks:
-            self._hold.take()
-            source.attributes.reset()
-            while repeat_hooks and self._hooks < hooks:
-                self._call_hook()
-            source.attributes.set(attributes)
-            self._hooks = hooks
-            self._after_hooks = None
+        self._hold.forget()
+        self._take()
+        source.attributes.reset()
+        while repeat_hooks and self._hooks < hooks:
+            self._call_hook()
+        source.attributes.set(attributes)
+        self._hooks = hooks
+        self._after_hooks = None
 
     def close(self) -> None:
         if self._pool is not None:

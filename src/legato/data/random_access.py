@@ -14,7 +14,6 @@ from legato.data.batches import BatchSource, Chunks, Layout, Leaves
 from legato.data.beside import gathered
 from legato.data.buckets import BucketPlan, Buckets
 from legato.data.order import Plan, check_batch_size, read_position
-from legato.data.plain_attributes import PlainAttributes
 from legato.data.source import Chunk, DataIterator, DataState
 from legato.errors import ConfigError, DataError
 from legato.types import JSON
@@ -118,12 +117,7 @@ class RandomAccessSource(BatchSource):
         )
         weakref.finalize(self, self.lender.close)
         self._notes: list[str] = []
-        self._told_changes = False
-        self.attributes = PlainAttributes(
-            {"dataset": dataset, "transform": transform, "collate": collate}
-        )
         self._learn_layout(processes=bool(processes))
-        self.attributes.leave_out_changed()
 
     def _plan(self, dataset: Any, buckets: Buckets | None) -> Plan | BucketPlan:
         if buckets is None:
@@ -184,21 +178,6 @@ class RandomAccessSource(BatchSource):
             "processes=True."
         )
 
-    def _note_changes(self) -> None:
-        changed = list(self.attributes.changed())
-        if not changed:
-            return
-        self._told_changes = True
-        sees = "which of the batches that are made ahead see it varies"
-        if self.lender.processes:
-            sees = "the processes that make batches do not see it"
-        self._notes.append(
-            f"{self.what}: {', '.join(changed[:3])} changed in the course of "
-            f"training, and with workers={self.workers} {sees}. Take "
-            "workers=0, or make what changes a function of the generator that "
-            "`transform` gets."
-        )
-
     def leaves(self, batch: Any) -> Leaves:
         """The arrays of a batch, with the dtypes of the device."""
         return self._layout.leaves(batch)
@@ -214,8 +193,6 @@ class RandomAccessSource(BatchSource):
                 )
             if number is not None:
                 self._note_draws(f"it (in batch {number})")
-        if self.workers and not self._told_changes:
-            self._note_changes()
         return " ".join(self._notes) or None
 
     @property
@@ -278,20 +255,12 @@ class _Iterator(DataIterator):
         self.draws_ahead = source.workers > 0
 
     def get_state(self) -> DataState:
-        state: dict[str, Any] = {"epoch": self._epoch, "batch": self._batch}
-        if not self._source.workers and (
-            changed := self._source.attributes.changed()
-        ):
-            state["attributes"] = changed
-        return state
+        return {"epoch": self._epoch, "batch": self._batch}
 
     def set_state(self, state: DataState) -> None:
-        source = self._source
         self._epoch, self._batch = read_position(
-            state, source.batches_per_epoch
+            state, self._source.batches_per_epoch
         )
-        if not source.workers:
-            source.attributes.set(state.get("attributes", {}))
         self._drawn = self._batch
         self._chunks.pending = None
         self._problem = None
@@ -315,8 +284,7 @@ class _Iterator(DataIterator):
         self._batch += found.count
         if self._batch == self._source.batches_per_epoch:
             self._epoch, self._batch, self._drawn = self._epoch + 1, 0, 0
-        state = self.get_state() if self.draws_ahead else None
-        return found.chunk(state, np.stack(rows))
+        return found.chunk(self.get_state(), np.stack(rows))
 
     def _draw(self) -> Leaves | None:
         """The next batch of this epoch."""

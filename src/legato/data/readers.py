@@ -174,15 +174,12 @@ class Iterable(Reader):
 class GeneratorFunction(Iterable):
     """A function that is called for each pass, and gives a generator.
 
-    Args:
-        function: it; the object of a bound method is looked at too.
+    What it takes from outside is not known (an object whose method it is may
+    hold the model).
     """
 
     def __init__(self, function: Callable[[], Iterator[Any]]) -> None:
         super().__init__(_Called(function), "generator function")
-        owner = getattr(function, "__self__", None)
-        if hasattr(owner, "__dict__"):
-            self.track(Attributes(owner))
 
 
 class _Called:

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 import weakref
+from typing import Any
 
 # Its input ends when the process that writes there does, however that ends.
 _SHELL = (
@@ -75,7 +76,7 @@ class Guard:
             # the shell did it their numbers might be others'.
             self._finalizer = weakref.finalize(self, _end, self._shell)
         assert self._shell.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # somebody ended it
+        with contextlib.suppress(OSError):  # somebody ended it
             self._shell.stdin.write("".join(f"{pid}\n" for pid in new).encode())
             self._shell.stdin.flush()
 
@@ -97,7 +98,10 @@ def _look_for_more(guard: "weakref.ref[Guard]") -> None:
 
 
 def _daemons() -> set[int]:
-    children = multiprocessing.active_children()
+    # (`active_children()` also reaps those that ended, which is for the main
+    # thread to do.)
+    process: Any = multiprocessing.process
+    children = list(process._children)
     return {c.pid for c in children if c.daemon and c.pid is not None}
 
 

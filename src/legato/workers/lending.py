@@ -21,7 +21,6 @@ class Lender:
         timeout: seconds after which one is taken to hang.
 
     Attributes:
-        processes: see there.
         watch: on what threads draw; None if it is known, or does not matter.
     """
 
@@ -35,7 +34,7 @@ class Lender:
         timeout: float,
     ) -> None:
         self._recipe = recipe
-        self.processes = processes
+        self._processes = processes
         self._arguments = (workers, prefetch, timeout)
         self.watch: Watch | None = None
         if workers and not processes:
@@ -49,7 +48,7 @@ class Lender:
         with self._lock:
             if self._spare:
                 return self._spare.pop()
-        if self.processes:
+        if self._processes:
             from legato.workers.processes import Processes
 
             return Processes(self._recipe, *self._arguments)
