@@ -1,6 +1,6 @@
-"""A recorded step with fewer views of its tensors.
+"""A recorded step with fewer views and copies of its tensors.
 
-A view takes as long as the arithmetic of a small tensor, and a third of what
+Each takes as long as the arithmetic of a small tensor, and a third of what
 Keras's layers do are views of views.
 """
 
@@ -15,6 +15,8 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 class WithoutViews:
     """A recorded step, whose views of views become one view, or none.
+
+    And what is copied although it was just made, is not.
 
     Where a tensor lies is known from the recording, which saw no real one. So
     the first run is that of the recording as it is, and looks whether it is
@@ -100,8 +102,35 @@ def _merged(
         expected[originals[root]] = _layout(held)
         node.replace_all_uses_with(merged)
         graph.erase_node(node)
+    _drop_copies_of_results(graph)
     graph.eliminate_dead_code()
     return GraphModule(recorded, graph), expected
+
+
+def _drop_copies_of_results(graph: torch.fx.Graph) -> None:
+    """Copies of what an operation made, and nobody else ever sees."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.clone.default or node.kwargs:
+            continue
+        (made,) = node.all_input_nodes
+        if len(made.users) == 1 and _is_new(made):
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)
+
+
+def _is_new(node: Node) -> bool:
+    """Whether it is the only result, in memory of its own, of an operation."""
+    schema = getattr(node.target, "_schema", None)
+    return (
+        node.op == "call_function"
+        and schema is not None
+        and not schema.is_mutable
+        and len(schema.returns) == 1
+        and schema.returns[0].alias_info is None
+        and isinstance(node.meta.get("val"), torch.Tensor)
+        # `clone` may lay it out otherwise, and so may what follows.
+        and node.meta["val"].is_contiguous()
+    )
 
 
 def _is_view(node: Node) -> bool:
