@@ -109,3 +109,12 @@ def test_the_global_generators_are_put_back():
 def test_what_is_no_state_is_damage(state, arrays):
     with pytest.raises(DamagedError, match="random state"):
         set_host_state(state, arrays)
+
+
+@pytest.mark.parametrize("length", [5, 100, 181 * 181, 10**6, 2**24 + 5])
+def test_many_positions_are_sent_where_each_is_alone(length):
+    positions = np.arange(max(0, length - 20_000), length)
+    together = Permutation(length, 7)(positions)
+    for i in (0, len(positions) // 2, len(positions) - 1):
+        assert Permutation(length, 7)(positions[i : i + 1]) == together[i]
+    assert len(np.unique(together)) == len(positions)

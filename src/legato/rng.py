@@ -65,6 +65,7 @@ class Permutation:
         self._round_keys = [
             np.uint64(derive_seed(key, "round", i)) for i in range(rounds)
         ]
+        self._tables: list[np.ndarray] = []
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Where each position is sent.
@@ -85,23 +86,41 @@ class Permutation:
 
     def _network(self, x: np.ndarray) -> np.ndarray:
         left, right = np.divmod(x, self._b)
-        for i, key in enumerate(self._round_keys):
-            if i % 2:
-                right = _shift(right, left, key, self._b)
+        # Halves have few values: it is quicker to hash each of them once, where
+        # there are more positions.
+        most = int(max(self._a, self._b))
+        if not self._tables and most <= min(x.size, _MAX_TABLE):
+            self._tables = [
+                _hashed(np.arange(most, dtype=np.uint64), *self._round(i))
+                for i in range(len(self._round_keys))
+            ]
+        for i in range(len(self._round_keys)):
+            key, modulus = self._round(i)
+            half, other = (right, left) if i % 2 else (left, right)
+            if self._tables:
+                moved = half + self._tables[i].take(other.view(np.int64))
             else:
-                left = _shift(left, right, key, self._a)
+                moved = half + _hashed(other, key, modulus)
+            # (The difference is unsigned: huge, where there is none.)
+            moved = np.minimum(moved, moved - modulus)
+            left, right = (left, moved) if i % 2 else (moved, right)
         return left * self._b + right
 
+    def _round(self, number: int) -> tuple[np.uint64, np.uint64]:
+        """Its key, and how many values the half has that is moved."""
+        modulus = self._b if number % 2 else self._a
+        return self._round_keys[number], modulus
 
-def _shift(
-    half: np.ndarray, other: np.ndarray, key: np.uint64, modulus: np.uint64
-) -> np.ndarray:
-    """(half + hash(other)) mod modulus, without a division."""
-    mixed = _mix(other * np.uint64(0x9E3779B97F4A7C15) + key)
+
+_MAX_TABLE = 4096
+
+
+def _hashed(half: np.ndarray, key: np.uint64, modulus: np.uint64) -> np.ndarray:
+    """A keyed hash in [0, modulus), without a division."""
+    mixed = _mix(half * np.uint64(0x9E3779B97F4A7C15) + key)
     # Multiply-shift maps 32 random bits evenly onto [0, modulus); halves are
     # below 2**31, so nothing overflows.
-    moved = half + ((mixed >> np.uint64(32)) * modulus >> np.uint64(32))
-    return np.where(moved >= modulus, moved - modulus, moved)
+    return (mixed >> np.uint64(32)) * modulus >> np.uint64(32)
 
 
 def get_host_state() -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -92,6 +92,7 @@ class BlockwisePermutation:
 
     def __init__(self, length: int) -> None:
         self._length = length
+        self._permutation: Permutation | None = None
         self._key = -1
         self._first = 0
         self._rows = np.zeros(0, np.int64)
@@ -108,10 +109,11 @@ class BlockwisePermutation:
         if key != self._key or not (
             first <= start and start + count <= first + len(self._rows)
         ):
+            if self._permutation is None or key != self._key:
+                self._permutation = Permutation(self._length, key)
             self._key, self._first = key, start
             stop = min(self._length, start + max(count, _BLOCK_ROWS))
-            permutation = Permutation(self._length, key)
-            self._rows = permutation(np.arange(start, stop))
+            self._rows = self._permutation(np.arange(start, stop))
         begin = start - self._first
         return self._rows[begin : begin + count]
 
