@@ -5,11 +5,11 @@ that was killed, it waits for ever, with all its memory.
 """
 
 import contextlib
-import multiprocessing
 import subprocess
 import threading
 import time
 import weakref
+from multiprocessing import process
 from typing import Any
 
 # Its input ends when the process that writes there does, however that ends.
@@ -100,8 +100,8 @@ def _look_for_more(guard: "weakref.ref[Guard]") -> None:
 def _daemons() -> set[int]:
     # (`active_children()` also reaps those that ended, which is for the main
     # thread to do.)
-    process: Any = multiprocessing.process
-    children = list(process._children)
+    found: Any = process
+    children = list(found._children)
     return {c.pid for c in children if c.daemon and c.pid is not None}
 
 

@@ -172,8 +172,10 @@ def _in_top_k(targets: Any, predictions: Any, k: int) -> torch.Tensor:
 
     A NaN is above all others, and a target that is one is never among them.
     """
-    targets = keras.ops.convert_to_tensor(targets).long()[:, None]
-    predictions = keras.ops.convert_to_tensor(predictions)
+    targets, predictions = map(
+        keras.ops.convert_to_tensor, (targets, predictions)
+    )
+    targets = targets.to(torch.int64)[:, None]
     values = torch.take_along_dim(predictions, targets, dim=-1)
     not_above = (predictions <= values).sum(-1)
     return not_above > predictions.shape[-1] - k
