@@ -755,3 +755,8 @@ def test_the_size_of_validation_batches(size, tmp_path):
             validation_batch_size=size,
             run_dir=tmp_path,
         )
+
+
+def test_a_generator_function_that_draws_from_outside_is_named():
+    source = fit_source(Iterates().__iter__, steps_per_epoch=5)
+    assert "drawn twice and was not the same" in source.inexact
