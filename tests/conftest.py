@@ -65,6 +65,7 @@ _AS_USERS_COMPILE = {
     "test_phases.py",
     "test_profiling.py",
     "test_programs.py",
+    "test_resuming.py",
     "test_summaries_in_calls.py",
     "test_unrolled.py",
     "test_xla.py",
