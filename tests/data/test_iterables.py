@@ -613,17 +613,18 @@ def test_a_position_of_something_else_is_refused(change):
 
 def test_damaged_objects_are_refused():
     iterator = fit_source(Iterates()).iterate(seed=1, capacity=1)
-    iterator.set_state({"pass": 0, "batch": 2, "tracked": [3]})
     with pytest.raises(DamagedError, match="not that of objects"):
-        iterator.next_chunk(1)
+        iterator.set_state({"pass": 0, "batch": 2, "tracked": [3]})
     iterator = fit_source(torch_seeded()).iterate(seed=1, capacity=1)
     size = len(iterator._source.reader.tracked)
     for damage in (3, {}, {"generator": np.zeros(3, "uint8")}):
         tracked = [damage, *[None] * (size - 1)]
         state = {"pass": 0, "batch": 2, "tracked": tracked}
-        iterator.set_state({**state, "method": "skip"})
         with pytest.raises(DamagedError):
-            iterator.next_chunk(1)
+            iterator.set_state({**state, "method": "skip"})
+        whole = {**state, "tracked": [None] * size, "drawn": 2}
+        with pytest.raises(DamagedError):
+            iterator.set_state({**whole, "now": tracked, "method": "skip"})
 
 
 def test_data_that_became_shorter():
