@@ -142,17 +142,17 @@ class Layout:
             DataError: they are not nested as in the first batch, have other
                 dtypes or unequal lengths, or something is no array.
         """
-        batch = beside.gathered(batch)
-        structure = Structure(batch)
-        if structure != self._structure:
-            raise DataError(
-                f"{self._what} gave a batch nested as {structure}, and the "
-                f"first was {self._structure}. Give the same in every batch."
-            )
-        found = [
-            self._array(leaf, index)
-            for index, leaf in enumerate(Structure.leaves(batch))
-        ]
+        if not self._structure.is_flat(batch):
+            batch = beside.gathered(batch)
+            structure = Structure(batch)
+            if structure != self._structure:
+                raise DataError(
+                    f"{self._what} gave a batch nested as {structure}, and the "
+                    f"first was {self._structure}. Give the same in every "
+                    "batch."
+                )
+            batch = Structure.leaves(batch)
+        found = [self._array(leaf, i) for i, leaf in enumerate(batch)]
         if self._is_even and len({len(array) for array in found}) > 1:
             self._refuse_uneven(found)
         return found

@@ -129,7 +129,7 @@ class Recipe:
     def _examples(self, job: Job, indices: list[int]) -> list[Any]:
         dataset, transform = self.dataset, self.transform
         at_once = getattr(dataset, "__getitems__", None)
-        examples: Sequence[Any] = ()
+        examples: list[Any] = []
         which: int | str = "one"
         try:
             if at_once is not None:
@@ -140,6 +140,8 @@ class Recipe:
                         f"examples for {len(indices)} indices. Give one for "
                         "each."
                     )
+                if transform is None:
+                    return examples
             found = []
             for position, index in enumerate(indices):
                 which = index
