@@ -207,13 +207,8 @@ class RunLog:
     def _give(self, method: str, *arguments: Any) -> None:
         """Have all other sinks write."""
         for entry in self._others:
-            if not entry.is_dropped:
-                try:
-                    getattr(entry.sink, method)(*arguments)
-                except Exception as error:
-                    if entry.is_own and isinstance(error, LegatoError):
-                        raise
-                    self._drop(entry, error)
+            # (A file that cannot be opened for its first line is dropped.)
+            self._call(entry, method, *arguments, passes=LegatoError)
 
     def write_timing(self, step: int, values: dict[str, Any]) -> None:
         """Write wall-clock figures, which are no part of the exact run."""
@@ -324,7 +319,17 @@ class RunLog:
         method: str,
         *arguments: Any,
         check: Callable[[Any], Any] = lambda result: None,
+        passes: type | tuple[type, ...] = (OSError, LegatoError),
     ) -> Any:
+        """Call a sink; drop it if it fails.
+
+        Args:
+            entry: the sink, and nothing is done if it was dropped.
+            method: of it.
+            *arguments: of that.
+            check: raises if the result is none.
+            passes: what is let through where the files are our own.
+        """
         if entry.is_dropped:
             return None
         try:
@@ -332,7 +337,7 @@ class RunLog:
             check(result)
             return result
         except Exception as error:
-            if entry.is_own and isinstance(error, OSError | LegatoError):
+            if entry.is_own and isinstance(error, passes):
                 raise
             self._drop(entry, error)
 
