@@ -94,3 +94,25 @@ def test_eager_steps_have_no_limit(tmp_path):
     wanted = fit(lengths, tmp_path / "wanted", epochs=3).history
     found = fit(lengths, tmp_path / "run", epochs=3, max_batch_shapes=2)
     assert found.history == wanted
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_batch_that_the_model_does_not_take_is_named(tmp_path, split):
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    good, bad = Ragged([3] * 6), Ragged([3, 3, 3, 3, 5, 3])
+    train, validation = (bad, good) if split == "train" else (good, bad)
+    with pytest.raises(ValueError, match="incompatible") as caught:
+        legato.fit(
+            model, train, validation_data=validation, shuffle=False,
+            run_dir=tmp_path, verbose=0,
+        )  # fmt: skip
+    which = {
+        "train": "the batch of step 5",
+        "validation": "batch 4 of the validation data",
+    }[split]
+    (note,) = [n for n in caught.value.__notes__ if "shapes" in n]
+    assert note == (
+        f"(This is {which}, the first with the shapes 0: [4, 5], 1: [4, 1]; "
+        "the usual ones are 0: [4, 3], 1: [4, 1].)"
+    )

@@ -6,6 +6,7 @@ another shape would compile for ever. So each new one is told, and there is a
 limit.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 from legato.backends import CompiledLoop
@@ -81,6 +82,28 @@ class LoopsByShape:
                 "(legato.Pad(boundaries=[...])), or raise the limit: the run "
                 "goes on from its newest checkpoint."
             )
+
+    @contextlib.contextmanager
+    def naming(self, shapes: Shapes, which: str) -> Iterator[None]:
+        """Says of what is raised inside which batch it is about.
+
+        A layer that does not take the shape names itself alone.
+
+        Args:
+            shapes: of the batch, for which a loop may be made inside.
+            which: batch it is, such as "the batch of step 5".
+        """
+        usual = next(iter(self._loops), shapes)
+        try:
+            yield
+        except Exception as error:
+            if usual != shapes and shapes not in self._loops:
+                error.add_note(
+                    f"(This is {which}, the first with the shapes "
+                    f"{self._shown(shapes)}; the usual ones are "
+                    f"{self._shown(usual)}.)"
+                )
+            raise
 
     def add(self, shapes: Shapes, loop: CompiledLoop) -> None:
         """Keep a loop."""

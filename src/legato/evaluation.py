@@ -399,7 +399,9 @@ class Evaluator:
         """Begin the steps of a chunk; None if the host gave up."""
         if self._checks is not None:
             self._checks.check(chunk, step)
-        loop = self._loop(chunk.operands)
+        which = f"batch {step} of the validation data"
+        with self._loops.naming(chunk.shapes, which):
+            loop = self._loop(chunk.operands)
         at = time.perf_counter()
         logs = calls.begin(loop, step, chunk)
         if host is not None:

@@ -372,7 +372,8 @@ class TrainSteps:
             self._loops.make_room(
                 shapes, is_expected=self._source.partial_batch_size > 0
             )
-            with self.compiling():
+            which = f"the batch of step {step + 1}"
+            with self.compiling(), self._loops.naming(shapes, which):
                 self.trace(chunk.operands)
         elif (
             len(self._loops) == 1
