@@ -1,8 +1,10 @@
 import errno
+import fcntl
 import hashlib
 import json
 import os
 
+import numpy as np
 import pytest
 
 from legato.errors import CheckpointError, DamagedError
@@ -112,6 +114,77 @@ def test_the_order_of_calls_makes_it_durable(tmp_path):
     assert at("fsync", manifest) < at("fsync", temporary) < rename
     assert at("fsync", f"{temporary}/data") < rename
     assert calls[-1] == ("fsync", str(tmp_path)) and at(*calls[-1]) > rename
+
+
+class Direct(FileSystem):
+    """Counts what goes past the system's cache, and may refuse.
+
+    Args:
+        refuse_at: the first write that is too small or badly placed.
+        shorten: how many bytes a write may take.
+    """
+
+    def __init__(self, refuse_at=None, shorten=None):
+        self.direct = self.through_cache = 0
+        self._refuse_at = refuse_at
+        self._shorten = shorten
+        self._writes = 0
+
+    def write(self, fd, data):
+        is_direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        self._writes += 1
+        if is_direct and self._writes - 1 == self._refuse_at:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        done = super().write(fd, data[: self._shorten])
+        if is_direct:
+            self.direct += done
+        elif len(data) > 3000:  # no manifest
+            self.through_cache += done
+        return done
+
+
+MB = 2**20
+
+
+def aligned(size, off=0):
+    whole = np.empty(size + 8192, np.uint8)
+    begin = -whole.ctypes.data % 4096 + off
+    found = whole[begin : begin + size]
+    found[:] = np.random.default_rng(size).integers(0, 255, size, np.uint8)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "direct"),
+    [
+        (8 * MB, {}, 8 * MB),
+        (8 * MB + 4000, {}, 8 * MB),
+        (8 * MB + 4096, {}, 8 * MB + 4096),
+        (8 * MB, {"refuse_at": 0}, 0),
+        (8 * MB, {"refuse_at": 3}, 3 * MB),
+        (8 * MB, {"shorten": 8192}, 8 * MB),
+        # What is left of a block then is written by the cache.
+        (8 * MB, {"shorten": 5 * 512}, None),
+        (4 * MB - 4096, {}, 0),  # not worth while
+    ],
+)
+def test_large_files_go_past_the_systems_cache(tmp_path, size, options, direct):
+    fs, data = Direct(**options), aligned(size)
+    commit_directory(tmp_path / "c", {"a": data}, {}, fs=fs)
+    assert contents(tmp_path / "c") == {"a": data.tobytes()}
+    assert fs.direct + fs.through_cache == size
+    if direct is not None:
+        assert fs.direct == direct
+
+
+def test_what_a_disk_cannot_read_goes_through_the_cache(tmp_path, monkeypatch):
+    fs, data = Direct(), aligned(8 * MB, off=64)
+    commit_directory(tmp_path / "c", {"a": data}, {}, fs=fs)
+    monkeypatch.delattr(os, "O_DIRECT")  # another system
+    commit_directory(tmp_path / "d", {"a": aligned(8 * MB)}, {})
+    assert contents(tmp_path / "c") == {"a": data.tobytes()}
+    assert contents(tmp_path / "d") == {"a": aligned(8 * MB).tobytes()}
+    assert not fs.direct
 
 
 @pytest.mark.parametrize(

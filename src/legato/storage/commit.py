@@ -36,9 +36,11 @@ import numpy as np
 from legato.errors import CheckpointError, DamagedError
 from legato.storage import strict_json
 from legato.storage.files import (
+    BLOCK,
     OS,
     TEMPORARY,
     FileSystem,
+    set_direct,
     sync_directory,
     temporary_path,
     write_all,
@@ -54,7 +56,8 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _FILE_NAME = re.compile(rf"{_PART}(?:/{_PART})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n\Z')
-_CHUNK = 4 * 1024 * 1024
+_CHUNK = 1024 * 1024
+_DIRECT = 4 * 1024 * 1024  # smaller ones are as well in the system's cache
 _READ = 1 << 30  # a read takes at most 2 GiB at once
 # These say something about the files; others (no permission, too many open
 # files, ...) about this moment, and must not condemn a good checkpoint.
@@ -249,15 +252,33 @@ def _write_hashed(path: Path, data: Any, fs: FileSystem) -> tuple[int, str]:
     digest = hashlib.sha256()
     fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
+        is_direct = _is_for_disk(view) and set_direct(fd, True)
         # Hashed and written while it is in the cache; both let go of the GIL.
         for begin in range(0, len(view), _CHUNK):
             chunk = view[begin : begin + _CHUNK]
             digest.update(chunk)
-            write_all(fd, chunk, fs)
+            try:
+                write_all(fd, chunk, fs)
+            except OSError as error:
+                if not is_direct or error.errno != errno.EINVAL:
+                    raise
+                # The last one is no whole block; or blocks are larger here,
+                # or one was written in part.
+                set_direct(fd, False)
+                is_direct = False
+                done = os.lseek(fd, 0, os.SEEK_CUR)
+                write_all(fd, view[done : begin + len(chunk)], fs)
         fs.fsync(fd)
     finally:
         os.close(fd)
     return len(view), digest.hexdigest()
+
+
+def _is_for_disk(view: memoryview) -> bool:
+    """Whether it is worth while, and lies as a disk can read it."""
+    if len(view) < _DIRECT:
+        return False
+    return np.frombuffer(view, np.uint8).ctypes.data % BLOCK == 0
 
 
 def _seal(

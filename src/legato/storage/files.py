@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -87,6 +88,30 @@ def write_all(fd: int, data: Any, fs: FileSystem) -> None:
         while done < len(view):
             with view[done:] as rest:
                 done += fs.write(fd, rest)
+
+
+BLOCK = 4096
+"""Memory, places and sizes are multiples of it, where a disk reads memory."""
+
+
+def set_direct(fd: int, on: bool) -> bool:
+    """Have the disk read what is written from memory itself, or no longer.
+
+    Otherwise it is copied into the system's cache first, and written from
+    there by threads of the kernel: for a file of 100 MB that took as long as
+    the rest of writing it, of CPUs that have other work.
+
+    Returns:
+        Whether the system and the file system can do that.
+    """
+    flag = getattr(os, "O_DIRECT", 0)  # not everywhere
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    flags = flags | flag if on else flags & ~flag
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+    except OSError:
+        return False
+    return flag != 0
 
 
 def temporary_path(path: Path) -> Path:

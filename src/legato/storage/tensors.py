@@ -23,6 +23,7 @@ import numpy as np
 
 from legato.errors import CheckpointError, DamagedError
 from legato.storage import strict_json
+from legato.storage.files import BLOCK
 
 # dtypes by their NumPy name, and what safetensors calls them. The rest goes as
 # plain bytes ("U8"); the manifest keeps the true name.
@@ -165,12 +166,12 @@ class TensorArena:
 
     Attributes:
         layout: where each array lies.
-        buffer: all bytes of the file.
+        buffer: all bytes of the file, from where a disk can read them.
     """
 
     def __init__(self, layout: TensorLayout):
         self.layout = layout
-        self.buffer = np.empty(layout.size, np.uint8)
+        self.buffer = _in_blocks(layout.size)
         header = layout.header
         self.buffer[: len(header)] = np.frombuffer(header, np.uint8)
         self._views = layout.views(self.buffer)
@@ -182,6 +183,13 @@ class TensorArena:
             # One thread: a second gained nothing where it was measured (the
             # memory is the limit).
             np.copyto(views[name], array, casting="equiv")
+
+
+def _in_blocks(size: int) -> np.ndarray:
+    """Memory that a disk can read itself."""
+    whole = np.empty(size + BLOCK, np.uint8)
+    begin = -whole.ctypes.data % BLOCK
+    return whole[begin : begin + size]
 
 
 def spec(
