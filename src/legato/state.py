@@ -179,7 +179,7 @@ def variable_paths(
 
 def layer_paths(roots: Mapping[str, Any]) -> dict[str, keras.layers.Layer]:
     """Name every layer reachable from the roots, parents before children."""
-    walker = _Walker()
+    walker = _Walker(only_layers=True)
     for name, root in roots.items():
         walker.visit(root, name)
     return walker.layers
@@ -224,9 +224,15 @@ def _own_name(variable: keras.Variable) -> str:
 
 
 class _Walker:
-    """Walks objects in a fixed order and names their variables."""
+    """Walks objects in a fixed order and names their variables.
 
-    def __init__(self) -> None:
+    Args:
+        only_layers: name no variables, which takes most of the time; at each
+            checkpoint that is wanted.
+    """
+
+    def __init__(self, *, only_layers: bool = False) -> None:
+        self._only_layers = only_layers
         self.found: dict[str, keras.Variable] = {}
         self.layers: dict[str, keras.layers.Layer] = {}
         self.of_metrics: dict[str, keras.metrics.Metric] = {}
@@ -247,7 +253,8 @@ class _Walker:
 
     def visit(self, obj: Any, path: str) -> None:
         if isinstance(obj, keras.Variable):
-            self.add(obj, path)
+            if not self._only_layers:
+                self.add(obj, path)
             return
         if id(obj) in self._seen:
             return
@@ -256,17 +263,18 @@ class _Walker:
         known = len(self.found)
         for name, child in _children(obj):
             self._seen[id(obj)] = obj
-            if isinstance(child, keras.Variable):
+            if not isinstance(child, keras.Variable):
+                self.visit(child, f"{path}/{name}")
+            elif not self._only_layers:
                 own = _own_name(child)
                 self.add(child, f"{path}/{own or name}")
-            else:
-                self.visit(child, f"{path}/{name}")
         if isinstance(obj, keras.metrics.Metric):
             for new in itertools.islice(self.found, known, None):
                 self.of_metrics[new] = obj
         if isinstance(obj, keras.optimizers.Optimizer):
             self._seen[id(obj)] = obj
-            self._visit_optimizer(obj, path)
+            if not self._only_layers:
+                self._visit_optimizer(obj, path)
 
     def _visit_optimizer(
         self, optimizer: keras.optimizers.Optimizer, path: str
@@ -276,19 +284,18 @@ class _Walker:
         Keras calls them `<path of the variable with _ for />_<slot>`, and
         that path holds automatic counters.
         """
-        owners = sorted(
-            getattr(optimizer, "_trainable_variables", []) or [],
-            key=lambda v: len(v.path),
-            reverse=True,
-        )
-        prefixes = [(v.path.replace("/", "_") + "_", v) for v in owners]
+        owners: dict[str, keras.Variable] = {}
+        for owner in getattr(optimizer, "_trainable_variables", []) or []:
+            owners.setdefault(owner.path.replace("/", "_"), owner)
         for variable in optimizer._variables:
-            for prefix, owner in prefixes:
-                slot = variable.name.removeprefix(prefix)
-                if slot != variable.name:
-                    place = self._paths.get(id(owner), "unnamed")
-                    self.add(variable, f"{path}/{slot}/{place}")
-                    break
+            name = variable.name
+            end = name.rfind("_")
+            # The longest that is one: a path may begin as another one does.
+            while end > 0 and name[:end] not in owners:
+                end = name.rfind("_", 0, end)
+            if end > 0:
+                place = self._paths.get(id(owners[name[:end]]), "unnamed")
+                self.add(variable, f"{path}/{name[end + 1 :]}/{place}")
             else:
                 self.visit(variable, f"{path}/{_own_name(variable) or 'own'}")
 
@@ -306,11 +313,13 @@ def _children(obj: Any) -> Iterator[tuple[str, Any]]:
             yield f"metric{i}_{_snake(type(metric).__name__)}", metric
         # Last: their variables are named after those of layers. (A GAN's has
         # two; the one that Keras knows is a root of its own.)
-        for name, value in sorted(vars(obj).items(), key=lambda pair: pair[0]):
-            if name != "optimizer" and isinstance(
-                value, keras.optimizers.Optimizer
-            ):
-                yield name, value
+        optimizers = {
+            name: value
+            for name, value in vars(obj).items()
+            if isinstance(value, keras.optimizers.Optimizer)
+        }
+        for name in sorted(optimizers.keys() - {"optimizer"}):
+            yield name, optimizers[name]
     elif isinstance(obj, keras.metrics.Metric):
         yield from _numbered(obj, "_variables")
         for i, metric in enumerate(obj._metrics):
