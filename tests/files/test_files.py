@@ -110,9 +110,35 @@ def test_what_is_no_folder_of_images_is_refused(tmp_path, folder):
         files.ImageFolder(folder / "dog")
     with pytest.raises(ConfigError, match="channels=2"):
         files.ImageFolder(folder, channels=2)
-    for size in ((0, 4), (4,), (4, 4, 3)):
+    for channels in (True, [3]):
+        with pytest.raises(ConfigError, match="channels="):
+            files.ImageFolder(folder, channels=channels)
+    with pytest.raises(ConfigError, match="class_names holds 'cat' twice"):
+        files.ImageFolder(folder, class_names=["cat", "dog", "cat"])
+    for size in ((0, 4), (4,), (4, 4, 3), 8, "88", (8.5, 8), (True, 8)):
         with pytest.raises(ConfigError, match="image_size="):
             files.ImageFolder(folder, image_size=size)
+
+
+def test_pixels_of_16_bits_lose_the_lower_half(folder):
+    rows = np.linspace(0, 65535, 64).reshape(8, 8).astype("uint16")
+    for name in ("high.png", "high.tif"):
+        Image.fromarray(rows).save(folder / "cat" / name)
+    dataset = files.ImageFolder(folder, channels=1)
+    names = [path.rpartition("/")[2] for path in dataset.paths]
+    for name in ("high.png", "high.tif"):
+        pixels, _ = dataset[names.index(name)]
+        assert (pixels[..., 0] == rows // 256).all()
+
+
+def test_pixels_of_no_known_range_are_refused(folder):
+    for dtype, what in (("float32", "floats"), ("int32", "integers")):
+        path = folder / "cat" / f"{dtype}.tif"
+        Image.fromarray(np.ones((4, 4), dtype)).save(path)
+        dataset = files.ImageFolder(folder)
+        index = dataset.paths.index(str(path))
+        with pytest.raises(DataError, match=rf"{dtype}\.tif.* {what}.*8 or 16"):
+            dataset[index]
 
 
 # -- COCO ---------------------------------------------------------------------
@@ -244,10 +270,38 @@ def test_masks_of_polygons_and_run_lengths(coco):
         ),
         (
             lambda f: f["annotations"][0].pop("segmentation"),
-            ["annotations[0]", "no segmentation"],
+            ["annotations[0]", "segmentation None", "masks=True"],
         ),
+        *(
+            (
+                lambda f, s=s: f["annotations"][1].update(segmentation=s),
+                ["annotations[1]", "segmentation", "polygons", "run lengths"],
+            )
+            for s in (
+                [], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [1, 2, 3, 4, 5, 6],
+                {"size": [4, 8]}, {"size": [4, 8], "counts": [1, -1]},
+                {"size": 4, "counts": "abc"}, [["a"] * 6],
+            )
+        ),
+        *(
+            (
+                lambda f, a=area: f["annotations"][1].update(area=a),
+                ["annotations[1]", "area", "0 or more"],
+            )
+            for area in (None, "x", float("nan"), -3, True)
+        ),
+        (
+            lambda f: f["annotations"][0].update(iscrowd="0"),
+            ["annotations[0]", "iscrowd '0'", "0 or 1"],
+        ),
+        (
+            lambda f: f["annotations"][0].update(bbox=[0, 0, 10**400, 2]),
+            ["annotations[0]", "finite"],
+        ),
+        (lambda f: f["images"][0].update(id=-1), ["images[0]", "0 or more"]),
+        (lambda f: f["images"][0].update(id=2**70), ["images[0]", "2**63"]),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_with_a_file_is_named(coco, change, words):
     found = annotations()
     change(found)
@@ -255,6 +309,38 @@ def test_what_is_wrong_with_a_file_is_named(coco, change, words):
         files.CocoDetection(*coco(found), masks=True)
     for word in ["found.json", *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        {"size": [4, 7], "counts": [28]},
+        {"size": [4, 8], "counts": [28]},
+        {"size": [4, 8], "counts": [99]},
+        {"size": [4, 8], "counts": "~~~~"},
+    ],
+)
+def test_a_mask_of_another_image_is_named(coco, runs):
+    pytest.importorskip("faster_coco_eval")
+    found = annotations()
+    found["annotations"][0]["segmentation"] = runs
+    dataset = files.CocoDetection(*coco(found), masks=True)
+    with pytest.raises(
+        DataError, match=r"found\.json.*annotation 5 .*height 4"
+    ):
+        dataset[1]
+
+
+def test_masks_are_padded(coco):
+    pytest.importorskip("faster_coco_eval")
+    paths = coco(annotations())
+    image(paths[1] / "none.png", (4, 5, 6), size=(8, 4))
+    dataset = files.CocoDetection(*paths, image_size=(4, 8), masks=True)
+    pad = Pad(dataset.padding, boundaries=[3])
+    recipe = Recipe(dataset, None, pad, "coco")
+    _, found = recipe.make(Job(0, 0, 0, np.arange(2)), alone=True)
+    assert found["masks"].shape == (2, 3, 4, 8)
+    assert found["masks"].sum((2, 3)).tolist() == [[0, 0, 0], [4, 8, 0]]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
@@ -299,6 +385,26 @@ def test_nothing_in_an_archive_is_run(tmp_path):
     np.savez(path, x=np.array([Evil()], object))
     with pytest.raises(DataError, match="allow_pickle"):
         files.npz(path)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "data.npz"
+    x = np.random.default_rng(0).integers(0, 4, (1000, 10))
+    np.savez_compressed(path, x=x)
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 29):
+        path.write_bytes(
+            whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]
+        )
+        try:
+            found = files.npz(path)
+        except DataError as error:
+            assert "data.npz" in str(error)
+            refused += 1
+        else:  # a name, or a date
+            assert all((each == x).all() for each in found.values())
+    assert refused > 0.9 * len(whole) / 29
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])

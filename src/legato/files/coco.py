@@ -68,7 +68,8 @@ class CocoDetection:
             _mask_module()
         self._masks = masks
         self._folder = os.fspath(image_dir)
-        file = _File(os.fspath(annotation_file))
+        self._path = os.fspath(annotation_file)
+        file = _File(self._path)
         self.category_ids = sorted(file.categories)
         self.class_names = [file.categories[i] for i in self.category_ids]
         self.image_ids = sorted(file.images)
@@ -76,6 +77,8 @@ class CocoDetection:
         self._objects = file.objects(self.category_ids, masks=masks)
         fill = {"boxes": 0, "classes": -1, "is_crowds": 0, "areas": 0}
         fill["annotation_ids"] = -1
+        if masks:
+            fill["masks"] = 0
         self.padding: Any = (None, fill)
 
     def __len__(self) -> int:
@@ -102,8 +105,30 @@ class CocoDetection:
             "image_scale": scale,
         }
         if self._masks:
-            labels["masks"] = _decoded(objects, height, width)
+            labels["masks"] = self._decoded(objects, height, width)
         return image, labels
+
+    def _decoded(
+        self, objects: list["_Object"], height: int, width: int
+    ) -> np.ndarray:
+        """Masks of the whole image.
+
+        Raises:
+            DataError: one is none of an image of that size.
+        """
+        out = np.zeros((len(objects), height, width), bool)
+        for row, each in zip(out, objects, strict=True):
+            try:
+                row[:] = _mask(each.segmentation, height, width)
+            # (What decodes them raises errors of very different classes.)
+            except Exception as error:
+                raise DataError(
+                    f"The annotation file {self._path!r}: the segmentation of "
+                    f"annotation {each.id} is none of an image of the height "
+                    f"{height} and the width {width}: "
+                    f"{type(error).__name__}: {error}. Mend the file."
+                ) from error
+        return out
 
 
 class _Object:
@@ -169,14 +194,19 @@ class _File:
                         where, f"has {key} {each.get(key)!r:.40}, which none "
                         f"of the {kind} has as its id"
                     )  # fmt: skip
-            made = _Object(each, self._box(each, where), 0)
-            made.label = labels[each["category_id"]]
+            box = self._box(each, where)
+            self._check_rest(each, where)
+            made = _Object(each, box, labels[each["category_id"]])
             if masks:
                 made.segmentation = each.get("segmentation")
-                if not isinstance(made.segmentation, list | dict):
+                if not _is_segmentation(made.segmentation):
                     raise self._wrong(
-                        where, "has no segmentation, and masks=True"
-                    )
+                        where, "has the segmentation "
+                        f"{made.segmentation!r:.80}, and masks=True: it must "
+                        "be polygons of at least three points, [[x, y, ...], "
+                        '...], or run lengths, {"size": [height, width], '
+                        '"counts": ...}'
+                    )  # fmt: skip
             found.setdefault(each["image_id"], []).append(made)
         for objects in found.values():
             objects.sort(key=lambda each: each.id)
@@ -194,6 +224,12 @@ class _File:
             key = each.get("id")
             if isinstance(key, bool) or not isinstance(key, int):
                 raise self._wrong(where, f"has the id {key!r:.40}: no int")
+            if not 0 <= key < 2**63:
+                # (-1 is no image and no object where batches are padded.)
+                raise self._wrong(
+                    where, f"has the id {key!r:.40}: it must be 0 or more, "
+                    "and below 2**63"
+                )  # fmt: skip
             if key in seen:
                 raise self._wrong(where, f"has the id {key} of another one")
             seen.add(key)
@@ -209,9 +245,7 @@ class _File:
         if (
             not isinstance(box, list)
             or len(box) != 4
-            or not all(
-                isinstance(n, int | float) and math.isfinite(n) for n in box
-            )
+            or not all(map(_is_finite, box))
             or min(box[2:]) < 0
         ):
             raise self._wrong(
@@ -220,11 +254,55 @@ class _File:
             )  # fmt: skip
         return box
 
+    def _check_rest(self, each: dict, where: str) -> None:
+        area = each.get("area", 0)
+        if not _is_finite(area) or area < 0:
+            raise self._wrong(
+                where, f"has the area {area!r:.40}: it must be a finite "
+                "number, 0 or more"
+            )  # fmt: skip
+        if each.get("iscrowd", 0) not in (0, 1):
+            raise self._wrong(
+                where, f"has iscrowd {each['iscrowd']!r:.40}: it must be 0 or 1"
+            )
+
     def _wrong(self, where: str, what: str) -> DataError:
         return DataError(
             f"The annotation file {self._path!r}: {where} {what}. Mend the "
             "file; it must be in the format of COCO's instances."
         )
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float reaches
+        return False
+
+
+def _is_segmentation(value: Any) -> bool:
+    if isinstance(value, dict):
+        counts = value.get("counts")
+        return isinstance(value.get("size"), list) and (
+            isinstance(counts, str)
+            or (
+                isinstance(counts, list)
+                and all(type(n) is int and n >= 0 for n in counts)
+            )
+        )
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and all(map(_is_finite, polygon))
+            for polygon in value
+        )
+    )
 
 
 def _is_hashable(value: Any) -> bool:
@@ -242,17 +320,16 @@ def _mask_module() -> Any:
     return mask
 
 
-def _decoded(objects: list[_Object], height: int, width: int) -> np.ndarray:
-    """Masks of whole images, of polygons or run lengths."""
+def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """A mask of `[height, width]`, of polygons or run lengths."""
     module = _mask_module()
-    out = np.zeros((len(objects), height, width), bool)
-    for row, each in zip(out, objects, strict=True):
-        found = each.segmentation
-        if isinstance(found, list):
-            found = module.merge(module.frPyObjects(found, height, width))
-        elif isinstance(found["counts"], list):
-            found = module.frPyObjects(found, height, width)
-        else:
-            found = {**found, "counts": found["counts"].encode()}
-        row[:] = module.decode(found)
-    return out
+    if isinstance(segmentation, list):
+        parts = module.frPyObjects(segmentation, height, width)
+        return module.decode(module.merge(parts))
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"its size is {segmentation['size']}")
+    if isinstance(segmentation["counts"], list):
+        found = module.frPyObjects(segmentation, height, width)
+    else:
+        found = {**segmentation, "counts": segmentation["counts"].encode()}
+    return module.decode(found)

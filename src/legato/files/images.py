@@ -11,6 +11,7 @@ from legato.errors import ConfigError, DataError
 
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_OF_ANY_RANGE = {"I": "integers of 32 bits", "F": "floats"}
 
 Path_ = str | os.PathLike[str]
 
@@ -19,8 +20,9 @@ class ImageFolder:
     """A folder with a sub-folder of images for each class.
 
     `dataset[i]` is `(image, label)`: a uint8 array `[height, width,
-    channels]`, and the number of its class, an int32. Classes are numbered in
-    the order of their names; images come in the order of theirs, class by
+    channels]`, and the number of its class, an int32. Of pixels of 16 bits the
+    upper 8 are taken, as Keras does. Classes are numbered in the order of their
+    names; images come in the order of theirs, class by
     class, those in sub-folders of a class too.
 
     Args:
@@ -71,6 +73,11 @@ class ImageFolder:
                     f"{', '.join(found[:10]) or 'none'}."
                 )
             found = list(class_names)
+            if twice := [n for n in found if found.count(n) > 1]:
+                raise ConfigError(
+                    f"ImageFolder: class_names holds {twice[0]!r} twice: its "
+                    "images would be of two classes. Name each once."
+                )
         self.class_names = found
         self.paths: list[str] = []
         labels: list[int] = []
@@ -108,17 +115,15 @@ class ImageReader:
     def __init__(
         self, image_size: tuple[int, int] | None, channels: int
     ) -> None:
-        if channels not in _MODES:
+        if isinstance(channels, bool) or channels not in tuple(_MODES):
             raise ConfigError(
                 f"channels={channels!r}: it must be 3 (RGB), 1 (grey) or 4 "
                 "(RGB and alpha)."
             )
-        if image_size is not None and (
-            len(image_size) != 2 or min(image_size) < 1
-        ):
+        if image_size is not None and not _is_size(image_size):
             raise ConfigError(
                 f"image_size={image_size!r}: it must be (height, width), each "
-                "at least 1, or None."
+                "an int of at least 1, or None."
             )
         self.image_size = image_size
         self._mode = _MODES[channels]
@@ -131,7 +136,8 @@ class ImageReader:
             uint8 of `[height, width, channels]`, and the size in the file.
 
         Raises:
-            DataError: it cannot be read; it is named.
+            DataError: it cannot be read, or its pixels have no known range; it
+                is named.
         """
         module = _pillow()
         try:
@@ -141,6 +147,10 @@ class ImageReader:
                     # JPEGs get smaller while they are decoded, to no less
                     # than what is wanted: three times as fast.
                     file.draft(self._mode, self.image_size[::-1])
+                mode = file.mode
+                if mode.startswith("I;16"):  # clipped by Pillow, not scaled
+                    upper = np.asarray(file) >> 8
+                    file = module.fromarray(upper.astype(np.uint8))
                 image = file.convert(self._mode)
         # (Of damaged files Pillow raises errors of very different classes.)
         except Exception as error:
@@ -149,6 +159,12 @@ class ImageReader:
                 f"{type(error).__name__}: {error}. Replace the file, or leave "
                 "it out."
             ) from error
+        if mode in _OF_ANY_RANGE:
+            raise DataError(
+                f"The image {path!r} has {_OF_ANY_RANGE[mode]} as its pixels, "
+                "and which of them is white is not known. Save it with 8 or "
+                "16 bits, or read it with a dataset of your own."
+            )
         if self.image_size is not None:
             height, width = self.image_size
             if image.size != (width, height):
@@ -157,6 +173,18 @@ class ImageReader:
                 )
         array = np.asarray(image)
         return array.reshape(*array.shape[:2], -1), size
+
+
+def _is_size(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(
+            isinstance(n, int | np.integer) and not isinstance(n, bool)
+            for n in value
+        )
+        and min(value) >= 1
+    )
 
 
 def _pillow() -> Any:
