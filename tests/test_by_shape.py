@@ -113,6 +113,6 @@ def test_a_batch_that_the_model_does_not_take_is_named(tmp_path, split):
     }[split]
     (note,) = [n for n in caught.value.__notes__ if "shapes" in n]
     assert note == (
-        f"(This is {which}, the first with the shapes 0: [4, 5], 1: [4, 1]; "
-        "the usual ones are 0: [4, 3], 1: [4, 1].)"
+        f"(This is {which}, with the shapes 0: [4, 5], 1: [4, 1]; the first "
+        "batches had 0: [4, 3], 1: [4, 1].)"
     )

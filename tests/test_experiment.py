@@ -377,6 +377,8 @@ def test_run_experiment(project, monkeypatch):
     _, trainer = run_experiment(experiment, **mine, save_summary=False)
     assert trainer.config.sinks == []
     assert set(trainer.managers.values()) == {None}
+    with pytest.raises(ConfigError, match="save_summary='no'"):
+        run_experiment(experiment, **mine, save_summary="no")
     done, trainer = run_experiment(experiment, "train", run_dir="here")
     assert trainer.config.validation_interval is None
     assert trainer.made[1] == "here"

@@ -37,6 +37,7 @@ class LoopsByShape:
         self._what = what
         self._limit = limit
         self._loops: dict[Shapes, CompiledLoop] = {}
+        self._usual: Shapes | None = None
 
     def __contains__(self, shapes: object) -> bool:
         return shapes in self._loops
@@ -93,20 +94,20 @@ class LoopsByShape:
             shapes: of the batch, for which a loop may be made inside.
             which: batch it is, such as "the batch of step 5".
         """
-        usual = next(iter(self._loops), shapes)
         try:
             yield
         except Exception as error:
-            if usual != shapes and shapes not in self._loops:
+            if self._usual not in (None, shapes):
                 error.add_note(
-                    f"(This is {which}, the first with the shapes "
-                    f"{self._shown(shapes)}; the usual ones are "
-                    f"{self._shown(usual)}.)"
+                    f"(This is {which}, with the shapes "
+                    f"{self._shown(shapes)}; the first batches had "
+                    f"{self._shown(self._usual)}.)"
                 )
             raise
 
     def add(self, shapes: Shapes, loop: CompiledLoop) -> None:
         """Keep a loop."""
+        self._usual = self._usual or shapes
         self._loops[shapes] = loop
 
     def _shown(self, shapes: Shapes) -> str:

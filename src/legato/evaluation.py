@@ -14,6 +14,7 @@ from legato.by_shape import LoopsByShape
 from legato.calls import Calls
 from legato.config import MAX_SHAPES, TrainerConfig
 from legato.data import (
+    ArraySpec,
     Chunk,
     DataSource,
     Feed,
@@ -70,6 +71,19 @@ def check_logs(logs: Any, task: Task, step: str, *, loss: bool) -> dict:
                 "keras.ops.mean."
             )
     return logs
+
+
+def _inputs(source: DataSource) -> Any:
+    """The shapes of what a model gets of an example."""
+    batch = source.batch_spec(source.full_batch_size)
+    return keras.tree.map_structure(
+        lambda leaf: (
+            tuple(leaf.shape[1:])
+            if isinstance(leaf, ArraySpec)
+            else type(leaf).__name__
+        ),
+        batch[0] if isinstance(batch, tuple) and batch else batch,
+    )
 
 
 class TestHooks(Protocol):
@@ -172,17 +186,33 @@ class Evaluator:
         """What host metrics keep that no checkpoint holds; None if nothing."""
         return self._host.inexact
 
-    def follow(self, mode: LoopMode | None, config: TrainerConfig) -> None:
-        """Compile where training does; before the first validation.
+    def follow(
+        self, mode: LoopMode | None, config: TrainerConfig, train: DataSource
+    ) -> None:
+        """Compile where training does; before any training.
+
+        Inputs of other shapes than those of training are tried now: what the
+        model does not take would be found after the first epoch.
 
         Args:
             mode: how training's steps reach the device.
             config: of the trainer.
+            train: the data of training.
         """
         if mode == "compiled":
             self.compilation = "auto"
         elif config.torch_compile is False:
             self.compilation = "never"
+        theirs, ours = _inputs(train), _inputs(self._source)
+        if ours != theirs:
+            try:
+                self.build()
+            except Exception as error:
+                error.add_note(
+                    "(These are the validation data: their inputs have the "
+                    f"shapes {ours}, and those of training {theirs}.)"
+                )
+                raise
 
     @property
     def source(self) -> DataSource:
@@ -399,9 +429,11 @@ class Evaluator:
         """Begin the steps of a chunk; None if the host gave up."""
         if self._checks is not None:
             self._checks.check(chunk, step)
-        which = f"batch {step} of the validation data"
-        with self._loops.naming(chunk.shapes, which):
-            loop = self._loop(chunk.operands)
+        if chunk.shapes not in self._loops:
+            which = f"batch {step} of the validation data"
+            with self._loops.naming(chunk.shapes, which):
+                self._loop(chunk.operands)
+        loop = self._loop(chunk.operands)
         at = time.perf_counter()
         logs = calls.begin(loop, step, chunk)
         if host is not None:

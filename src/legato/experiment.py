@@ -134,6 +134,10 @@ def run_experiment(
             f'timeout={timeout} is for mode="continuous_eval", and mode is '
             f"{mode!r}. Leave it out."
         )
+    if not isinstance(save_summary, bool):
+        raise ConfigError(
+            f"save_summary={save_summary!r:.80}: it must be True or False."
+        )
     if not save_summary:
         kept = [name for name in experiment.trainer.sinks if name != _SUMMARIES]
         document = experiment._document

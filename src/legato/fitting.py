@@ -17,7 +17,7 @@ from legato.compiled import CompiledTask, TrainMetrics, ValidationMetrics
 from legato.config import MAX_SHAPES, TrainerConfig
 from legato.data import DataSource, fit_source, split_validation
 from legato.data.fitting import check_number
-from legato.errors import ConfigError
+from legato.errors import ConfigError, DataError
 from legato.evaluation import Evaluator
 from legato.restoring import assign_arrays, averaged, check_weights, kept
 from legato.state import variable_paths
@@ -178,9 +178,7 @@ def fit(
         # run takes what it began with.
         order_seed=random.getrandbits(62),
     )
-    trainer = Trainer(
-        task, run_dir=run_dir, config=config, callbacks=callbacks or ()
-    )
+    trainer = Trainer(task, run_dir=run_dir, config=config, callbacks=callbacks)
     with _metrics_kept(model):
         return trainer.train()
 
@@ -319,6 +317,12 @@ def _validation_source(
 ) -> DataSource | None:
     if data is None:
         return None
+    if isinstance(data, list | tuple) and not 1 <= len(data) <= 3:
+        raise DataError(
+            f"{name} is a {type(data).__name__} of {len(data)}: it must be "
+            "(x,), (x, y) or (x, y, sample_weight), or a data set. Put several "
+            "inputs into a tuple or a dict of their own."
+        )
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
     of_arrays = y is not None or keras.tree.is_nested(x) or hasattr(x, "shape")
     return fit_source(

@@ -248,8 +248,8 @@ class Session:
             "capacity": self._capacity,
         }
         if parts.evaluator is not None:
-            parts.evaluator.follow(self.steps.mode, self._config)
             parts.evaluator.announce = self._reporter.message
+            parts.evaluator.follow(self.steps.mode, self._config, parts.source)
         self._collect_variables()
         self._recorder = Recorder(
             task=parts.task,

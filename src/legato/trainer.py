@@ -96,7 +96,7 @@ class Trainer:
         *,
         run_dir: str | os.PathLike[str],
         config: TrainerConfig,
-        callbacks: Sequence[keras.callbacks.Callback] = (),
+        callbacks: Any = (),
         summary_manager: SummaryManagerInterface | None = None,
         eval_summary_manager: SummaryManagerInterface | None = None,
         config_yaml: str | None = None,
@@ -109,6 +109,11 @@ class Trainer:
         if not isinstance(config, TrainerConfig):
             raise ConfigError(
                 f"config={config!r}: it must be a legato.TrainerConfig."
+            )
+        if not isinstance(run_dir, str | os.PathLike):
+            raise ConfigError(
+                f"run_dir={run_dir!r:.80}: it must be a path, such as "
+                '"runs/first": where everything is written.'
             )
         if "://" in str(run_dir):
             raise ConfigError(
@@ -136,10 +141,11 @@ class Trainer:
         self._config_yaml = config_yaml or _nested("trainer", dump_yaml(config))
         self._has_trained = False
         self._step = 0  # of the weights that the model holds
+        given = flatten(callbacks, "callbacks")
         backends.current().keep_programs()
         self._parts = build_parts(task, config)
         own = flatten(task.build_callbacks(), "build_callbacks")
-        self._callbacks = [*own, *callbacks]
+        self._callbacks = [*own, *given]
 
     @property
     def model(self) -> Any:

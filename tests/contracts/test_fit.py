@@ -607,6 +607,11 @@ def test_what_is_not_exact_is_refused_or_named(tmp_path, monkeypatch):
         ({"steps_per_epoch": 0}, "steps_per_epoch=0"),
         ({"callbacks": [keras.callbacks.EarlyStopping]}, "callbacks"),
         ({"callbacks": [keras.callbacks.BackupAndRestore("b")]}, "run_dir"),
+        ({"callbacks": 3}, "callbacks is 3"),
+        ({"callbacks": {"a": 3}}, r"callbacks\['a'\] is 3"),
+        *(({"shuffle": s}, f"shuffle={s!r}") for s in ("bad", 5, "False", {})),
+        ({"validation_data": (X, Y, Y, Y)}, "validation_data is a tuple of 4"),
+        ({"validation_data": ()}, "validation_data is a tuple of 0"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):
@@ -616,6 +621,42 @@ def test_bad_arguments(arguments, message, tmp_path):
         fit(model, tmp_path / "run", **arguments)
     assert equal(before, weights(model))
     assert not [*(tmp_path / "run").glob("checkpoints/*")]
+
+
+@pytest.mark.parametrize("run_dir", [None, 5, b"runs"])
+def test_a_run_dir_that_is_no_path(run_dir):
+    with pytest.raises(ConfigError, match=f"run_dir={run_dir!r}: .* a path"):
+        fit(made(), run_dir)
+
+
+@pytest.mark.parametrize("nested", ["alone", "dict", "list of lists", "list"])
+def test_callbacks_as_keras_takes_them(nested, tmp_path):
+    class Counts(keras.callbacks.Callback):
+        epochs = 0
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.epochs += 1
+
+    counts = Counts()
+    callbacks = {
+        "alone": counts,
+        "dict": {"mine": counts},
+        "list of lists": [[counts]],
+        "list": keras.callbacks.CallbackList([counts]),
+    }[nested]
+    fit(made(), tmp_path, callbacks=callbacks)
+    assert counts.epochs == 2
+
+
+def test_validation_data_are_tried_before_training(tmp_path):
+    model = made()
+    before = weights(model)
+    with pytest.raises(ValueError, match="incompatible") as caught:
+        fit(model, tmp_path, validation_data=(X[:, :-1], Y))
+    note = "(These are the validation data: their inputs have the shapes (5,)"
+    assert any(each.startswith(note) for each in caught.value.__notes__)
+    assert equal(before, weights(model))
+    assert not [*tmp_path.glob("checkpoints/*")]
 
 
 def test_a_model_that_is_not_compiled(tmp_path):

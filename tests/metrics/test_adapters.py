@@ -337,8 +337,53 @@ def test_weights_of_objects():
     result = measured(metric, LABELS, OUTPUTS, weights)
     expected = ((OUTPUTS - LABELS) * weights).sum()
     assert result["sum"] == pytest.approx(expected)
-    with pytest.raises(DataError, match="takes no `sample_weight`"):
+    with pytest.raises(DataError, match="no argument `sample_weight`"):
         measured(WrappedMetric(LikeTorchmetrics()), LABELS, OUTPUTS, weights)
+
+
+def test_what_takes_any_argument_may_pass_over_it():
+    class Collection(LikeTorchmetrics):
+        def update(self, *args, **kwargs):
+            super().update(*args)
+
+    weights = np.linspace(0, 1, 12)
+    with pytest.raises(DataError, match="names no argument `sample_weight`"):
+        measured(WrappedMetric(Collection()), LABELS, OUTPUTS, weights)
+    there = (np.arange(12) < 7).astype("float32")
+    (value,) = measured(
+        WrappedMetric(Collection()), LABELS, OUTPUTS, there
+    ).values()
+    assert value == pytest.approx((OUTPUTS - LABELS)[:7].sum())
+
+
+def test_no_example_is_nan_where_an_object_computes_nothing_of_none():
+    class NeedsSome(LikeTorchmetrics):
+        seen = 0
+
+        def update(self, preds, target):
+            self.seen += len(preds)
+            super().update(preds, target)
+
+        def compute(self):
+            if not self.seen:
+                raise ValueError("No samples")
+            return super().compute()
+
+        def reset(self):
+            self.seen = 0
+            super().reset()
+
+    metric = WrappedMetric(NeedsSome(), "of")
+    nothing = measured(metric, LABELS, OUTPUTS, np.zeros(12))
+    assert np.isnan(nothing["of"])
+    assert measured(metric, LABELS, OUTPUTS) == {"of": pytest.approx(TOTAL)}
+
+    class Fails(NeedsSome):
+        def compute(self):
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        measured(WrappedMetric(Fails()), LABELS, OUTPUTS)
 
 
 def test_convert():

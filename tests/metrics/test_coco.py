@@ -358,6 +358,16 @@ def test_batches_and_padding_change_nothing(masks):
     assert metric.result() == at_once
 
 
+@pytest.mark.parametrize("wrong", [-1, 99])
+def test_more_detections_than_there_are_boxes_are_refused(wrong):
+    metric = CocoMetric(box_format="xyxy", categories=CATEGORIES)
+    labels, outputs = batch_of(random_images(45))
+    outputs["num_detections"] = outputs["num_detections"].copy()
+    outputs["num_detections"][0] = wrong
+    with pytest.raises(DataError, match=rf"'num_detections'\] holds {wrong}"):
+        metric.update_state(labels, outputs)
+
+
 @pytest.mark.parametrize("how", ["class", "score", "num_detections"])
 def test_padded_detections(how):
     images = random_images(45)

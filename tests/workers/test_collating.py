@@ -29,6 +29,33 @@ def test_any_structure_is_stacked():
     assert second[0].tolist() == [0, 1, 2] and second[1].shape == (3, 2)
 
 
+@pytest.mark.parametrize(
+    "example",
+    [
+        np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1),
+        np.asfortranarray(np.arange(6).reshape(2, 3)),
+        np.arange(6)[::-2],
+        np.arange(3, dtype=">f4"),
+        np.array(7, ">i2"),
+        np.zeros((0, 3)),
+        np.zeros((3, 0)),
+        np.array(["a", "bc"], ">U5"),
+        np.zeros(
+            2,
+            {"names": ["a", "b"], "formats": ["u1", "f8"], "offsets": [0, 8]},
+        ),
+        np.array([None, [1]], object),
+    ],
+)
+def test_arrays_keep_their_dtype_and_lie_in_order(example):
+    found = stack([example, example.copy()])
+    assert found.dtype == example.dtype
+    assert found.shape == (2, *example.shape)
+    assert found.flags.c_contiguous
+    assert all(np.array_equal(row, example) for row in found)
+    assert not np.shares_memory(found, example)
+
+
 def test_a_list_of_numbers_is_an_array_and_one_of_arrays_is_not():
     assert stack([[1, 2], [3, 4]]).tolist() == [[1, 2], [3, 4]]
     one, other = stack([[np.zeros(2), 1], [np.ones(2), 2]])

@@ -81,7 +81,7 @@ class Entry:
 
 
 def flatten(callbacks: object, where: str) -> list[keras.callbacks.Callback]:
-    """The callbacks in lists of lists, in order.
+    """The callbacks in lists of lists, or dicts, in order.
 
     Raises:
         ConfigError: if one of them is no callback.
@@ -95,6 +95,12 @@ def flatten(callbacks: object, where: str) -> list[keras.callbacks.Callback]:
             one
             for i, nested in enumerate(callbacks)
             for one in flatten(nested, f"{where}[{i}]")
+        ]
+    if isinstance(callbacks, Mapping):
+        return [
+            one
+            for key, nested in callbacks.items()
+            for one in flatten(nested, f"{where}[{key!r}]")
         ]
     if isinstance(callbacks, keras.callbacks.Callback):
         return [callbacks]

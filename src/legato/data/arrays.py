@@ -11,7 +11,12 @@ import numpy as np
 
 from legato.data import beside
 from legato.data.columns import Column, as_column
-from legato.data.order import Plan, check_batch_size, read_position
+from legato.data.order import (
+    Plan,
+    check_batch_size,
+    check_shuffle,
+    read_position,
+)
 from legato.data.source import (
     ArraySpec,
     Batch,
@@ -84,7 +89,7 @@ class ArraySource(DataSource):
         self._plan = Plan(
             self._length,
             int(batch_size),
-            shuffle if shuffle == "batch" else bool(shuffle),
+            check_shuffle(shuffle),
             bool(drop_remainder),
         )
         self._seed = seed

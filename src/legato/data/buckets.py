@@ -84,6 +84,10 @@ class Buckets:
                 f"{found.shape}: they must be ints, one for each example, or "
                 "length(example) that returns one."
             )
+        if found.size and found.min() < 0:
+            raise ConfigError(
+                f"lengths hold {found.min()}: each must be 0 or more."
+            )
         if self.boundaries is None:
             self.boundaries = _even(found, self._count)
         return found

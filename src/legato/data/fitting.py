@@ -22,6 +22,7 @@ from legato.data.batches import named_part
 from legato.data.beside import gathered, stays_on_host, what_holds
 from legato.data.columns import Column, as_column
 from legato.data.iterables import IterableSource
+from legato.data.order import check_shuffle
 from legato.data.pydataset import PyDatasetSource
 from legato.data.random_access import RandomAccessSource
 from legato.data.readers import (
@@ -93,6 +94,7 @@ def fit_source(
     """
     check_number("batch_size", batch_size)
     check_number(steps_name, steps_per_epoch)
+    shuffle = check_shuffle(shuffle)
     _check_class_weight(class_weight)
     if x is None:
         raise DataError(f"{name}=None: give the data to train on.")

@@ -168,6 +168,22 @@ class Order:
         return np.concatenate(found)
 
 
+def check_shuffle(shuffle: Any) -> bool | Literal["batch"]:
+    """Whether data are to be shuffled, and how.
+
+    Raises:
+        DataError: it is none of the ways.
+    """
+    if isinstance(shuffle, str) and shuffle == "batch":
+        return "batch"
+    if isinstance(shuffle, int | np.integer | np.bool_) and shuffle in (0, 1):
+        return bool(shuffle)
+    raise DataError(
+        f"shuffle={shuffle!r:.80}: it must be True (a new order in each "
+        'epoch), False, or "batch" (within batches alone).'
+    )
+
+
 def check_batch_size(batch_size: Any) -> None:
     """Whether it is a number of examples.
 

@@ -13,7 +13,12 @@ from legato.data import streams
 from legato.data.batches import BatchSource, Chunks, Layout, Leaves
 from legato.data.beside import gathered
 from legato.data.buckets import BucketPlan, Buckets
-from legato.data.order import Plan, check_batch_size, read_position
+from legato.data.order import (
+    Plan,
+    check_batch_size,
+    check_shuffle,
+    read_position,
+)
 from legato.data.source import Chunk, DataIterator, DataState
 from legato.errors import ConfigError, DataError
 from legato.types import JSON
@@ -90,9 +95,7 @@ class RandomAccessSource(BatchSource):
         check_batch_size(batch_size)
         self._batch_size = int(batch_size)
         self._drop_remainder = bool(drop_remainder)
-        self._shuffle: bool | Literal["batch"] = (
-            shuffle if shuffle == "batch" else bool(shuffle)
-        )
+        self._shuffle: bool | Literal["batch"] = check_shuffle(shuffle)
         self.plan = self._plan(dataset, bucket_by)
         self.workers = _check_number("workers", workers, at_least=0)
         _check_number("prefetch", prefetch, at_least=1)

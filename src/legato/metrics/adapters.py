@@ -180,7 +180,7 @@ class WrappedMetric(HostMetric):
     a metric in the style of Keras (`update_state`, `result`, and `reset_state`
     or `reset_states`), or one of Hugging Face's `evaluate` (`add_batch`,
     `compute`). Examples of weight 0 are left out; other weights than 1 are
-    passed on if its update takes `sample_weight`.
+    passed on if its update names an argument `sample_weight`.
 
     Args:
         metric: the object.
@@ -227,7 +227,9 @@ class WrappedMetric(HostMetric):
         if order is None and update == "update":
             order = "outputs_first"
         self._order = None if by_name else (order or "labels_first")
-        self._takes_weights = _takes(self._update, "sample_weight")
+        # (What takes any argument may pass over it, as collections of
+        # torchmetrics do.)
+        self._takes_weights = _takes(self._update, "sample_weight", named=True)
         self._convert = convert
         self._is_empty = True
         self._logs: dict[str, Any] | None = None
@@ -277,11 +279,17 @@ class WrappedMetric(HostMetric):
 
         Returns:
             The value by the metric's name, a group by index if it is an array,
-            or the object's own names if it is a dict.
+            or the object's own names if it is a dict. NaN by its name if there
+            was no example, and the object computes nothing of none.
         """
         # Kept, since computing may make the object forget.
         if self._logs is None:
-            self._logs = _as_logs(self.name, self._compute())
+            try:
+                self._logs = _as_logs(self.name, self._compute())
+            except Exception:
+                if not self._is_empty:
+                    raise
+                self._logs = {self.name: float("nan")}
             self._is_empty = self._reset is None
         return dict(self._logs)
 
@@ -341,13 +349,17 @@ def _check_call(function: Callable[..., Any], arguments: dict) -> None:
         pass
 
 
-def _takes(function: Callable[..., Any], argument: str) -> bool:
+def _takes(
+    function: Callable[..., Any], argument: str, *, named: bool = False
+) -> bool:
+    """Whether a function takes an argument; named: by its own name."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:
         return False
     return any(
-        each.name == argument or each.kind is inspect.Parameter.VAR_KEYWORD
+        each.name == argument
+        or (each.kind is inspect.Parameter.VAR_KEYWORD and not named)
         for each in parameters
     )
 
@@ -373,7 +385,7 @@ def _without_padding(
     if not takes_weights and (weights[is_there] != 1).any():
         raise DataError(
             f"{name}: sample_weight has other values than 0 and 1, and the "
-            "metric takes no `sample_weight`. Pass it none."
+            "metric names no argument `sample_weight`. Pass it none."
         )
     kept: Any = keras.tree.map_structure(
         lambda array: np.asarray(array)[is_there], (labels, outputs)

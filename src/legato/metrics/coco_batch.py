@@ -91,6 +91,13 @@ class Batch:
         there = self.find("num_detections", ())
         if there is None:
             there = np.full(self.size or 0, count)
+        wrong = (there < 0) | (there > count)
+        if wrong.any():
+            raise DataError(
+                f"CocoMetric: {self._role}['num_detections'] holds "
+                f"{there[wrong][0]}: it must be 0 to {count}, the number of "
+                "rows of boxes."
+            )
         return np.arange(count) < there[:, None]
 
     def masks(self, key: str, count: int) -> Any:

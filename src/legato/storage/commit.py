@@ -56,8 +56,9 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _FILE_NAME = re.compile(rf"{_PART}(?:/{_PART})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n\Z')
-_CHUNK = 1024 * 1024
-_DIRECT = 4 * 1024 * 1024  # smaller ones are as well in the system's cache
+_CHUNK = 4 * 1024 * 1024
+# Smaller files are as well in the system's cache.
+_NOT_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _READ = 1 << 30  # a read takes at most 2 GiB at once
 # These say something about the files; others (no permission, too many open
 # files, ...) about this moment, and must not condemn a good checkpoint.
@@ -260,10 +261,10 @@ def _write_hashed(path: Path, data: Any, fs: FileSystem) -> tuple[int, str]:
             try:
                 write_all(fd, chunk, fs)
             except OSError as error:
-                if not is_direct or error.errno != errno.EINVAL:
+                if not is_direct or error.errno not in _NOT_DIRECT:
                     raise
                 # The last one is no whole block; or blocks are larger here,
-                # or one was written in part.
+                # one was written in part, or a server refuses.
                 set_direct(fd, False)
                 is_direct = False
                 done = os.lseek(fd, 0, os.SEEK_CUR)
@@ -276,7 +277,7 @@ def _write_hashed(path: Path, data: Any, fs: FileSystem) -> tuple[int, str]:
 
 def _is_for_disk(view: memoryview) -> bool:
     """Whether it is worth while, and lies as a disk can read it."""
-    if len(view) < _DIRECT:
+    if len(view) < _CHUNK:
         return False
     return np.frombuffer(view, np.uint8).ctypes.data % BLOCK == 0
 

@@ -305,10 +305,16 @@ def _alike(values: Sequence[Any]) -> np.ndarray | None:
         shapes = {value.shape for value in values}
         if len(shapes) > 1 or len({value.dtype for value in values}) > 1:
             return None
-        if not first.ndim:
-            return np.array(values)
-        # (A third of the time that `np.stack` takes.)
-        return np.concatenate(values).reshape(len(values), *first.shape)
+        # (A third of the time that `np.stack` takes. Into an array of ours, or
+        # its axes would lie as the examples' do, its bytes as the machine's.)
+        out = np.empty((len(values), *first.shape), first.dtype)
+        if first.ndim:
+            rows = len(values) * len(first), *first.shape[1:]
+            np.concatenate(values, out=out.reshape(rows))
+        else:
+            for row, value in enumerate(values):
+                out[row] = value
+        return out
     if len(kinds) == 1 and _is_number(first):
         return np.array(values)
     if len(kinds) == 1 and isinstance(first, str | bytes):
