@@ -318,7 +318,7 @@ def test_a_callback_is_restored_whole_or_not_at_all():
         ([Leader(), 3], r"callbacks\[1\] is 3"),
         ([Leader(), [Leader]], r"callbacks\[1\]\[0\].*Leader\(\)"),
         (Callback, "Callback"),
-        ({"a": Leader()}, "callbacks is"),
+        ({"a": Leader(), "b": 3}, r"callbacks\['b'\] is 3"),
     ],
 )
 def test_what_is_no_callback(value, match):

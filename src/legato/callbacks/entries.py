@@ -99,8 +99,8 @@ def flatten(callbacks: object, where: str) -> list[keras.callbacks.Callback]:
     if isinstance(callbacks, Mapping):
         return [
             one
-            for key, nested in callbacks.items()
-            for one in flatten(nested, f"{where}[{key!r}]")
+            for key in sorted(callbacks)  # as Keras orders them
+            for one in flatten(callbacks[key], f"{where}[{key!r}]")
         ]
     if isinstance(callbacks, keras.callbacks.Callback):
         return [callbacks]
