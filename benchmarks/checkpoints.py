@@ -90,8 +90,9 @@ def speed(rounds: int) -> list[engine.Row]:
     value, text = engine.ratio(times, "saving", "not saving")
     milliseconds = sorted(1e3 / rate for rate in times["not saving"])
     return [
-        (f"a step of {size} examples, without",
-         f"{milliseconds[len(milliseconds) // 2]:.1f} ms", "", ""),
+        ("a step without",
+         f"{milliseconds[len(milliseconds) // 2]:.1f} ms, {size} examples",
+         "", ""),
         engine.judged(
             f"steps/s with a checkpoint of 100 MB every {EVERY} / without",
             text, value, at_least=0.97,
