@@ -48,7 +48,7 @@ def test_any_structure_is_stacked():
     ],
 )
 def test_arrays_keep_their_dtype_and_lie_in_order(example):
-    found = stack([example, example.copy()])
+    found = stack([example, example.copy(order="K")])
     assert found.dtype == example.dtype
     assert found.shape == (2, *example.shape)
     assert found.flags.c_contiguous

@@ -22,8 +22,8 @@ class ImageFolder:
     `dataset[i]` is `(image, label)`: a uint8 array `[height, width,
     channels]`, and the number of its class, an int32. Of pixels of 16 bits the
     upper 8 are taken, as Keras does. Classes are numbered in the order of their
-    names; images come in the order of theirs, class by
-    class, those in sub-folders of a class too.
+    names; images come in the order of theirs, class by class, those in
+    sub-folders of a class too.
 
     Args:
         path: the folder.
