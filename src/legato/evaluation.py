@@ -409,7 +409,7 @@ class Evaluator:
 
     def build(self) -> None:
         """Trace the step, so that lazily made variables exist."""
-        self._loop(self._source.example(self._capacity))
+        self._loop(self._source.example(self._capacity), "the first batch")
 
     def _trace_all(self) -> None:
         """Trace what is known to come, before any thread is begun.
@@ -421,7 +421,8 @@ class Evaluator:
         is_whole = self._num_batches == self._source.batches_per_epoch
         if is_whole and self._source.partial_batch_size:
             operands = self._source.example(self._capacity)
-            self._loop(partial_batches(self._source, operands))
+            partial = partial_batches(self._source, operands)
+            self._loop(partial, "the partial last batch")
 
     def _begin(
         self, step: int, chunk: Chunk, host: HostThread | None, calls: Calls
@@ -429,11 +430,7 @@ class Evaluator:
         """Begin the steps of a chunk; None if the host gave up."""
         if self._checks is not None:
             self._checks.check(chunk, step)
-        if chunk.shapes not in self._loops:
-            which = f"batch {step} of the validation data"
-            with self._loops.naming(chunk.shapes, which):
-                self._loop(chunk.operands)
-        loop = self._loop(chunk.operands)
+        loop = self._loop(chunk.operands, f"batch {step}")
         at = time.perf_counter()
         logs = calls.begin(loop, step, chunk)
         if host is not None:
@@ -446,7 +443,7 @@ class Evaluator:
                 return None
         return _Begun(chunk, at, loop.log_names, logs)
 
-    def _loop(self, operands: Any) -> CompiledLoop:
+    def _loop(self, operands: Any, which: str) -> CompiledLoop:
         shapes = shapes_of(operands)
         if shapes not in self._loops:
             self._loops.make_room(
@@ -461,7 +458,8 @@ class Evaluator:
                 "task": vars(self._task),
             }
             before = Settings(roots)
-            with tracing(self._reads):
+            which += " of the validation data"
+            with self._loops.naming(shapes, which), tracing(self._reads):
                 loop = backend.compile_loop(
                     self._step,
                     fetch=self._source.fetch,

@@ -122,11 +122,11 @@ class CocoDetection:
                 row[:] = _mask(each.segmentation, height, width)
             # (What decodes them raises errors of very different classes.)
             except Exception as error:
-                raise DataError(
-                    f"The annotation file {self._path!r}: the segmentation of "
-                    f"annotation {each.id} is none of an image of the height "
-                    f"{height} and the width {width}: "
-                    f"{type(error).__name__}: {error}. Mend the file."
+                raise _wrong(
+                    self._path,
+                    f"the segmentation of annotation {each.id}",
+                    f"is none of an image of the height {height} and the width "
+                    f"{width}: {type(error).__name__}: {error}",
                 ) from error
         return out
 
@@ -267,10 +267,14 @@ class _File:
             )
 
     def _wrong(self, where: str, what: str) -> DataError:
-        return DataError(
-            f"The annotation file {self._path!r}: {where} {what}. Mend the "
-            "file; it must be in the format of COCO's instances."
-        )
+        return _wrong(self._path, where, what)
+
+
+def _wrong(path: str, where: str, what: str) -> DataError:
+    return DataError(
+        f"The annotation file {path!r}: {where} {what}. Mend the file; it must "
+        "be in the format of COCO's instances."
+    )
 
 
 def _is_finite(value: Any) -> bool:

@@ -57,7 +57,6 @@ _FILE_NAME = re.compile(rf"{_PART}(?:/{_PART})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n\Z')
 _CHUNK = 4 * 1024 * 1024
-# Smaller files are as well in the system's cache.
 _NOT_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _READ = 1 << 30  # a read takes at most 2 GiB at once
 # These say something about the files; others (no permission, too many open
@@ -277,7 +276,7 @@ def _write_hashed(path: Path, data: Any, fs: FileSystem) -> tuple[int, str]:
 
 def _is_for_disk(view: memoryview) -> bool:
     """Whether it is worth while, and lies as a disk can read it."""
-    if len(view) < _CHUNK:
+    if len(view) < _CHUNK:  # is as well in the system's cache
         return False
     return np.frombuffer(view, np.uint8).ctypes.data % BLOCK == 0
 
