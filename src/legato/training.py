@@ -461,14 +461,13 @@ class TrainSteps:
             raise
         loop = self._loops[chunk.shapes]
         variables, stacks = loop.kept, []
-        if variables and not loop.kept_in_rows:
+        if variables and not loop.columns:
             logs, stacks = logs
         rows = self._backend.to_host(logs, chunk.num_batches)
-        if variables and loop.kept_in_rows:
-            rows, held = backends.split_columns(rows, variables)
+        if loop.columns:
             every = self._summary_interval
             first = every - 1 - self._first % every
-            stacks = [values[first::every] for values in held]
+            rows, stacks = loop.columns.split(rows, first, every)
         elif variables:
             stacks = self._backend.values(stacks, variables)
         self.steps_untold = 0

@@ -19,7 +19,6 @@ from legato.backends.protocol import (
     LoopMode,
     Step,
 )
-from legato.backends.scope import split_columns
 from legato.errors import BackendError
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "Step",
     "current",
     "require_variables",
-    "split_columns",
     "value_and_grad",
 ]
 

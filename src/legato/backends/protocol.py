@@ -52,6 +52,47 @@ class Keeping:
     variables: Callable[[], Sequence[keras.Variable] | None]
 
 
+COLUMNS = {"float32": 1, "int32": 1, "uint32": 1, "float64": 2, "int64": 2}
+"""Of float32, that hold the bits of a number of these dtypes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Single numbers whose bits are the last columns of the logs.
+
+    Attributes:
+        dtypes: of `COLUMNS`, of each number.
+    """
+
+    dtypes: Sequence[str]
+
+    @property
+    def count(self) -> int:
+        """How many columns there are."""
+        return sum(COLUMNS[dtype] for dtype in self.dtypes)
+
+    def split(
+        self, rows: np.ndarray, first: int, every: int
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The logs alone, and the numbers as they were after some steps.
+
+        Args:
+            rows: float32 `[steps, names and columns]`.
+            first: the place of the first of these steps.
+            every: how far it is to the next one.
+        """
+        begin = rows.shape[1] - self.count
+        bits = np.ascontiguousarray(rows[first::every, begin:].T)
+        numbers, place = [], 0
+        for dtype in self.dtypes:
+            size = COLUMNS[dtype]
+            own, place = bits[place : place + size], place + size
+            if size > 1:
+                own = np.ascontiguousarray(own.T)
+            numbers.append(own.view(dtype).reshape(-1))
+        return rows[:, :begin], numbers
+
+
 class CompiledLoop(abc.ABC):
     """A step compiled into a loop over the batches of a chunk.
 
@@ -65,8 +106,8 @@ class CompiledLoop(abc.ABC):
         kept: variables whose values it keeps after certain steps, as it was
             asked to: those among the given ones that it writes. None if it
             cannot; see `kept_variables`.
-        kept_in_rows: whether these are single numbers whose values after each
-            step are further columns of the logs; see `columns_of`.
+        columns: how the logs hold their values after each step, where they
+            are single numbers and it does it so.
         runs_python: whether the compiled step calls Python of the user's,
             which no thread but the one that trains may run.
         traces: how often user code has been traced, for tests.
@@ -79,7 +120,7 @@ class CompiledLoop(abc.ABC):
     mode: LoopMode
     max_steps: int | None = None
     kept: list[keras.Variable] | None = None
-    kept_in_rows: bool = False
+    columns: Columns | None = None
     runs_python: bool = False
     traces: int
     phases: Phases | None = None

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import keras
-import numpy as np
 
-from legato.backends.protocol import Keeping
+from legato.backends.protocol import COLUMNS, Columns, Keeping
 from legato.errors import StepError
 
 # A trace that finds variables it did not know of is repeated with them. What
@@ -24,9 +23,6 @@ PYTHON_VALUE = (
 
 _KEPT_BYTES = 1 << 20
 """Of the values that a call keeps; it sets them to zero first."""
-
-_COLUMNS = {"float32": 1, "int32": 1, "uint32": 1, "float64": 2, "int64": 2}
-"""Of float32, that hold the bits of a number of these dtypes."""
 
 _OUTPUT_BYTES = 16 << 20
 """Of the steps of one call, for the host; a few calls wait for it."""
@@ -112,33 +108,16 @@ def kept_variables(
     return found if times * num_bytes <= _KEPT_BYTES else None
 
 
-def columns_of(variables: Sequence[keras.Variable]) -> list[int] | None:
-    """How many columns of float32 hold the bits of each of these variables.
+def columns_of(variables: Sequence[keras.Variable]) -> Columns | None:
+    """How logs hold the bits of these variables.
 
-    None if they are not all single numbers.
+    None if there are none, or not all of them are single numbers.
     """
-    columns = [_COLUMNS.get(_held_dtype(v), 0) for v in variables]
+    dtypes = [_held_dtype(v) for v in variables]
     are_numbers = all(v.shape == () for v in variables)
-    return columns if are_numbers and all(columns) else None
-
-
-def split_columns(
-    rows: np.ndarray, variables: Sequence[keras.Variable]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The logs of steps, and what variables held after each.
-
-    Args:
-        rows: float32 `[steps, names and columns_of the variables]`.
-        variables: as they were given to `columns_of`.
-    """
-    columns = columns_of(variables)
-    assert columns is not None
-    ends = np.cumsum([rows.shape[1] - sum(columns), *columns])
-    logs, *parts = np.split(rows, ends[:-1], axis=1)
-    return logs, [
-        np.ascontiguousarray(part).view(_held_dtype(v))[:, 0]
-        for part, v in zip(parts, variables, strict=True)
-    ]
+    if not dtypes or not are_numbers or not COLUMNS.keys() >= set(dtypes):
+        return None
+    return Columns(dtypes)
 
 
 def _held_dtype(variable: keras.Variable) -> str:

@@ -164,8 +164,10 @@ def _divide_no_nan(total: np.ndarray, count: np.ndarray) -> float:
 
 def _divide_all(totals: np.ndarray, counts: np.ndarray) -> list[float]:
     """The same for each of several."""
+    counts = counts.astype(totals.dtype, copy=False)
+    if counts.all():
+        return (totals / counts).tolist()
     found = np.zeros(totals.shape, totals.dtype)
-    counts = counts.astype(totals.dtype)
     np.divide(totals, counts, out=found, where=counts != 0)
     return found.tolist()
 

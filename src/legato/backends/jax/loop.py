@@ -240,7 +240,7 @@ class JaxLoop(CompiledLoop):
         self._every = 0
         if keeping is not None and self.mode == "fused":
             self.kept = kept_variables(keeping, self.updated, operands)
-            self.kept_in_rows = bool(columns_of(self.kept or []))
+            self.columns = columns_of(self.kept or [])
             self._every = keeping.every
         self._capacity = jax.tree.leaves(operands)[0].shape[0]
         self._ahead: Ahead | None = None
@@ -343,8 +343,8 @@ class JaxLoop(CompiledLoop):
         return [places[id(v)] for v in self.kept or ()]
 
     def _fused(self, run: Any) -> Any:
-        in_rows = self._places() if self.kept_in_rows else []
-        num_columns = sum(columns_of(self.kept or []) or [])
+        in_rows = self._places() if self.columns else []
+        num_columns = self.columns.count if self.columns else 0
         shape = (self._capacity, len(self.log_names) + num_columns)
         stacks = [((self.max_steps, *o.shape), o.dtype) for o in self._outputs]
 
@@ -360,7 +360,7 @@ class JaxLoop(CompiledLoop):
                     values, read_only, resident, operands, index, step + index
                 )
                 stacked = [
-                    stack.at[index].set(output)
+                    _put(stack, index, output)
                     for stack, output in zip(stacked, outputs, strict=True)
                 ]
                 if in_rows:
@@ -369,7 +369,7 @@ class JaxLoop(CompiledLoop):
                         [values[place] for place in in_rows]
                     )
                     row = jnp.concatenate([row, *map(_bits, held)])
-                return values, rows.at[index].set(row), stacked
+                return values, _put(rows, index, row), stacked
 
             rows = jnp.zeros(shape, jnp.float32)
             stacked = [jnp.zeros(*stack) for stack in stacks]
@@ -417,8 +417,8 @@ class JaxLoop(CompiledLoop):
                 )  # fmt: skip
                 if seen:
                     now = jnp.stack([values[i] for i in seen])
-                    found = found.at[index].set(now)
-                return values, rows.at[index].set(row), found
+                    found = _put(found, index, now)
+                return values, _put(rows, index, row), found
 
             rows = jnp.zeros((self._capacity, len(self.log_names)), jnp.float32)
             found = jnp.zeros((self._capacity, len(seen)), jnp.float32)
@@ -477,7 +477,7 @@ class JaxLoop(CompiledLoop):
             stop = jnp.minimum(stop, num_steps)
             carry = jax.lax.fori_loop(index, stop, body, carry)
             stacks = [
-                stack.at[count].set(carry[0][place])
+                _put(stack, count, carry[0][place])
                 for stack, place in zip(stacks, kept, strict=True)
             ]
             return stop, count + 1, carry, stacks
@@ -524,6 +524,15 @@ class JaxLoop(CompiledLoop):
             return updated, rows, stacked
 
         return call
+
+
+def _put(stack: Any, index: Any, value: Any) -> Any:
+    """A stack with a value at a place that is sure to be in it.
+
+    `stack.at[index].set(value)` would look whether it is, in three operations
+    of their own.
+    """
+    return jax.lax.dynamic_update_index_in_dim(stack, value, index, 0)
 
 
 def _bits(number: Any) -> Any:

@@ -160,7 +160,7 @@ class TensorFlowLoop(CompiledLoop):
             try:
                 self._run = self._make_loop(step, every, is_compiled=True)
                 self.mode = "compiled"
-                self.kept_in_rows = bool(columns_of(self.kept or []))
+                self.columns = columns_of(self.kept or [])
                 return
             except xla.NotCompilableError as error:
                 if required:
@@ -200,7 +200,7 @@ class TensorFlowLoop(CompiledLoop):
         held: list[Any] = []
         if is_compiled and (columns := columns_of(self.kept or [])):
             held = [variable._value for variable in self.kept or ()]
-            num_columns += sum(columns)
+            num_columns += columns.count
         capacity = leaves[0].shape[0]
         structure = self._traced.structured_outputs
         outputs = structure[1] if isinstance(structure, tuple) else []
