@@ -162,7 +162,8 @@ def train_quickly(folder, task, *callbacks, **changes):
     return spent
 
 
-def test_a_record_for_each_interval(tmp_path):
+def test_a_record_for_each_interval(tmp_path, monkeypatch):
+    monkeypatch.setattr("legato.recorder.TIMING_SECONDS", 0.0)
     records, spent = train(tmp_path, Timed(), steps_per_loop=1)
     # Epochs end at 6 and 12, the last of which is a summary's too; after it
     # comes the last checkpoint.
@@ -176,6 +177,18 @@ def test_a_record_for_each_interval(tmp_path):
     assert spent["compile"] > 0
     assert records[-1]["phases"]["checkpoint"] > 0
     assert records[-1]["phases"]["validation"] == 0
+
+
+def test_summaries_write_no_record_that_is_as_good_as_the_last(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("legato.recorder.TIMING_SECONDS", 1e6)
+    records, _ = train(tmp_path, Timed(), steps_per_loop=1)
+    assert [(r["step"], r["steps"]) for r in records] == [
+        (6, 6),
+        (12, 6),
+        (12, 0),
+    ]
 
 
 def test_without_summaries(tmp_path):

@@ -3,8 +3,10 @@
 import csv
 import importlib.metadata
 import json
+import math
 import threading
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +21,10 @@ from legato.errors import (
     SummaryError,
 )
 from legato.sinks import CSV, METRICS, RunLog, Sink
+from legato.sinks.log import LATE
 from legato.storage import FileSystem
 from legato.summaries import SummaryManager, SummaryManagerInterface
+from legato.types import Table
 from tests.summary_files import read, read_below
 
 
@@ -760,19 +764,65 @@ def test_a_value_that_is_none_stops_with_its_name_and_the_rule(tmp_path):
     "values",
     [
         {"loss": 0.1, "n": 3, 'a "b" %s é': -1e300},
-        {"loss": float("nan"), "other": 1.5},
-        {"a": float("inf"), "b": float("-inf")},
+        {"loss": 1e-5, "tiny": 5e-324, "zero": -0.0, "third": 1 / 3},
+        {"loss": math.nan, "other": 1.5},
+        {"a": math.inf, "b": -math.inf},
         {"a": 1e308, "b": 1e308},  # their sum is infinite
         {"step": 2.5, "loss": 1.0},
         {"kind": 2.5},
-        {"text": "x", "flag": True, "none": None},
+        {"null": 1e-5},
+        {"text": "x", "flag": True, "none": None, "large": 2**70},
+        {"surrogate": "\ud800"},
         {},
     ],
     ids=str,
 )
-def test_a_line_is_as_json_writes_it(values, tmp_path):
+def test_a_line_is_what_json_reads_back_to_the_bit(values, tmp_path):
     log = RunLog(tmp_path, sinks=[])
     log.write("train", 7, values)
     log.close()
-    expected = json.dumps({"kind": "train", "step": 7, **values}) + "\n"
-    assert (tmp_path / METRICS).read_text() == expected
+    record = {"kind": "train", "step": 7, **values}
+    (line,) = (tmp_path / METRICS).read_text().splitlines()
+    # (NaN is not equal to itself, and -0.0 is equal to 0.0.)
+    assert repr(json.loads(line)) == repr(record)
+
+
+def test_lines_do_not_depend_on_how_many_are_written_at_once(tmp_path):
+    columns = {
+        "loss": [0.1, math.nan, 1e-5, 1e22],
+        "rate": [1e-7, 1e-7, math.inf, 1 / 3],
+    }
+    table = Table([1, 2, 3, 4], columns)
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    for folder in (together, alone):
+        folder.mkdir()
+    log = RunLog(together, sinks=[])
+    log.write_later("train", lambda: table)
+    log.close()
+    log = RunLog(alone, sinks=[])
+    for step, values in table.rows():
+        log.write("train", step, values)
+    log.close()
+    lines = (together / METRICS).read_bytes()
+    assert lines.count(b"\n") == 4
+    assert lines == (alone / METRICS).read_bytes()
+
+
+def test_values_wait_for_a_moment_and_not_for_long(tmp_path, monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("legato.sinks.log.time", clock)
+    log = RunLog(tmp_path)
+    assert not log.is_behind and not log.is_late
+    for step in (2, 4):
+        log.write_later("train", lambda step=step: Table([step], {"a": [0.5]}))
+        assert log.is_behind and not log.is_late
+        now[0] += LATE / 2
+    assert log.is_late  # counted from the first
+    log.catch_up()
+    assert not log.is_behind and not log.is_late
+    log.write_later("train", lambda: Table([6], {"a": [0.5]}))
+    assert not log.is_late
+    log.flush()  # as for a checkpoint
+    assert [record["step"] for record in records(tmp_path)] == [2, 4, 6]
+    log.close()

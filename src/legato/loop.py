@@ -110,8 +110,8 @@ class Recorder(Protocol):
     def summary(self) -> None:
         """Write the summary that is due after the last step."""
 
-    def catch_up(self) -> None:
-        """Do what was put off: the device works meanwhile."""
+    def catch_up(self, *, only_late: bool = False) -> None:
+        """Write what was put off; or if it is late, since the device works."""
 
     def validation(self, logs: Logs) -> None:
         """Take the results of a validation."""
@@ -176,6 +176,7 @@ def run(
         # ORDER MATTERS from here to the end of the loop: a checkpoint must
         # hold either all or nothing of what belongs to a step.
         if clock.duties:
+            recorder.catch_up()  # callbacks may change what it looks at
             _do_duties(clock, hooks, recorder, validate, phases)
             phases.enter(PLAN)
         if clock.step > 0:  # else as in Keras: after one batch
@@ -238,7 +239,7 @@ def run(
             is_begun = pace.is_quick and _begin_next(
                 after, clock.epoch, schedule, steps, feed
             )
-            recorder.catch_up()
+            recorder.catch_up(only_late=True)
             phases.enter(DEVICE)
             rows, kept = steps.rows(logs, chunk)
             pace.learn(

@@ -25,6 +25,9 @@ from legato.task import Task
 from legato.types import JSON, Logs, LogStyle, Table, flat_logs
 from legato.when import When, any_due
 
+TIMING_SECONDS = 1.0
+"""Between the lines of timing that summaries write, at the least."""
+
 Kept = Mapping[int, np.ndarray]
 """What variables held at some steps, `[steps, ...]`, by their ids."""
 
@@ -264,7 +267,7 @@ class Recorder:
         columns = {name: [value] for name, value in values.items()}
         table = Table([clock.step], columns)
         self._log.write_later("train", lambda: table)
-        self._write_timing_of_steps()
+        self._write_timing_of_summary()
 
     def _write_summaries(
         self,
@@ -294,15 +297,20 @@ class Recorder:
 
         def make() -> Table:
             results, rates = self._readings.series(values, times)
-            for i, step in enumerate(steps):
-                for name in self._unmeasured(begin, step):
-                    results[name][i] = math.nan
+            if not self._are_always_due:
+                for i, step in enumerate(steps):
+                    for name in self._unmeasured(begin, step):
+                        results[name][i] = math.nan
             return Table(steps, {**means, **results, **rates})
 
         self._log.write_later("train", make)
-        if self._schedule.calls_back(self._clock.step):
-            self._log.catch_up()  # before anything that it looks at changes
-        self._write_timing_of_steps()
+        self._write_timing_of_summary()
+
+    def _write_timing_of_summary(self) -> None:
+        """Unless a line was written just now: small steps take microseconds."""
+        since = sum(self._phases.read()) - sum(self._timed_from[1])
+        if since >= TIMING_SECONDS * 1e9:
+            self._write_timing_of_steps()
 
     def _write_timing_of_steps(self) -> None:
         """Unless it is written: at an epoch's end a summary may be due too."""
@@ -324,9 +332,13 @@ class Recorder:
             },
         )
 
-    def catch_up(self) -> None:
-        """Write what was put off until the device works."""
-        if self._log.is_behind:
+    def catch_up(self, *, only_late: bool = False) -> None:
+        """Write what was put off.
+
+        Args:
+            only_late: unless it was put off just now.
+        """
+        if self._log.is_late if only_late else self._log.is_behind:
             with self._phases.within(DELIVERY):
                 self._log.catch_up()
 

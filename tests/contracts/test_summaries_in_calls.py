@@ -86,10 +86,11 @@ class OfTheUser(Small):
         return [Own(name="own")]
 
 
-def train(run_dir, task, *, interval=7, manager=None, **changes):
+def train(run_dir, task, *, interval=7, manager=None, callbacks=(), **changes):
     trainer = legato.Trainer(
         task,
         run_dir=run_dir,
+        callbacks=list(callbacks),
         summary_manager=manager,
         config=legato.TrainerConfig(
             **{
@@ -191,3 +192,41 @@ def test_the_users_own_results_end_a_call(tmp_path, calls):
     records = [json.loads(line) for line in lines]
     steps = [r["step"] for r in records if r["kind"] == "train"]
     assert steps == list(range(7, STEPS, 7))
+
+
+class Quicker(keras.callbacks.Callback):
+    """Changes the schedule in the midst of an epoch, and at its end."""
+
+    def on_test_begin(self, logs=None):
+        self._replace()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._replace()
+
+    def _replace(self):
+        schedule = self.model.optimizer._learning_rate
+        self.model.optimizer._learning_rate = (
+            keras.optimizers.schedules.CosineDecay(
+                schedule.initial_learning_rate / 2, STEPS
+            )
+        )
+
+
+def test_a_callback_changes_nothing_that_was_before_it(tmp_path, calls):
+    for name, steps_per_loop in (("whole", None), ("single", 1)):
+        calls.clear()
+        train(
+            tmp_path / name, Windows(), callbacks=[Quicker()],
+            steps_per_loop=steps_per_loop,
+        )  # fmt: skip
+        assert (max(calls) > 7) == (steps_per_loop is None)
+    assert found(tmp_path / "whole") == found(tmp_path / "single")
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    rates = {
+        r["step"]: r["learning_rate"] for r in records if r["kind"] == "train"
+    }
+    # As it was before the first callback.
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, STEPS)
+    for step in (7, 14):
+        assert rates[step] == pytest.approx(float(schedule(step)))
