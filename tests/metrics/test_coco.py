@@ -558,11 +558,35 @@ def test_a_perfect_and_a_worthless_model():
         ({"categories": {-1: "a"}}, "at least 0"),
         ({"annotation_file": "gone.json"}, "gone.json.*cannot be read"),
         ({"name": ""}, "not empty"),
+        ({"annotation_file": 3}, "annotation_file=3.*path"),
+        ({"include_mask": "yes"}, "include_mask='yes'.*True or False"),
+        ({"need_rescale_bboxes": 2}, "need_rescale_bboxes=2"),
+        ({"per_category": None}, "per_category=None"),
     ],
 )
 def test_bad_arguments(arguments, words):
     with pytest.raises(ConfigError, match=words):
         CocoMetric(**{"box_format": "xyxy"} | arguments)
+
+
+# Of what the library would never come back, or take it for a mask.
+WRONG_RUNS = [
+    ({"counts": [0, 50]}, "add up to 50"),
+    ({"counts": [0, 5000]}, "add up to 5000"),
+    ({"counts": []}, "add up to 0"),
+    ({"counts": [1030, -6]}, "the least is -6"),
+    ({"counts": [0.5, 1023.5]}, "0.5 is no whole number"),
+    ({"counts": "zzzz"}, "the character 'z'"),
+    ({"counts": "P"}, "end within a number"),
+    ({"counts": "11"}, "add up to 2"),
+    ({"counts": None}, "not iterable"),
+    ({"size": [32, 32, 1], "counts": [1024]}, "a height and a width"),
+    ({"size": [32, -32], "counts": [0]}, "at least 1"),
+]
+
+
+def segmented(rle):
+    return lambda truth: truth["annotations"][0].update(segmentation=rle)
 
 
 def spoil(key, place, value):
@@ -601,6 +625,19 @@ def spoil(key, place, value):
         (
             lambda truth: truth["images"][0].update(id=1.5),
             "the id 1.5 is no whole number",
+        ),
+        (
+            lambda truth: truth["images"].append(truth["images"][0]),
+            "two images have one id",
+        ),
+        (
+            lambda truth: truth["categories"].append(truth["categories"][0]),
+            "two categories have one id",
+        ),
+        (segmented({"size": [9, 9], "counts": [81]}), r"size \[9, 9\]"),
+        *(
+            (segmented({"size": [32, 32], **change}), words)
+            for change, words in WRONG_RUNS
         ),
     ],
 )
@@ -653,6 +690,17 @@ def outputs_with(**changes):
     return lambda labels, outputs: outputs.update(changes)
 
 
+def crowds(value):
+    def change(labels, outputs):
+        labels["is_crowds"] = np.full(labels["classes"].shape, value)
+
+    return change
+
+
+def sized(height, width):
+    return labels_with(height=np.full(3, height), width=np.full(3, width))
+
+
 def put(side, key, where, value):
     def change(labels, outputs):
         (labels if side == "labels" else outputs)[key][where] = value
@@ -682,6 +730,19 @@ def put(side, key, where, value):
             ),
             r"labels\['areas'\].*not finite",
         ),
+        (
+            lambda labels, outputs: labels.update(
+                areas=np.full(labels["classes"].shape, -4.0)
+            ),
+            r"labels\['areas'\].*has -4.0.*at least 0",
+        ),
+        (crowds(np.nan), r"labels\['is_crowds'\].*has \[nan"),
+        (crowds(-1), r"labels\['is_crowds'\].*has \[-1"),
+        (outputs_with(num_detections=np.float32([1, np.nan, 0])), "holds nan"),
+        (outputs_with(num_detections=np.float32([1, 0.5, 0])), "holds 0.5"),
+        (sized(0, 30), "height 0 and the width 30"),
+        (sized(20, -5), "width -5"),
+        (sized(np.nan, 5), "height nan"),
     ],
 )
 def test_bad_batches(change, words):
@@ -693,6 +754,35 @@ def test_bad_batches(change, words):
     change(labels, outputs)
     metric = CocoMetric(box_format="xyxy", categories=CATEGORIES)
     with pytest.raises(DataError, match=words):
+        metric.update_state(labels, outputs)
+    # Nothing of it was taken: mended, it may come again.
+    labels, outputs = batch_of(images)
+    metric.update_state(labels, outputs)
+    assert metric.result()["AP"] > 0
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG_RUNS)
+def test_run_lengths_that_are_none_are_refused(change, words):
+    rle = {"size": [32, 32], **change}
+    labels, outputs = batch_of(random_images(84, masks=True)[:3], masks=True)
+    for tree, key in ((labels, "masks"), (outputs, "detection_masks")):
+        metric = CocoMetric(
+            box_format="xyxy", categories=CATEGORIES, include_mask=True
+        )
+        kept, tree[key] = tree[key], [[rle] * tree[key].shape[1]] * 3
+        with pytest.raises(DataError, match=words):
+            metric.update_state(labels, outputs)
+        tree[key] = kept
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
+def test_a_scale_that_is_none_is_refused(scale):
+    labels, outputs = batch_of(random_images(83)[:3])
+    metric = CocoMetric(
+        box_format="xyxy", categories=CATEGORIES, need_rescale_bboxes=True
+    )
+    labels["image_scale"] = np.full(3, scale)
+    with pytest.raises(DataError, match=r"scale .*above 0"):
         metric.update_state(labels, outputs)
 
 
@@ -741,8 +831,12 @@ def test_bad_masks_weights_and_structures():
         metric.update_state(labels | {"masks": other}, outputs)
     with pytest.raises(DataError, match="for each of 3 images"):
         metric.update_state(labels | {"masks": other[:2]}, outputs)
-    with pytest.raises(DataError, match="no weights"):
-        metric.update_state(labels, outputs, np.float32([1, 0.5, 1]))
+    for weights in (np.float32([1, 0.5, 1]), np.array([1, 1]), [-1, 1, 2]):
+        with pytest.raises(DataError, match="no weights"):
+            metric.update_state(labels, outputs, weights)
+    unknown = np.where(labels["masks"], np.nan, 0.0)
+    with pytest.raises(DataError, match="has NaN"):
+        metric.update_state(labels | {"masks": unknown}, outputs)
     with pytest.raises(DataError, match="must be a dict"):
         metric.update_state(labels["boxes"], outputs)
     metric = CocoMetric(box_format="xyxy", need_rescale_bboxes=True)

@@ -14,11 +14,12 @@ from legato.metrics.coco_batch import (
     BOX_FORMATS,
     Batch,
     check_finite,
+    check_scale,
     read_boxes,
     read_masks,
     read_scales,
 )
-from legato.metrics.coco_figures import Detections, Image, Truths
+from legato.metrics.coco_figures import Detections, Image, Truths, whole
 from legato.metrics.coco_file import AnnotationFile
 from legato.metrics.host import HostMetric
 
@@ -107,6 +108,21 @@ class CocoMetric(HostMetric):
         name: str | None = "coco",
     ) -> None:
         super().__init__(name)
+        for flag, value in (
+            ("include_mask", include_mask),
+            ("need_rescale_bboxes", need_rescale_bboxes),
+            ("per_category", per_category),
+        ):
+            if type(value) is not bool:
+                raise ConfigError(
+                    f"CocoMetric({flag}={value!r:.80}): it must be True or "
+                    "False."
+                )
+        if not isinstance(annotation_file, str | os.PathLike | None):
+            raise ConfigError(
+                f"CocoMetric(annotation_file={annotation_file!r:.80}): it must "
+                "be the path of a file, or None."
+            )
         if box_format not in BOX_FORMATS:
             raise ConfigError(
                 f'CocoMetric(box_format={box_format!r}): it must be "xyxy", '
@@ -162,9 +178,11 @@ class CocoMetric(HostMetric):
         heights, widths = labels.find("height", ()), labels.find("width", ())
         read_truths = self._truths(labels) if self._file is None else None
         read_detections = self._detections(outputs)
+        # At once at the end: what is refused may be mended, and come again.
+        came: dict[int, Image] = {}
         for row in np.flatnonzero(is_there):
             key = int(ids[row])
-            if key in self._images:
+            if key in self._images or key in came:
                 raise DataError(
                     f"CocoMetric: the image with source_id {key} came twice: "
                     "each counts once in a validation. Give each image an id "
@@ -172,15 +190,18 @@ class CocoMetric(HostMetric):
                     "sample_weight of 0."
                 )
             rescale = None if scales is None else scales[row]
+            if rescale is not None:
+                check_scale(rescale, key)
             size: Size | None = None
             if heights is not None and widths is not None:
-                size = (int(heights[row]), int(widths[row]))
+                size = _size(heights[row], widths[row], key)
             if read_truths is not None:
                 truths, size = read_truths(int(row), key, size, rescale)
             else:
                 truths, size = self._from_file(key)
             found, size = read_detections(int(row), key, size, rescale)
-            self._images[key] = Image(size, truths, found)
+            came[key] = Image(size, truths, found)
+        self._images |= came
 
     def result(self) -> dict[str, Any]:
         """The figures over the images since the last reset; see the class."""
@@ -248,13 +269,27 @@ class CocoMetric(HostMetric):
             if areas is not None:
                 area = areas[row, rows].astype(np.float64)
                 check_finite(area, "labels['areas']", key)
+                if (area < 0).any():
+                    raise DataError(
+                        f"CocoMetric: labels['areas'] of the image with "
+                        f"source_id {key} has {area.min()}: an area must be at "
+                        "least 0. What is no object must have a class below 0."
+                    )
             elif rles is not None:
                 area = coco_figures.areas(rles)
             else:
                 area = found[:, 2] * found[:, 3]
             crowd = np.zeros(len(rows), bool)
             if crowds is not None:
-                crowd = crowds[row, rows] != 0
+                crowd = crowds[row, rows]
+                if not np.isin(crowd, (0, 1)).all():
+                    raise DataError(
+                        f"CocoMetric: labels['is_crowds'] of the image with "
+                        f"source_id {key} has {crowd.tolist()!s:.60}: it must "
+                        "be 1 where an object is a crowd, and else 0. What is "
+                        "no object must have a class below 0."
+                    )
+                crowd = crowd == 1
             return Truths(found, classes[row, rows], area, crowd, rles), size
 
         return read
@@ -335,6 +370,20 @@ class _Read(Protocol[_T_co]):
     ) -> tuple[_T_co, Size | None]: ...
 
 
+def _size(height: Any, width: Any, key: int) -> Size:
+    try:
+        size = whole(height), whole(width)
+    except (TypeError, ValueError, OverflowError):
+        size = 0, 0
+    if min(size) < 1:
+        raise DataError(
+            f"CocoMetric: the image with source_id {key} has the height "
+            f"{height} and the width {width}: they must be whole numbers above "
+            "0, in pixels of the original image."
+        )
+    return size
+
+
 def _some(ids: list[int]) -> str:
     return str(ids) if len(ids) <= 12 else f"{ids[:12]}, ... ({len(ids)})"
 
@@ -344,9 +393,8 @@ def _is_weighted(sample_weight: Any, count: int) -> np.ndarray:
     if weights.size != count or not np.isin(weights, (0, 1)).all():
         raise DataError(
             f"CocoMetric: sample_weight is of shape {weights.shape}, with "
-            f"values from {weights.min(initial=np.inf)} to "
-            f"{weights.max(initial=-np.inf)}: it must be one number for each "
-            f"of {count} images, 0 for padding and 1 for others. COCO's "
+            f"{np.unique(weights).tolist()!s:.60}: it must be one number for "
+            f"each of {count} images, 0 for padding and 1 for others. COCO's "
             "figures have no weights."
         )
     return weights.reshape(-1) == 1

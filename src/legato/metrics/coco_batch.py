@@ -91,12 +91,13 @@ class Batch:
         there = self.find("num_detections", ())
         if there is None:
             there = np.full(self.size or 0, count)
-        wrong = (there < 0) | (there > count)
-        if wrong.any():
+        # (Whatever NaN is compared with, it is wrong.)
+        right = (there >= 0) & (there <= count) & (there == np.floor(there))
+        if not right.all():
             raise DataError(
                 f"CocoMetric: {self._role}['num_detections'] holds "
-                f"{there[wrong][0]}: it must be 0 to {count}, the number of "
-                "rows of boxes."
+                f"{there[~right][0]}: it must be a whole number from 0 to "
+                f"{count}, the number of rows of boxes."
             )
         return np.arange(count) < there[:, None]
 
@@ -153,10 +154,13 @@ def read_masks(
         where: they are, for messages.
 
     Raises:
-        DataError: they have another size.
+        DataError: they have another size, or are no masks.
     """
     if not isinstance(masks, np.ndarray):
-        rles = [coco_figures.compress(masks[row]) for row in rows]
+        try:
+            rles = [coco_figures.compress(masks[row]) for row in rows]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"CocoMetric: {where}: {error}.") from error
         for rle in rles:
             size = size or (rle["size"][0], rle["size"][1])
             if tuple(rle["size"]) != size:
@@ -173,6 +177,11 @@ def read_masks(
             "original image."
         )
     chosen = masks[rows, : size[0], : size[1]]
+    if chosen.dtype.kind == "f" and np.isnan(chosen).any():
+        raise DataError(
+            f"CocoMetric: {where} has NaN: a mask must be bool, integers, or "
+            "floats of which those above 0.5 are inside."
+        )
     return coco_figures.encode(
         chosen > 0.5 if chosen.dtype.kind == "f" else chosen != 0
     ), size
@@ -194,6 +203,22 @@ def read_scales(labels: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
             "'image_info' nor 'image_scale', which say how images were scaled."
         )
     return [(np.broadcast_to(each, 2), np.zeros(2)) for each in scale]
+
+
+def check_scale(rescale: tuple[np.ndarray, np.ndarray], image: int) -> None:
+    """Refuse what cannot have led to an image.
+
+    Raises:
+        DataError: a scale is not above 0, or something is not finite.
+    """
+    scale, offset = rescale
+    is_finite = np.isfinite(scale).all() and np.isfinite(offset).all()
+    if not is_finite or not (scale > 0).all():
+        raise DataError(
+            f"CocoMetric: the image with source_id {image} has the scale "
+            f"{scale.tolist()} and the offset {offset.tolist()} (image_info or "
+            "image_scale): they must be finite, and the scale above 0."
+        )
 
 
 def check_finite(values: np.ndarray, key: str, image: int) -> None:

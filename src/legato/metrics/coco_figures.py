@@ -115,18 +115,84 @@ def encode(masks: np.ndarray) -> list[RLE]:
     return mask.encode(columns)  # pyright: ignore[reportReturnType]
 
 
-def compress(rle: Mapping[str, Any]) -> RLE:
-    """Run lengths, given as a list, str or bytes, with counts as bytes."""
+def compress(rle: Any) -> RLE:
+    """Run lengths, given as a list, str or bytes, with counts as bytes.
+
+    Raises:
+        ValueError: they are none, or not those of an image of this size. (The
+            library would read on behind them, or never come back.)
+    """
     from faster_coco_eval import mask
 
-    size = [int(each) for each in rle["size"]]
+    if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
+        raise ValueError(
+            f"{rle!r:.60} are no run lengths, which are a dict of `size` and "
+            "`counts`"
+        )
+    size = [whole(each) for each in rle["size"]]
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(
+            f"run lengths have the size {rle['size']!r:.60}: it must be a "
+            "height and a width of at least 1"
+        )
     counts = rle["counts"]
-    if isinstance(counts, str):
-        counts = counts.encode()
-    elif not isinstance(counts, bytes):
-        plain = {"size": size, "counts": [int(each) for each in counts]}
-        return mask.frPyObjects(plain, *size)  # pyright: ignore
-    return {"size": size, "counts": counts}
+    if isinstance(counts, str | bytes):
+        # (A str may hold anything; what is not ASCII is no run length.)
+        code = counts.encode() if isinstance(counts, str) else counts
+        runs = _decoded(code)
+    else:
+        runs = [whole(each) for each in counts]
+    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+        raise ValueError(
+            f"run lengths of the size {size} add up to {sum(runs)}, and the "
+            f"least is {min(runs, default=0)}: they must be at least 0, and "
+            f"add up to height * width, {size[0] * size[1]}"
+        )
+    if isinstance(counts, str | bytes):
+        return {"size": size, "counts": code}
+    plain = {"size": size, "counts": runs}
+    return mask.frPyObjects(plain, *size)  # pyright: ignore
+
+
+def _decoded(code: bytes) -> list[int]:
+    """The run lengths that COCO's compressed form stands for.
+
+    Six bits a character, from the least on: five of the number, and whether
+    more follow. From the fourth on a number is the difference from the one
+    but one before.
+
+    Raises:
+        ValueError: it ends within a number, or has other characters.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for byte in code:
+        bits = byte - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"run lengths have the character {chr(byte)!r}")
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number = shift = 0
+    if shift:
+        raise ValueError("run lengths end within a number")
+    return runs
+
+
+def whole(value: Any) -> int:
+    """An int, of what may be NumPy's or a whole float.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    number = int(value)
+    if number != value:
+        raise ValueError(f"{value!r} is no whole number")
+    return number
 
 
 def areas(masks: list[RLE]) -> np.ndarray:

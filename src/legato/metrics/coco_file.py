@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from legato.errors import ConfigError
-from legato.metrics.coco_figures import Truths
+from legato.metrics.coco_figures import Truths, compress
 
 
 class AnnotationFile:
@@ -49,15 +49,20 @@ class AnnotationFile:
             ) from error
 
     def _read(self, content: Any) -> None:
+        categories = content["categories"]
         self.categories = {
-            _id(each["id"]): str(each["name"]) for each in content["categories"]
+            _id(each["id"]): str(each["name"]) for each in categories
         }
+        if len(self.categories) < len(categories):
+            raise ValueError("two categories have one id")
         self.sizes: dict[int, tuple[int, int] | None] = {}
         for image in content["images"]:
             size = (image.get("height"), image.get("width"))
             if self._with_masks and None in size:
                 raise KeyError(f"no height and width of image {image['id']}")
             self.sizes[_id(image["id"])] = None if None in size else size
+        if len(self.sizes) < len(content["images"]):
+            raise ValueError("two images have one id")
         self._rows: dict[int, list[dict[str, Any]]] = {}
         needed = ["category_id", "bbox", "area"]
         needed += ["segmentation"] * self._with_masks
@@ -81,6 +86,14 @@ class AnnotationFile:
                     f"area {row['area']}: width, height and area must be at "
                     "least 0"
                 )
+            if self._with_masks and isinstance(row["segmentation"], dict):
+                rle = compress(row["segmentation"])
+                if tuple(rle["size"]) != self.sizes.get(image):
+                    raise ValueError(
+                        f"image {image} has run lengths of the size "
+                        f"{rle['size']}, and is of {self.sizes.get(image)}"
+                    )
+                kept["segmentation"] = rle
             self._rows.setdefault(image, []).append(kept)
 
     def truths(self, key: int) -> Truths:
