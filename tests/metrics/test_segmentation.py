@@ -473,3 +473,54 @@ def test_bad_batches(arguments, labels, outputs, weights, words):
             np.zeros(outputs, "float32"),
             None if weights is None else np.ones(weights, "float32"),
         )
+
+
+@pytest.mark.parametrize("shape", [(1_500_000,), (2, 750, 1000)])
+def test_small_weights_are_not_dropped_beside_large_sums(shape):
+    labels = np.random.default_rng(0).integers(0, 2, shape).astype("int32")
+    weights = np.full(shape, 0.1, "float32")
+    expected = np.bincount(labels.ravel()) * float(weights.flat[0])
+    whole = ConfusionMatrix(2, outputs="labels")
+    whole.update_state(labels, labels, sample_weight=weights)
+    found = keras.ops.convert_to_numpy(whole.result())
+    np.testing.assert_allclose(found, np.diag(expected), rtol=1e-5)
+    parts = ConfusionMatrix(2, outputs="labels")
+    for part in np.array_split(np.arange(len(labels)), 2):
+        parts.update_state(
+            labels[part], labels[part], sample_weight=weights[part]
+        )
+    again = keras.ops.convert_to_numpy(parts.result())
+    np.testing.assert_allclose(again, found, rtol=1e-6)
+
+
+def test_ones_are_counted_beyond_what_float32_holds():
+    count = 2**24 + 1000
+    labels, weights = np.zeros(count, "int32"), np.ones(count, "float32")
+    metric = ConfusionMatrix(1, outputs="labels")
+    metric.update_state(labels, labels, sample_weight=weights)
+    assert float(metric.result()[0, 0]) == count
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="sizes are known elsewhere"
+)
+@pytest.mark.parametrize("shape", [(None,), (None, None)])
+def test_weights_where_a_trace_does_not_know_the_size(shape):
+    import tensorflow as tf
+
+    metric = ConfusionMatrix(3, outputs="labels", ignore_label=2)
+    kinds = tf.int32, tf.int32, tf.float32
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, k) for k in kinds])
+    def update(labels, outputs, weights):
+        metric.update_state(labels, outputs, sample_weight=weights)
+
+    rng, expected = np.random.default_rng(0), np.zeros((3, 3))
+    for size in (1, 700):
+        size = (size,) * len(shape)
+        labels, found = rng.integers(0, 3, (2, *size)).astype("int32")
+        weights = rng.random(size).astype("float32")
+        update(labels, found, weights)
+        counts = labels < 2
+        np.add.at(expected, (labels[counts], found[counts]), weights[counts])
+    np.testing.assert_allclose(metric.result().numpy(), expected, rtol=1e-5)

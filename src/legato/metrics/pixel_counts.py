@@ -17,6 +17,9 @@ from legato.metrics.totals import LongSum
 
 Outputs = Literal["logits", "labels"]
 
+_ROW = 512
+"""Pixels whose weights are summed in float32; the sums are added exactly."""
+
 
 class PixelCounts(keras.metrics.Metric):
     """What the metrics of segmentation share: the arguments, and the counts.
@@ -96,21 +99,23 @@ class PixelCounts(keras.metrics.Metric):
             counts = _scatter(ops.reshape(index, (-1,)), cells + 2)
             self._counts.add_counts(counts[: cells + 1])
             return
-        # Each example for itself: a sum over an image's pixels is far from
-        # 2**24, where float32 begins to drop them.
         if len(labels.shape) == 1:
             # Pixels without images: counts for each would be too many.
             index, weights = index[None], weights[None]
         shape: Any = ops.shape(index)
-        batch = shape[0]
-        rows: Any = ops.reshape(index, (batch, math.prod(shape[1:])))
-        numbers: Any = ops.arange(batch, dtype="int32")
-        rows = rows + (cells + 2) * numbers[:, None]
-        size = batch * (cells + 2)
+        rows: Any = ops.reshape(index, (shape[0], math.prod(shape[1:])))
         per_pixel = len(weights.shape) > 1
-        values = ops.reshape(weights, (-1,)) if per_pixel else None
+        values: Any = None
+        if per_pixel:
+            weights = ops.reshape(weights, ops.shape(rows))
+            rows, values = _in_short_rows(rows, weights, cells)
+            values = ops.reshape(values, (-1,))
+        count: Any = ops.shape(rows)[0]
+        numbers: Any = ops.arange(count, dtype="int32")
+        rows = rows + (cells + 2) * numbers[:, None]
+        size = count * (cells + 2)
         parts: Any = _scatter(ops.reshape(rows, (-1,)), size, values)
-        parts = ops.reshape(parts, (batch, cells + 2))
+        parts = ops.reshape(parts, (count, cells + 2))
         parts = parts[:, : cells + 1]
         if per_pixel:
             self._counts.add_parts(parts)
@@ -164,6 +169,25 @@ def _scatter(index: Any, size: Any, values: Any = None) -> Any:
         values = ops.ones_like(index)
     zeros = ops.zeros((size,), dtype=values.dtype)
     return ops.scatter_update(zeros, index[:, None], values, reduction="add")
+
+
+def _in_short_rows(index: Any, weights: Any, cells: int) -> tuple[Any, Any]:
+    """Pixels of images, `[images, pixels]`, as `[rows, pixels of a row]`.
+
+    A sum of float32 numbers drops what is small beside it, so a row is short.
+    (But as long as its counts, which so take no more memory than the pixels.)
+    What an image's last row lacks does not count.
+    """
+    length = max(_ROW, cells)
+    images, pixels = (size for size in ops.shape(index))
+    if isinstance(pixels, int):  # else it is traced for any number
+        length = max(min(length, pixels), 1)
+    missing: Any = (-pixels) % length
+    nothing = ops.full((images, missing), cells + 1, dtype="int32")
+    index = ops.concatenate([index, nothing], axis=1)
+    nothing = ops.zeros((images, missing), "float32")
+    weights = ops.concatenate([weights, nothing], axis=1)
+    return ops.reshape(index, (-1, length)), ops.reshape(weights, (-1, length))
 
 
 def _in_range(labels: Any, classes: int) -> Any:

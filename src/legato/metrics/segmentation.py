@@ -26,7 +26,7 @@ class ConfusionMatrix(PixelCounts):
 
     Works in compiled steps on every backend. Whole counts are exact up to
     2**47 pixels; the result is rounded to float32. Weights of pixels are
-    summed in float32 within an image.
+    summed in float32 over some hundred of an image's, and beyond that exactly.
 
     Args:
         num_classes: labels are 0 to `num_classes - 1`. A label or a prediction
