@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import json
 import math
+import os
 import threading
 import warnings
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from legato.sinks import CSV, METRICS, RunLog, Sink
 from legato.sinks.log import LATE
 from legato.storage import FileSystem
 from legato.summaries import SummaryManager, SummaryManagerInterface
+from legato.summaries.events import EVENTS
 from legato.types import Table
 from tests.summary_files import read, read_below
 
@@ -318,6 +320,46 @@ def test_a_link_among_the_summaries_is_refused(name, tmp_path):
     with pytest.raises(RunDirError, match="symbolic link"):
         RunLog(tmp_path / "run").rewind(None)
     assert victim.stat().st_size == 100
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "FIFO"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        "timing.jsonl",
+        "summaries.csv",
+        f"summaries/train/{EVENTS}",
+    ],
+)
+def test_what_is_no_file_is_refused_in_the_place_of_one(name, kind, tmp_path):
+    def write():
+        log = RunLog(tmp_path / "run", sinks=["csv", "tensorboard"])
+        try:
+            log.rewind(None)
+            log.write("train", 1, {"loss": 1.0})
+        finally:
+            log.close()
+
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    if kind == "link":
+        path.symlink_to(tmp_path / "victim")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    with pytest.raises(RunDirError, match=f"{name} is .*regular file"):
+        write()
+    path.rmdir() if kind == "directory" else path.unlink()
+    write()
+    assert not (tmp_path / "victim").exists()
+
+
+def test_a_file_in_the_place_of_the_summaries_is_refused(tmp_path):
+    (tmp_path / "summaries").write_text("")
+    with pytest.raises(RunDirError, match=r"summaries is there.*no directory"):
+        RunLog(tmp_path)
 
 
 def test_a_link_that_appears_later_is_refused_too(tmp_path):
@@ -758,6 +800,56 @@ def test_a_value_that_is_none_stops_with_its_name_and_the_rule(tmp_path):
     with pytest.raises(SummaryError, match="'thing' is a object: it must be"):
         log.write("validation", 1, {"thing": object()})
     log.close()
+
+
+@pytest.mark.parametrize("sinks", [[], ["csv"], ["tensorboard"]])
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1, 2}, [object()], np.array(["a"]), np.datetime64(0, "s")],
+)
+def test_what_no_sink_writes_is_refused_whatever_they_are(
+    value, sinks, tmp_path
+):
+    log = RunLog(tmp_path, sinks=sinks)
+    with pytest.raises(SummaryError, match="'group/thing' is a"):
+        log.write("validation", 1, {"group": {"thing": value}, "a": 1.0})
+    log.close()
+
+
+def test_what_a_manager_of_the_users_takes_is_left_to_it(tmp_path):
+    taken = []
+
+    class Manager(SummaryManager):
+        def write_summaries(self, summary_dict):
+            taken.append(summary_dict)
+
+    manager = Manager(tmp_path / "tb")
+    log = RunLog(tmp_path, managers={"validation": manager})
+    log.write("validation", 1, {"thing": (thing := object()), "a": 1.0})
+    log.close()
+    assert taken == [{"thing": thing, "a": 1.0}]
+    assert records(tmp_path) == [{"kind": "validation", "step": 1, "a": 1.0}]
+
+
+@pytest.mark.parametrize("sinks", [[], ["tensorboard", "csv"]])
+def test_kinds_of_numpy_are_what_they_look_like(sinks, tmp_path):
+    log = RunLog(tmp_path, sinks=sinks)
+    masked = np.ma.masked_array([1.0, 2.0], [0, 1])
+    log.write(
+        "validation",
+        1,
+        {
+            "text": np.str_("cat"),
+            "number": np.float32(0.5),
+            "masked": np.ma.masked,
+            "array": masked,
+        },
+    )
+    log.close()
+    (record,) = records(tmp_path)
+    assert record.pop("text") == "cat" and record.pop("number") == 0.5
+    assert math.isnan(record["masked"])
+    assert record["array"][0] == 1 and math.isnan(record["array"][1])
 
 
 @pytest.mark.parametrize(

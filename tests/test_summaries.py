@@ -403,6 +403,12 @@ def test_names_that_would_be_one_are_refused(values, manager):
         manager.write_summaries(values)
 
 
+def test_a_name_of_slashes_is_none(manager):
+    for value in (1.0, "text"):
+        with pytest.raises(SummaryError, match=r"'//' has no name.*Rename"):
+            manager.write_summaries({"//": value})
+
+
 def test_bad_directories(tmp_path):
     file = tmp_path / "file"
     file.write_text("")

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from legato.compat.keras_arrays import to_numpy
+from legato.compat.masked_arrays import without_mask
 from legato.data import Chunk, HostValue
 from legato.errors import LegatoWarning, StepError
 from legato.metrics import HostMetric, HostStepMetric
@@ -362,12 +363,10 @@ class HostThread:
 
 
 def _named(found: Any, who: str) -> dict[str, Any]:
-    if not isinstance(found, Mapping) or not all(
-        isinstance(name, str) for name in found
-    ):
+    if not isinstance(found, Mapping) or not all(map(_is_name, found)):
         raise StepError(
             f"{who} returned {found!r:.80}: it must be a dict of results by "
-            "name."
+            "name: a str of Unicode text that is not empty."
         )
     return {
         name: (
@@ -377,6 +376,13 @@ def _named(found: Any, who: str) -> dict[str, Any]:
         )
         for name, value in found.items()
     }
+
+
+def _is_name(name: Any) -> bool:
+    try:
+        return isinstance(name, str) and bool(name.encode())
+    except UnicodeEncodeError:  # a lone surrogate, as in odd file names
+        return False
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -394,6 +400,10 @@ def _plain(value: Any, what: str) -> Any:
                 f"{what}, a number of {int(value).bit_length()} bits: it must "
                 "fit into a float. Return its logarithm, for example."
             ) from None
+    if isinstance(value, str):
+        return str(value)  # also of NumPy's
+    if isinstance(value, np.ma.MaskedArray):
+        value = without_mask(value)
     if isinstance(value, np.generic | np.ndarray) or keras.ops.is_tensor(value):
         array = _to_numpy(value, what)
         is_number = array.ndim == 0 and array.dtype.kind in "biuf"

@@ -89,6 +89,18 @@ def test_labels_that_are_one_hot():
         metric.update_state(np.eye(3), np.eye(3) * 0.6)
 
 
+@pytest.mark.parametrize("threshold", [np.nan, True, "0.5"])
+def test_a_threshold_is_a_number(threshold):
+    with pytest.raises(ConfigError, match=r"threshold=.*must be a number"):
+        SklearnMetric(sk.accuracy_score, threshold=threshold)
+
+
+@pytest.mark.parametrize("convert", [3, "torch"])
+def test_convert_is_a_function(convert):
+    with pytest.raises(ConfigError, match=f"convert={convert!r}.*function"):
+        WrappedMetric(LikeKeras(), convert=convert)
+
+
 def test_threshold():
     labels, outputs = random_split(3, classes=2)
     logits = outputs[:, 1] - outputs[:, 0]
@@ -448,3 +460,27 @@ def test_an_update_of_one_argument():
     partial = without("reset")
     with pytest.raises(ConfigError, match="reset, reset_state, reset_states"):
         WrappedMetric(partial)
+
+
+def test_sequences_that_are_one_long():
+    metric = SklearnMetric(lambda a, b: float((a == b).mean()), "right")
+    scores = np.float32([[[0, 1, 0]], [[1, 0, 0]]])
+    metric.update_state(np.array([[1], [1]]), scores)
+    assert metric.result() == {"right": 0.5}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"threshold": 0.5}])
+def test_what_is_nan_is_of_no_class(arguments):
+    metric = SklearnMetric(sk.accuracy_score, **arguments)
+    shape = (3, 2)[: 1 if arguments else 2]
+    outputs = np.zeros(shape, "float32")
+    outputs[2] = np.nan
+    labels = np.zeros(3, int)
+    metric.update_state(labels, outputs, np.array([1, 1, 0]))  # padding
+    assert metric.result() == {"accuracy_score": 1.0}
+    metric.update_state(labels, outputs)
+    metric.update_state(labels[:2], outputs[:2])
+    assert np.isnan(metric.result()["accuracy_score"])
+    metric.reset_state()
+    metric.update_state(labels[:2], outputs[:2])
+    assert metric.result() == {"accuracy_score": 1.0}

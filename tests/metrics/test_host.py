@@ -19,6 +19,7 @@ from legato.errors import (
     LegatoWarning,
     StepError,
     Stopped,
+    SummaryError,
 )
 from tests.contracts.scenarios import Classifier, Measured, classes_data
 from tests.waiting import until
@@ -406,6 +407,18 @@ def test_half_precision_is_a_number(tmp_path):
     assert history["val_b"][-1] == [1.5]
 
 
+def test_what_is_masked_is_not_known(tmp_path):
+    array = np.ma.masked_array([1, 2], [False, True])
+    results = {"a": np.ma.masked, "b": array, "c": [np.str_("cat")]}
+    task = Measuring(Returns(results))
+    history = make(tmp_path / "run", task, sinks=[]).train().history
+    assert np.isnan(history["val_a"][-1])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[-2])
+    assert record["kind"] == "validation" and record["c"] == ["cat"]
+    np.testing.assert_array_equal(record["b"], [1.0, np.nan])
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("task", "error", "words"),
@@ -438,6 +451,13 @@ def test_half_precision_is_a_number(tmp_path):
             Measuring(Returns({"b": {"a": [np.datetime64("2020-01-01")]}})),
             StepError,
             "the metric 'returns'.*returned 'a', of dtype datetime64",
+        ),
+        (Measuring(Returns({"": 7})), StepError, "that is not empty"),
+        (Measuring(Returns({"a\ud800": 7})), StepError, "Unicode text"),
+        (
+            Measuring(Returns({"a": object()})),
+            SummaryError,
+            "'a' is a object: it must be",
         ),
         (Measuring(Returns({"step": 7})), StepError, "each record of the logs"),
         (Halfway(), StepError, "but not reduce_aggregated_logs"),

@@ -1,6 +1,7 @@
 """Metrics of other libraries, used as metrics of validation."""
 
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from legato.compat.masked_arrays import without_mask
 from legato.errors import ConfigError, DataError
 from legato.metrics.host import HostMetric, to_numpy
 
@@ -65,7 +67,10 @@ class SklearnMetric(HostMetric):
                 'must be "labels" for predicted classes, which a threshold '
                 'may make, or "scores" for outputs as they are.'
             )
-        if not isinstance(threshold, numbers.Real | None):
+        is_number = isinstance(threshold, numbers.Real)
+        if isinstance(threshold, bool) or (
+            math.isnan(threshold) if is_number else threshold is not None
+        ):
             raise ConfigError(
                 f"SklearnMetric(threshold={threshold!r:.80}): it must be a "
                 "number, such as 0.5 for probabilities, or None."
@@ -98,18 +103,27 @@ class SklearnMetric(HostMetric):
                     f"{self.name}: the {role} are a {type(value).__name__}: "
                     "give the metric the one array that it needs of them."
                 )
-        labels, outputs = _squeeze(labels), _squeeze(outputs)
+        labels, outputs = to_numpy(labels), to_numpy(outputs)
+        # (Not so for scores of sequences that are one long.)
+        if outputs.shape[:-1] != labels.shape or outputs.shape[-1:] == (1,):
+            labels, outputs = _squeeze(labels), _squeeze(outputs)
         if labels.shape[:1] != outputs.shape[:1] or not labels.ndim:
             raise DataError(
                 f"{self.name}: labels have the shape {labels.shape} and "
                 f"outputs {outputs.shape}: the first axis of both must be the "
                 "batch."
             )
+        is_unknown = np.zeros(len(outputs), bool)
         if self._needs == "labels":
+            if outputs.dtype.kind in "fc":
+                parts = tuple(range(1, outputs.ndim))
+                is_unknown = np.isnan(outputs).any(axis=parts)
             outputs = self._classes(labels, outputs)
-        labels, outputs, weights = _without_padding(
-            self.name, labels, outputs, sample_weight, self._takes_weights
+        given = labels, (outputs, is_unknown)
+        labels, (outputs, is_unknown), weights = _without_padding(
+            self.name, *given, sample_weight, self._takes_weights
         )
+        self._is_unknown |= bool(is_unknown.any())
         # Copies, as each selection is: a batch's memory may be used again.
         self._labels.append(labels)
         self._outputs.append(outputs)
@@ -120,11 +134,12 @@ class SklearnMetric(HostMetric):
 
         Returns:
             The score by the metric's name, a group by index if it is an array,
-            or the function's own names if it returns a dict; NaN if there was
-            no example.
+            or the function's own names if it returns a dict. NaN if there was
+            no example; and where classes are needed, if an output was NaN,
+            which is of none.
         """
         weights = _join(self._weights)
-        if not len(weights):
+        if not len(weights) or self._is_unknown:
             return {self.name: float("nan")}
         arguments = dict(self._arguments)
         if (weights != 1).any():
@@ -139,6 +154,7 @@ class SklearnMetric(HostMetric):
         self._labels: list[np.ndarray] = []
         self._outputs: list[np.ndarray] = []
         self._weights: list[np.ndarray] = []
+        self._is_unknown = False
 
     def _classes(self, labels: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         if outputs.ndim == labels.ndim + 1:
@@ -230,6 +246,11 @@ class WrappedMetric(HostMetric):
         # (What takes any argument may pass over it, as collections of
         # torchmetrics do.)
         self._takes_weights = _takes(self._update, "sample_weight", named=True)
+        if convert is not None and not callable(convert):
+            raise ConfigError(
+                f"WrappedMetric(convert={convert!r:.80}): it must be a "
+                "function of an array, such as torch.from_numpy; or None."
+            )
         self._convert = convert
         self._is_empty = True
         self._logs: dict[str, Any] | None = None
@@ -364,8 +385,7 @@ def _takes(
     )
 
 
-def _squeeze(value: Any) -> np.ndarray:
-    array = to_numpy(value)
+def _squeeze(array: np.ndarray) -> np.ndarray:
     return array[..., 0] if array.ndim > 1 and array.shape[-1] == 1 else array
 
 
@@ -415,6 +435,8 @@ def _plain(name: str, value: Any) -> Any:
         }
     if callable(getattr(value, "detach", None)):  # PyTorch's, on any device
         value = value.detach().cpu()
+    if isinstance(value, np.ma.MaskedArray):
+        value = without_mask(value)
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise ConfigError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from legato import storage
 from legato.errors import RestoreError, SummaryError
-from legato.summaries.values import as_array, is_image
+from legato.summaries.values import as_array, is_figure, is_image, refused
 from legato.types import JSON, Table, flatten
 
 METRICS = "metrics.jsonl"
@@ -67,7 +67,13 @@ class JsonLinesSink(_FileSink):
 
     Args:
         run_dir: the directory of the run.
+
+    Attributes:
+        refuses: whether what is no summary at all is refused, and not left to
+            another sink, which may take it.
     """
+
+    refuses = True
 
     def __init__(self, run_dir: Path) -> None:
         self._lines = storage.JsonLines(run_dir / METRICS)
@@ -77,10 +83,10 @@ class JsonLinesSink(_FileSink):
         """See `Sink`.
 
         Raises:
-            SummaryError: two values have one name.
+            SummaryError: two values have one name, or one is refused.
         """
         if not _PLAIN.issuperset(map(type, values.values())):
-            values = _as_json(values)
+            values = _as_json(values, refuses=self.refuses)
         self._lines.append({"kind": kind, "step": step, **values})
 
     def write_table(self, kind: str, table: Table) -> None:
@@ -109,7 +115,7 @@ class CsvSink(_FileSink):
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
-        self._write(kind, [(step, _as_json(values))])
+        self._write(kind, [(step, _as_json(values, refuses=False))])
 
     def write_table(self, kind: str, table: Table) -> None:
         """Write floats."""
@@ -130,7 +136,7 @@ class CsvSink(_FileSink):
         self._file.append_bytes(text.getvalue().encode("utf-8", "replace"))
 
 
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(values: Mapping[str, Any], *, refuses: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in flatten(values):
         if name in found:
@@ -138,21 +144,33 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
                 f"Two values have the name {name!r}, one of them in a group. "
                 "Rename one."
             )
-        plain = _plain(value)
+        plain = _plain(name, value, refuses)
         if plain is not _NOTHING:
             found[name] = plain
     return found
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it; `_NOTHING` if it has no place in a line."""
+def _plain(name: str, value: Any, refuses: bool) -> Any:
+    """A value as JSON holds it; `_NOTHING` if it has no place in a line.
+
+    Raises:
+        SummaryError: it is no summary at all, and that is refused.
+    """
     if type(value) in _PLAIN:
         return value
+    if isinstance(value, str):
+        return str(value)  # also of NumPy's
     if isinstance(value, list | tuple):
-        items = [_plain(each) for each in value]
+        items = [_plain(name, each, refuses) for each in value]
         return _NOTHING if _NOTHING in items else items
+    if is_figure(value):
+        return _NOTHING
     array = as_array(value)
-    if array is None or array.size > MAX_ARRAY or is_image(array):
+    if array is None or array.dtype.kind in "OSUMm":
+        if refuses:
+            raise refused(name, value)
+        return _NOTHING
+    if array.size > MAX_ARRAY or is_image(array):
         return _NOTHING
     if array.dtype.kind not in "fiub":
         try:

@@ -26,7 +26,6 @@ from legato.storage import strict_json
 from legato.summaries.managers import (
     SummaryManager,
     SummaryManagerInterface,
-    link_error,
 )
 from legato.types import JSON, Table
 
@@ -79,7 +78,8 @@ class RunLog:
 
     Raises:
         ConfigError: a sink is not known, or is none.
-        RunDirError: a directory of them is a symbolic link.
+        RunDirError: one of their files or directories is a symbolic link, or
+            something else.
         OSError: files of the exact run cannot be opened.
     """
 
@@ -101,6 +101,8 @@ class RunLog:
         self._waiting: list[tuple[str, Callable[[], Table]]] = []
         self._late_at = 0.0
         _refuse_links(run_dir / SUMMARIES)
+        for own in (METRICS, TIMING, *([CSV] if "csv" in sinks else [])):
+            storage.require_kind(run_dir / own)
         self._metrics = JsonLinesSink(run_dir)
         self._timing = storage.JsonLines(run_dir / TIMING)
         self._others: list[_Entry] = []
@@ -124,6 +126,7 @@ class RunLog:
             or (isinstance(each.sink, ManagerSink) and each.sink.may_wait)
             for each in self._others
         )
+        self._metrics.refuses = self._may_wait
 
     def _managers(
         self,
@@ -386,12 +389,11 @@ def _check_sink(name: str, sink: Any) -> None:
 
 def _refuse_links(folder: Path) -> None:
     """Symbolic links among the engine's own directories are refused."""
-    if folder.is_symlink():
-        raise link_error(folder)
+    storage.require_kind(folder, is_directory=True)
     for place, folders, _ in os.walk(folder):
         for name in folders:
             if os.path.islink(os.path.join(place, name)):
-                raise link_error(Path(place, name))
+                storage.require_kind(Path(place, name), is_directory=True)
 
 
 @contextlib.contextmanager

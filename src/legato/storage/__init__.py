@@ -19,6 +19,7 @@ from legato.storage.files import (
     RecordFile,
     open_regular,
     read_file,
+    require_kind,
     sync_directory,
     write_file,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "read_safetensors",
     "read_tensors",
     "remove_directory",
+    "require_kind",
     "spec",
     "sync_directory",
     "write_file",

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from legato.errors import DamagedError
+from legato.errors import DamagedError, RunDirError
 
 _LINE = (
     orjson.OPT_APPEND_NEWLINE
@@ -374,6 +374,30 @@ class JsonLines(Lines):
             TypeError: see `append`.
         """
         self.append_bytes(b"".join(map(_as_line, records)))
+
+
+def require_kind(path: Path, *, is_directory: bool = False) -> None:
+    """Refuse what stands where a run writes, and is something else.
+
+    Args:
+        path: which may be there or not.
+        is_directory: whether a directory is expected, or a regular file.
+
+    Raises:
+        RunDirError: something else is there.
+    """
+    kind = "directory" if is_directory else "regular file"
+    if path.is_symlink():
+        raise RunDirError(
+            f"{path} is a symbolic link, and what it leads to could be another "
+            f"run's, which would be cut: put a {kind} in its place."
+        )
+    right = path.is_dir() if is_directory else path.is_file()
+    if not right and path.exists():
+        raise RunDirError(
+            f"{path} is there, and is no {kind}, as which the run writes it: "
+            "move it away."
+        )
 
 
 def _as_line(record: dict[str, Any]) -> bytes:

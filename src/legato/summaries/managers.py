@@ -12,7 +12,6 @@ from legato.errors import (
     ConfigError,
     DamagedError,
     RestoreError,
-    RunDirError,
     SummaryError,
 )
 from legato.summaries.events import EVENTS, EventFile
@@ -329,11 +328,9 @@ class SummaryManager(SummaryManagerInterface):
             folder = self._root
             for part in path.split("/") if path else ():
                 folder = folder / part
-                if folder.is_symlink():
-                    raise link_error(folder)
+                storage.require_kind(folder, is_directory=True)
             name = f"{EVENTS}{self._ending}"
-            if (folder / name).is_symlink():
-                raise link_error(folder / name)
+            storage.require_kind(folder / name)
             self._files[path] = EventFile(folder / name)
             self._unnamed.add(path)
         return self._files[path]
@@ -349,14 +346,6 @@ class SummaryManager(SummaryManagerInterface):
             if name in files:
                 path = Path(folder).relative_to(self._root).as_posix()
                 yield "" if path == "." else path
-
-
-def link_error(path: Path) -> RunDirError:
-    """What is to be said of a symbolic link among summaries."""
-    return RunDirError(
-        f"{path} is a symbolic link, and what it leads to could be another "
-        "run's, which would be cut: put a directory in its place."
-    )
 
 
 def _check_directory(summary_dir: Any) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from legato.compat.masked_arrays import without_mask
 from legato.errors import SummaryError
 from legato.summaries.events import clean_tag, protos, scalar_values
 
@@ -84,7 +85,7 @@ def _as_number(name: str, value: Any) -> float:
     if not isinstance(value, int | float):
         array = as_array(value)
         if array is None or array.ndim or not _is_numeric(array.dtype):
-            raise _refused(name, value)
+            raise refused(name, value)
         value = array
     try:
         return float(value)
@@ -99,7 +100,7 @@ def prepare_text(name: str, value: Any) -> Prepared:
         SummaryError: it is none.
     """
     if not isinstance(value, str):
-        raise _refused(name, value)
+        raise refused(name, value)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -127,7 +128,7 @@ def prepare_image(
     """
     array = as_array(value)
     if array is None or not is_image(array):
-        raise _refused(name, value)
+        raise refused(name, value)
     if 0 in array.shape[-3:]:
         raise SummaryError(
             f"The summary {name!r} is of shape {array.shape}: a picture must "
@@ -157,7 +158,7 @@ def prepare_histogram(name: str, value: Any, bins: int = BINS) -> Prepared:
     """
     array = as_array(value)
     if array is None or not _is_numeric(array.dtype):
-        raise _refused(name, value)
+        raise refused(name, value)
     numbers = array.flatten()  # a copy
     return Prepared(
         lambda: [_histogram_value(name, numbers, bins)], is_quick=False
@@ -173,7 +174,7 @@ def prepare_figure(name: str, figure: Any) -> Prepared:
         SummaryError: it is none, or was given before.
     """
     if not is_figure(figure):
-        raise _refused(name, figure)
+        raise refused(name, figure)
     if figure in _given:
         raise SummaryError(
             f"The summary {name!r} is a figure that was given before: a "
@@ -197,6 +198,8 @@ def is_figure(value: Any) -> bool:
 
 def as_array(value: Any) -> np.ndarray | None:
     """An array or a tensor in NumPy; None for anything else."""
+    if isinstance(value, np.ma.MaskedArray):
+        return without_mask(value)
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
     keras = sys.modules.get("keras")
@@ -233,7 +236,8 @@ def _is_extended(dtype: np.dtype) -> bool:
     return dtype.type.__module__ == "ml_dtypes"
 
 
-def _refused(name: str, value: Any) -> SummaryError:
+def refused(name: str, value: Any) -> SummaryError:
+    """What is to be said of a value that is none of `RULES`."""
     kind = type(value)
     what = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
     array = as_array(value)

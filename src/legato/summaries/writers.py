@@ -90,6 +90,11 @@ class SummaryWriter:
             return
         for name in names:
             tag = clean_tag(name)
+            if not tag:
+                raise SummaryError(
+                    f"The summary {name!r} has no name that TensorBoard shows: "
+                    "slashes at its beginning are dropped. Rename it."
+                )
             other = self._names.setdefault(tag, name)
             if other != name:
                 raise SummaryError(
