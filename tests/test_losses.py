@@ -1059,3 +1059,49 @@ def test_a_compiled_model_trains_on_them(tmp_path):
         model, *inputs, epochs=1, verbose=0, run_dir=tmp_path / "run"
     )
     assert np.isfinite(history.history["loss"]).all()
+
+
+@pytest.mark.parametrize(
+    "loss", [SmoothedCrossentropy(), SigmoidFocalLoss(), DiceLoss()]
+)
+def test_half_precision_of_numpy_is_computed_in_float32(loss):
+    rng = np.random.default_rng(0)
+    x = (8 * rng.normal(size=(4, 6, 3))).astype(ml_dtypes.bfloat16)
+    y = rng.integers(0, 3, (4, 6))
+    if isinstance(loss, SigmoidFocalLoss):
+        y = np.eye(3, dtype="float32")[y]
+    expected = loss(y, x.astype("float32"))
+    found = loss(y, x)
+    assert keras.backend.standardize_dtype(found.dtype) == "float32"
+    assert float(found) == float(expected)
+
+
+@pytest.mark.parametrize("labels", [[[1], [0]], [[0.0], [0.0]], [1, 0]])
+def test_one_class_is_none(labels):
+    with pytest.raises(ConfigError, match=r"\(2, 1\), with one class"):
+        SmoothedCrossentropy()(np.array(labels), np.zeros((2, 1), "float32"))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])
+@pytest.mark.parametrize("smooth", [0, 1])
+def test_the_dice_loss_of_nothing_is_nothing(shape, smooth):
+    labels = np.zeros(shape[:-1], "int32")
+    loss = DiceLoss(smooth=smooth)(labels, np.zeros(shape, "float32"))
+    assert float(loss) == 0
+
+
+def test_bad_use_of_a_weighted_sum_is_told():
+    with pytest.raises(ConfigError, match=r"SmoothL1Loss.*is a class"):
+        WeightedSum({"a": SmoothL1Loss})
+    calls = []
+    loss = WeightedSum({"a": lambda labels, outputs: calls.append(1)})
+    with pytest.raises(StepError, match=r"'a'.*returned None"):
+        loss({}, {})
+    calls.clear()
+    with pytest.raises(StepError, match=r"sample_weights for \['b'\]"):
+        loss({}, {}, sample_weights={"b": 1})
+    with pytest.raises(StepError, match="sample_weights of type list"):
+        loss({}, {}, sample_weights=[1])
+    with pytest.raises(StepError, match="aux_losses of type float"):
+        loss({}, {}, aux_losses=0.5)
+    assert not calls

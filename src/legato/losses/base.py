@@ -128,8 +128,8 @@ class EntryLoss(keras.losses.Loss, abc.ABC):
         """
         mask = keras_mask(y_pred)
         with keras.name_scope(self.name):
-            y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
-            y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
+            y_pred = _to_tensor(y_pred, self.dtype)
+            y_true = _to_tensor(y_true, self.dtype)
             found = self.entries(y_true, y_pred, mask, sample_weight)
             return self._reduce(found, sample_weight)
 
@@ -156,6 +156,11 @@ class EntryLoss(keras.losses.Loss, abc.ABC):
             case _:
                 size = ops.sum(counted)
         return ops.divide_no_nan(ops.sum(values), size)
+
+
+def _to_tensor(value: Any, dtype: Any) -> Any:
+    # (On PyTorch, Keras leaves NumPy's bfloat16 as it is.)
+    return ops.cast(ops.convert_to_tensor(value, dtype=dtype), dtype)
 
 
 def shown(counted: Any, weight: Any) -> Any:
@@ -197,7 +202,7 @@ def align(tensor: Any, like: Any, what: str) -> Any:
     Raises:
         ConfigError: its axes are not the first ones of `like`.
     """
-    tensor = ops.convert_to_tensor(tensor, dtype=like.dtype)
+    tensor = _to_tensor(tensor, like.dtype)
     shape, whole = tuple(tensor.shape), tuple(like.shape)
     if len(shape) == len(whole) + 1 and shape[-1] == 1:
         tensor, shape = ops.squeeze(tensor, axis=-1), shape[:-1]
@@ -244,9 +249,15 @@ def as_distributions(
         or 0 for what does or does not count, without the last axis.
 
     Raises:
-        ConfigError: the shapes do not fit.
+        ConfigError: the shapes do not fit, or there is one class.
     """
     rank, classes = len(y_pred.shape), y_pred.shape[-1]
+    if classes == 1:
+        raise ConfigError(
+            f"The logits have the shape {tuple(y_pred.shape)}, with one class, "
+            "of which the softmax is always 1. Give two or more classes, or "
+            "use a loss of one logit, such as keras.losses.BinaryCrossentropy."
+        )
     if len(y_true.shape) == rank and y_true.shape[-1] == 1:
         y_true = ops.squeeze(y_true, axis=-1)
     if len(y_true.shape) == rank:

@@ -117,7 +117,9 @@ class DiceLoss(EntryLoss):
         counted = ops.expand_dims(counted, axis=-1)
         labels = ops.where(counted > 0, labels, 0)
         if self.smooth:
-            any_pixel = ops.max(counted, axis=pixels)
+            # (Not the largest, which PyTorch refuses of nothing.)
+            any_pixel = ops.any(counted > 0, axis=pixels)
+            any_pixel = ops.cast(any_pixel, y_pred.dtype)
             counts: Any = ops.tile(any_pixel, (1, channels))
         else:
             there = ops.logical_not(labels <= 0)  # NaN too, which is to show

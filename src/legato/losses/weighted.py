@@ -1,5 +1,6 @@
 """Several losses as one, with each of them in the logs."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,19 +75,31 @@ class WeightedSum:
             StepError: labels, outputs or weights do not fit the parts, or a
                 part is not a scalar.
         """
+        if not isinstance(sample_weights, Mapping | None):
+            raise StepError(
+                "WeightedSum was given sample_weights of type "
+                f"{type(sample_weights).__name__}: they must be a dict by the "
+                f"names of the parts, {sorted(self.parts)}."
+            )
+        if not isinstance(aux_losses, list | tuple | None):
+            raise StepError(
+                "WeightedSum was given aux_losses of type "
+                f"{type(aux_losses).__name__}: they must be a list of scalars, "
+                "such as model.losses."
+            )
         chosen = dict(sample_weights or {})
+        if unknown := sorted(map(str, chosen.keys() - self.parts)):
+            raise StepError(
+                f"WeightedSum was given sample_weights for {unknown}: the "
+                f"parts are {sorted(self.parts)}. Name those."
+            )
         losses = {
             name: _scalar(
                 name,
-                _apply(name, part, labels, outputs, chosen.pop(name, None)),
+                _apply(name, part, labels, outputs, chosen.get(name)),
             )
             for name, part in self.parts.items()
         }
-        if chosen:
-            raise StepError(
-                f"WeightedSum was given sample_weights for {sorted(chosen)}: "
-                f"the parts are {sorted(self.parts)}. Name those."
-            )
         total = None
         for name, loss in losses.items():
             weighted = ops.multiply(loss, self.weights[name])
@@ -128,6 +141,11 @@ def _pick(name: str, what: str, values: Any) -> Any:
 
 
 def _scalar(name: str, loss: Any) -> Any:
+    if loss is None:
+        raise StepError(
+            f"The part {name!r} of a WeightedSum returned None: it must return "
+            "a scalar."
+        )
     loss = ops.convert_to_tensor(loss)
     if tuple(loss.shape) != ():
         raise StepError(
@@ -149,7 +167,12 @@ def _problems(
         )
         parts = {}
     for name, part in parts.items():
-        if not callable(part):
+        if inspect.isclass(part):
+            problems.append(
+                f"parts[{name!r}]={part!r} is a class: give an object of it, "
+                f"{part.__name__}()"
+            )
+        elif not callable(part):
             problems.append(
                 f"parts[{name!r}]={part!r} must be a keras.losses.Loss or a "
                 "callable of labels and outputs"
