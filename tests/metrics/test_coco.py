@@ -596,6 +596,17 @@ def spoil(key, place, value):
     return change
 
 
+def test_objects_of_images_that_a_file_has_not_are_passed_over(tmp_path):
+    truth = reference_truth(random_images(80, 4, masks=True), masks=True)
+    rle = {"size": [9, 9], "counts": [81]}
+    truth["annotations"].append(
+        truth["annotations"][0] | {"image_id": 10**6, "segmentation": rle}
+    )
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(truth))
+    CocoMetric(path, box_format="xyxy", include_mask=True)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -88,10 +88,11 @@ class AnnotationFile:
                 )
             if self._with_masks and isinstance(row["segmentation"], dict):
                 rle = compress(row["segmentation"])
-                if tuple(rle["size"]) != self.sizes.get(image):
+                size = self.sizes.get(image)
+                if size is not None and tuple(rle["size"]) != size:
                     raise ValueError(
                         f"image {image} has run lengths of the size "
-                        f"{rle['size']}, and is of {self.sizes.get(image)}"
+                        f"{rle['size']}, and is of {size}"
                     )
                 kept["segmentation"] = rle
             self._rows.setdefault(image, []).append(kept)
