@@ -1,6 +1,7 @@
 """Where a run's values go: lines, curves, tables, plug-ins; and the rewind."""
 
 import csv
+import enum
 import importlib.metadata
 import json
 import math
@@ -843,11 +844,14 @@ def test_kinds_of_numpy_are_what_they_look_like(sinks, tmp_path):
             "number": np.float32(0.5),
             "masked": np.ma.masked,
             "array": masked,
+            "member": enum.IntEnum("Colour", "red")(1),
+            "picture": np.ma.masked_array(np.ones((4, 4, 3), "uint8"), True),
         },
     )
     log.close()
     (record,) = records(tmp_path)
     assert record.pop("text") == "cat" and record.pop("number") == 0.5
+    assert record["member"] == 1 and "picture" not in record
     assert math.isnan(record["masked"])
     assert record["array"][0] == 1 and math.isnan(record["array"][1])
 

@@ -481,4 +481,5 @@ def _loggable(value: Any) -> Any:
         array = to_numpy(value)
     except Exception:
         return repr(value)
-    return repr(value) if array.dtype == object else array.tolist()
+    is_plain = array.dtype.kind in "biufUV"  # (V: such as bfloat16)
+    return array.tolist() if is_plain else repr(value)

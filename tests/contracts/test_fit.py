@@ -1,5 +1,6 @@
 """What `legato.fit` adds to Keras's, and what it refuses."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import warnings
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -911,3 +913,29 @@ def test_arrays_of_no_numbers_are_named(given, words, tmp_path):
     with pytest.raises(DataError, match=f"(?s){words}"):
         fit(made(), tmp_path / "run", **given())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.any_backend
+def test_whatever_a_callback_adds_to_the_logs_ends_nothing(tmp_path):
+    odd = {
+        "bytes": b"x",
+        "complex": 1j,
+        "date": np.datetime64("2020-01-01"),
+        "member": signal.SIGINT,
+        "object": object(),
+        "text": np.str_("x"),
+        "half": np.zeros((), ml_dtypes.bfloat16),
+    }
+    adds = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: logs.update(odd)
+    )
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    legato.fit(
+        model, np.zeros((4, 2)), np.zeros((4, 1)), run_dir=tmp_path / "run",
+        callbacks=[adds], verbose=0,
+    )  # fmt: skip
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[-1])
+    assert record["member"] == 2 and record["text"] == "x"
+    assert record["half"] == 0 and "x" in record["bytes"]

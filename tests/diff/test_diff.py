@@ -285,3 +285,16 @@ def test_the_command_on_checkpoints(runs, capsys):
     state.write_bytes(state.read_bytes() + b" ")
     assert main(["diff", str(a), str(b)]) == 1
     assert "manifest says" in capsys.readouterr().err
+
+
+def test_a_name_that_holds_an_end_of_lines_of_another_kind(tmp_path):
+    for name, loss in (("a", 0.5), ("b", 0.25)):
+        (tmp_path / name).mkdir()
+        log = RunLog(tmp_path / name, sinks=[])
+        log.write("train", 5, {"one\u2028\x85two": 1.0})
+        log.write("train", 10, {"one\u2028\x85two": loss})
+        log.close()
+    compared = compare_runs(tmp_path / "a", tmp_path / "b")
+    metrics = next(each for each in compared.differing if each.kind == "log")
+    assert metrics.step == 10
+    assert "line 2" in str(metrics.differences[0].path)

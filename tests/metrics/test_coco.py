@@ -580,6 +580,7 @@ WRONG_RUNS = [
     ({"counts": "P"}, "end within a number"),
     ({"counts": "11"}, "add up to 2"),
     ({"counts": None}, "not iterable"),
+    ({"counts": [float("inf")]}, "inf is no whole number"),
     ({"size": [32, 32, 1], "counts": [1024]}, "a height and a width"),
     ({"size": [32, -32], "counts": [0]}, "at least 1"),
 ]
@@ -751,9 +752,6 @@ def put(side, key, where, value):
         (crowds(-1), r"labels\['is_crowds'\].*has \[-1"),
         (outputs_with(num_detections=np.float32([1, np.nan, 0])), "holds nan"),
         (outputs_with(num_detections=np.float32([1, 0.5, 0])), "holds 0.5"),
-        (sized(0, 30), "height 0 and the width 30"),
-        (sized(20, -5), "width -5"),
-        (sized(np.nan, 5), "height nan"),
     ],
 )
 def test_bad_batches(change, words):
@@ -784,6 +782,28 @@ def test_run_lengths_that_are_none_are_refused(change, words):
         with pytest.raises(DataError, match=words):
             metric.update_state(labels, outputs)
         tree[key] = kept
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "words"),
+    [
+        (0, 30, "height 0 and the width 30"),
+        (20, -5, "width -5"),
+        (np.nan, 5, "height nan"),
+        (np.inf, 5, "height inf"),
+        (20.5, 5, r"height 20\.5"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(height, width, words):
+    labels, outputs = batch_of(random_images(84, masks=True)[:3], masks=True)
+    sized(height, width)(labels, outputs)
+    metric = CocoMetric(
+        box_format="xyxy", categories=CATEGORIES, include_mask=True
+    )
+    with pytest.raises(DataError, match=words):
+        metric.update_state(labels, outputs)
+    # Boxes alone need none.
+    CocoMetric(box_format="xyxy").update_state(labels, outputs)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])

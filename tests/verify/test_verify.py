@@ -11,8 +11,9 @@ import pytest
 from legato.cli import main
 from legato.diff import ArrayDifference, ValueDifference
 from legato.errors import VerifyError
+from legato.sinks import RunLog
 from legato.testing import assert_resumes_exactly, explain
-from legato.verify import Target, verify
+from legato.verify import Target, _validates, verify
 from legato.verify.board import Board, Phase
 from legato.verify.diagnosis import part_of
 from legato.verify.watching import UNSEEDED, Calls, is_users, read_globals
@@ -183,3 +184,11 @@ def test_what_is_wrong_is_explained():
     assert "at step 7 (step 6 was the same)" in text
     assert "1 of 2 elements differ, by at most 0.5 (3 ULP)" in text
     assert text.endswith("Likely cause: the clock. Do not.")
+
+
+def test_it_kills_in_validations_where_there_are_any(tmp_path):
+    for kind in ("train", "validation"):
+        log = RunLog(tmp_path, sinks=[])
+        log.write(kind, 5, {"loss": 0.5})
+        log.close()
+        assert _validates(tmp_path) == (kind == "validation")

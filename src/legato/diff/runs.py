@@ -161,7 +161,7 @@ def _compare_metrics(a: Path, b: Path) -> Compared:
     """Line by line; the step is that of the first line that differs."""
     raw = [_read_text(path) for path in (a, b)]
     size = len(raw[0])
-    lines = [text.splitlines() for text in raw]
+    lines = [_lines(text) for text in raw]
     for k, (ours, theirs) in enumerate(
         itertools.zip_longest(*lines, fillvalue=None)
     ):
@@ -188,6 +188,12 @@ def _compare_metrics(a: Path, b: Path) -> Compared:
             ],
         )
     return Compared(name=METRICS, kind="log", num_bytes=size)
+
+
+def _lines(text: str) -> list[str]:
+    """Without `splitlines`, which ends a line within a name of some kinds."""
+    *lines, last = text.split("\n")
+    return [*lines, last] if last else lines
 
 
 def _read_text(path: Path) -> str:

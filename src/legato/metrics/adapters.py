@@ -104,8 +104,10 @@ class SklearnMetric(HostMetric):
                     "give the metric the one array that it needs of them."
                 )
         labels, outputs = to_numpy(labels), to_numpy(outputs)
-        # (Not so for scores of sequences that are one long.)
-        if outputs.shape[:-1] != labels.shape or outputs.shape[-1:] == (1,):
+        # (Sequences may be one long.)
+        if outputs.shape == (*labels.shape, 1):
+            outputs = outputs[..., 0]
+        elif outputs.shape[:-1] != labels.shape:
             labels, outputs = _squeeze(labels), _squeeze(outputs)
         if labels.shape[:1] != outputs.shape[:1] or not labels.ndim:
             raise DataError(

@@ -193,7 +193,8 @@ class CocoMetric(HostMetric):
             if rescale is not None:
                 check_scale(rescale, key)
             size: Size | None = None
-            if heights is not None and widths is not None:
+            is_sized = heights is not None and widths is not None
+            if is_sized and read_truths is not None and self._include_mask:
                 size = _size(heights[row], widths[row], key)
             if read_truths is not None:
                 truths, size = read_truths(int(row), key, size, rescale)

@@ -189,8 +189,11 @@ def whole(value: Any) -> int:
     Raises:
         ValueError: it is no whole number.
     """
-    number = int(value)
-    if number != value:
+    try:
+        number = int(value)
+    except OverflowError:
+        number = None
+    if number is None or number != value:
         raise ValueError(f"{value!r} is no whole number")
     return number
 

@@ -110,7 +110,8 @@ class PixelCounts(keras.metrics.Metric):
             weights = ops.reshape(weights, ops.shape(rows))
             rows, values = _in_short_rows(rows, weights, cells)
             values = ops.reshape(values, (-1,))
-        count: Any = ops.shape(rows)[0]
+        shape = ops.shape(rows)
+        count: Any = shape[0]
         numbers: Any = ops.arange(count, dtype="int32")
         rows = rows + (cells + 2) * numbers[:, None]
         size = count * (cells + 2)
@@ -179,10 +180,11 @@ def _in_short_rows(index: Any, weights: Any, cells: int) -> tuple[Any, Any]:
     What an image's last row lacks does not count.
     """
     length = max(_ROW, cells)
-    images, pixels = (size for size in ops.shape(index))
+    shape: Any = ops.shape(index)
+    images, pixels = shape[0], shape[1]
     if isinstance(pixels, int):  # else it is traced for any number
         length = max(min(length, pixels), 1)
-    missing: Any = (-pixels) % length
+    missing = (-pixels) % length
     nothing = ops.full((images, missing), cells + 1, dtype="int32")
     index = ops.concatenate([index, nothing], axis=1)
     nothing = ops.zeros((images, missing), "float32")

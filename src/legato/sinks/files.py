@@ -158,8 +158,10 @@ def _plain(name: str, value: Any, refuses: bool) -> Any:
     """
     if type(value) in _PLAIN:
         return value
-    if isinstance(value, str):
-        return str(value)  # also of NumPy's
+    # Also of NumPy's, and members of enumerations.
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
     if isinstance(value, list | tuple):
         items = [_plain(name, each, refuses) for each in value]
         return _NOTHING if _NOTHING in items else items

@@ -32,8 +32,8 @@ from legato.types import JSON, Table
 TIMING = "timing.jsonl"
 SUMMARIES = "summaries"
 LATE = 0.1
-"""Seconds that values wait: of small steps many are written at once, which is
-twice as quick as a few of them after each device call."""
+"""Seconds that values wait, or until the next device call works: of small steps
+many are written at once, which is twice as quick as a few after each call."""
 
 KINDS = ("train", "validation")
 """Of the values that managers are given; `epoch` repeats them."""

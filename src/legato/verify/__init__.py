@@ -6,6 +6,7 @@ is compared. Where it differs, more runs find the first step and the reason.
 """
 
 import dataclasses
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -180,7 +181,7 @@ def describe_kill(kill: Kill) -> str:
 
 def _validates(run_dir: Path) -> bool:
     with (run_dir / METRICS).open("rb") as file:
-        return any(line.startswith(b'{"kind": "validation"') for line in file)
+        return any(json.loads(x).get("kind") == "validation" for x in file)
 
 
 def _compare(runs: Runs, a: str, b: str) -> RunComparison:
