@@ -176,6 +176,7 @@ class CocoMetric(HostMetric):
             is_there &= _is_weighted(sample_weight, len(ids))
         scales = read_scales(labels) if self._need_rescale else None
         heights, widths = labels.find("height", ()), labels.find("width", ())
+        needs_size = self._include_mask and self._file is None
         read_truths = self._truths(labels) if self._file is None else None
         read_detections = self._detections(outputs)
         # At once at the end: what is refused may be mended, and come again.
@@ -193,8 +194,7 @@ class CocoMetric(HostMetric):
             if rescale is not None:
                 check_scale(rescale, key)
             size: Size | None = None
-            is_sized = heights is not None and widths is not None
-            if is_sized and read_truths is not None and self._include_mask:
+            if heights is not None and widths is not None and needs_size:
                 size = _size(heights[row], widths[row], key)
             if read_truths is not None:
                 truths, size = read_truths(int(row), key, size, rescale)
