@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from legato.errors import ConfigError
+from legato.metrics.arguments import require_bools
 from legato.metrics.shapes import (
     drop_last,
     fit_labels,
@@ -62,15 +63,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
                 f"ExpectedCalibrationError(num_bins={num_bins!r}): it must be "
                 "an int, at least 1; the paper takes 15."
             )
-        for argument, value in (
-            ("from_logits", from_logits),
-            ("binary", binary),
-        ):
-            if type(value) is not bool:
-                raise ConfigError(
-                    f"ExpectedCalibrationError({argument}={value!r}): it must "
-                    "be True or False."
-                )
+        require_bools(
+            "ExpectedCalibrationError", from_logits=from_logits, binary=binary
+        )
         self.num_bins = num_bins
         self.from_logits = from_logits
         self.binary = binary

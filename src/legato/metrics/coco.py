@@ -10,6 +10,7 @@ import numpy as np
 
 from legato.errors import ConfigError, DataError, LegatoWarning
 from legato.metrics import coco_figures
+from legato.metrics.arguments import require_bools
 from legato.metrics.coco_batch import (
     BOX_FORMATS,
     Batch,
@@ -108,16 +109,12 @@ class CocoMetric(HostMetric):
         name: str | None = "coco",
     ) -> None:
         super().__init__(name)
-        for flag, value in (
-            ("include_mask", include_mask),
-            ("need_rescale_bboxes", need_rescale_bboxes),
-            ("per_category", per_category),
-        ):
-            if type(value) is not bool:
-                raise ConfigError(
-                    f"CocoMetric({flag}={value!r:.80}): it must be True or "
-                    "False."
-                )
+        require_bools(
+            "CocoMetric",
+            include_mask=include_mask,
+            need_rescale_bboxes=need_rescale_bboxes,
+            per_category=per_category,
+        )
         if not isinstance(annotation_file, str | os.PathLike | None):
             raise ConfigError(
                 f"CocoMetric(annotation_file={annotation_file!r:.80}): it must "
